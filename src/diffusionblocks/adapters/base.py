@@ -1,0 +1,69 @@
+"""An adapter declares where a Hugging Face network keeps its stem, layers, norms and readout.
+
+The generic mechanism here copies the network, takes the declared parts, and checks that together they hold every
+parameter exactly once. A new family is one `Adapter(...)` declaration in its own file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffusionblocks.errors import UserError
+from diffusionblocks.network import Parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Paths are module paths inside the model; `layer_norms` are paths inside one layer.
+
+    Args:
+        model_classes: names of the transformers classes that this declaration fits.
+        stem: module(s) that turn a batch into the first hidden states; `make_stem` wraps it.
+        layers: the ModuleList of residual layers.
+        layer_norms: norms of a layer that see the noise level.
+        readout: modules from the last hidden states to logits; `make_readout` wraps them.
+    """
+
+    model_classes: tuple[str, ...]
+    stem: str
+    layers: str
+    layer_norms: tuple[str, ...]
+    readout: tuple[str, ...]
+    make_stem: Callable[[nn.Module], nn.Module]
+    make_readout: Callable[..., nn.Module]
+
+    def take_apart(self, model: nn.Module) -> Parts:
+        """Parts of a copy of `model`; the caller's model is not touched."""
+        model = copy.deepcopy(model)
+        config: Any = model.config
+        layers = list(model.get_submodule(self.layers).children())
+        owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]
+        check_ownership(model, owned)
+        return Parts(
+            stem=self.make_stem(owned[0]),
+            layers=layers,
+            layer_norms=self.layer_norms,
+            readout=self.make_readout(*owned[2:]),
+            width=int(config.hidden_size),
+            num_classes=int(config.num_labels),
+            network=model,
+            layers_path=self.layers,
+        )
+
+
+def check_ownership(model: nn.Module, parts: list[nn.Module]) -> None:
+    """Raises UserError unless `parts` hold every parameter of `model` exactly once."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen: set[int] = set()
+    for part in parts:
+        ids = {id(p) for p in part.parameters()}
+        if twice := seen & ids:
+            raise UserError(f"parameter {names[twice.pop()]} belongs to two parts of the adapter's declaration")
+        seen |= ids
+    if missing := names.keys() - seen:
+        raise UserError(f"the adapter of {type(model).__name__} does not cover parameter {names[missing.pop()]}")

@@ -1,0 +1,23 @@
+"""Errors a user can fix. The command line turns each into one line and exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """The input is wrong: says what was got, what was needed and the nearest fix."""
+
+
+class RunStopped(Exception):
+    """Ctrl-C during training: the message says where the checkpoint is."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the known name closest to `name`, or the list of known names."""
+    known = sorted(known)
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if match:
+        return f"; did you mean {match[0]!r}?"
+    return f"; known: {', '.join(known)}" if known else ""

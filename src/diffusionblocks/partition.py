@@ -1,0 +1,113 @@
+"""Which block owns which noise levels, and which layers.
+
+One function, `Partition.block_of`, maps a level to its block; training, evaluation and sampling all call it.
+Block 0 owns the HIGHEST range: it holds the first layers and meets pure noise first ([DB] section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.errors import UserError
+from diffusionblocks.noise import LevelDistribution
+
+
+class NoiseRange(NamedTuple):
+    """Levels in [low, high], which hold the mass between low_mass and high_mass."""
+
+    low: float
+    high: float
+    low_mass: float
+    high_mass: float
+
+
+class Partition:
+    """B noise ranges of equal mass, each widened by `overlap` for training.
+
+    Args:
+        levels: distribution of levels over mass.
+        num_blocks: B.
+        overlap: gamma of [DB]: a training range grows on both sides by gamma times its length (in log sigma for
+            Gaussian noise). Ownership (`block_of`) never overlaps.
+    """
+
+    def __init__(self, levels: LevelDistribution, num_blocks: int, overlap: float = 0.05) -> None:
+        if num_blocks < 1:
+            raise UserError(f"num_blocks must be at least 1, got {num_blocks}")
+        if overlap < 0:
+            raise UserError(f"overlap must not be negative, got {overlap}")
+        self.levels, self.num_blocks, self.overlap = levels, num_blocks, overlap
+        masses = torch.linspace(0, 1, num_blocks + 1, dtype=torch.float64)
+        # Ascending, exactly [lowest, ..., highest]: the ends are part of the first and last range.
+        self.boundaries = levels.level(masses)
+        self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
+
+    def block_of(self, level: Tensor) -> Tensor:
+        """Index of the block that owns each level; same shape, int64. A boundary belongs to the noisier block.
+
+        Raises UserError when a level lies outside [lowest, highest].
+        """
+        level = level.double()
+        if bool((level < self.levels.lowest * (1 - 1e-6)).any() | (level > self.levels.highest * (1 + 1e-6)).any()):
+            raise UserError(
+                f"level outside [{self.levels.lowest}, {self.levels.highest}]: got {level.min():g} to {level.max():g}"
+            )
+        inner = self.boundaries[1:-1].to(level.device)
+        # A level read back in single precision may miss its own boundary by a rounding: accept 1e-6 relative.
+        return self.num_blocks - 1 - torch.searchsorted(inner * (1 - 1e-6), level.contiguous(), right=True)
+
+    def range(self, block: int, *, widened: bool = False) -> NoiseRange:
+        """The range that `block` owns, or the wider one that it trains on."""
+        self._check(block)
+        index = self.num_blocks - 1 - block
+        low, high = self.boundaries[index].item(), self.boundaries[index + 1].item()
+        if widened:
+            low, high = self.levels.widen(low, high, self.overlap)
+        low_mass, high_mass = self.levels.mass(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        return NoiseRange(low, high, low_mass, high_mass)
+
+    def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """`count` training levels of `block` [count], uniform in mass over its widened range."""
+        span = self.range(block, widened=True)
+        return self._sample(span.low_mass, span.high_mass, count, generator)
+
+    def sample_all(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """`count` levels [count] over the whole distribution: what one block sees before branching."""
+        return self._sample(0.0, 1.0, count, generator)
+
+    def _sample(self, low: float, high: float, count: int, generator: torch.Generator | None) -> Tensor:
+        mass = torch.rand(count, generator=generator)
+        return self.levels.level(low + (high - low) * mass)
+
+    def _check(self, block: int) -> None:
+        if not 0 <= block < self.num_blocks:
+            raise UserError(
+                f"block {block} does not exist: there are {self.num_blocks} blocks, 0 to {self.num_blocks - 1}"
+            )
+
+
+def split_layers(num_layers: int, num_blocks: int, sizes: Sequence[int] | None = None) -> list[range]:
+    """Layers of each block, in order. Equal parts, or the explicit `sizes` ([3, 6, 3] and the like).
+
+    Raises UserError when the layers cannot be split so, naming what would work.
+    """
+    if sizes:
+        if len(sizes) != num_blocks or min(sizes) < 1 or sum(sizes) != num_layers:
+            raise UserError(
+                f"layers per block {list(sizes)} must be {num_blocks} positive numbers with sum {num_layers}, "
+                f"got {len(sizes)} with sum {sum(sizes)}"
+            )
+    else:
+        divisors = [n for n in range(1, num_layers + 1) if num_layers % n == 0]
+        if num_blocks not in divisors:
+            raise UserError(
+                f"{num_layers} layers do not divide into {num_blocks} equal blocks; num_blocks can be "
+                f"{', '.join(map(str, divisors))}, or give uneven sizes (--blocks.layers-per-block) that add up to {num_layers}"
+            )
+        sizes = [num_layers // num_blocks] * num_blocks
+    ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+    return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]

@@ -1,0 +1,50 @@
+"""What a task gives the trainer and the evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.network import Batch, BlockModel
+
+
+class StepOutput(NamedTuple):
+    """loss: scalar to differentiate. context: detached features for the next block, or None."""
+
+    loss: Tensor
+    context: Tensor | None
+
+
+class Metric(NamedTuple):
+    """A measured value and its standard error (None where it is exact)."""
+
+    value: float
+    stderr: float | None
+
+
+class Task(Protocol):
+    """One objective with its evaluation. Stateless: all state lives in the model and the trainer."""
+
+    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+        """Loss of block `block` on a batch; draws its own noise from torch's global generator.
+
+        whole_range: levels of all blocks instead of the block's own (before branching).
+        """
+        ...
+
+    def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]: ...
+
+
+def mean_with_error(values: Tensor) -> Metric:
+    """Mean of independent per-sample values [N] and its standard error."""
+    values = values.double()
+    stderr = (values.std() / len(values) ** 0.5).item() if len(values) > 1 else None
+    return Metric(values.mean().item(), stderr)
+
+
+def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
+    for batch in batches:
+        yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -1,0 +1,121 @@
+"""Image classification: x = image, y = embedding of its label ([DB] section 5.1).
+
+The end-to-end network trains with plain cross-entropy; a block trains as a denoiser of the label embedding.
+
+Shapes: N batch, V classes, D width, S sampling steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from diffusionblocks.errors import UserError
+from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, DiffusionBlocksModel, EndToEndModel
+from diffusionblocks.precondition import LOSS_WEIGHTS
+from diffusionblocks.samplers import grids
+from diffusionblocks.samplers.categorical import ancestral
+from diffusionblocks.samplers.ode import euler
+from diffusionblocks.targets import add_noise
+from diffusionblocks.tasks.base import Metric, StepOutput, mean_with_error
+
+
+@dataclass(kw_only=True)
+class Classification:
+    """Objective and inference of a classifier.
+
+    Args:
+        loss_weight: `none` (right for cross-entropy), `edm`, or `legacy` (what the released code computes).
+        label_smoothing: for every method alike.
+        sampler: `euler` ([DB]) or `categorical` ancestral sampling.
+        sampling_steps: S; 0 = one step per block.
+        decision: which logits classify. `final`: those of the last step ([DB]). `blocks`: the mean over the steps of
+            log p(v | x), which a Bayes readout separates from the evidence in z: every block votes with what it
+            learned about x, none with what the chain told it.
+    """
+
+    loss_weight: str = "none"
+    label_smoothing: float = 0.0
+    sampler: str = "categorical"
+    sampling_steps: int = 0
+    decision: str = "blocks"
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "loss_weight": tuple(LOSS_WEIGHTS),
+        "sampler": ("euler", "categorical"),
+        "decision": ("final", "blocks"),
+    }
+
+    def __post_init__(self) -> None:
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"task.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+
+    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+        labels = batch["labels"]
+        if isinstance(model, EndToEndModel):
+            return StepOutput(cross_entropy(model(batch).float(), labels, label_smoothing=self.label_smoothing), None)
+        assert isinstance(model, DiffusionBlocksModel)
+        partition = model.partition
+        sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))
+        denoiser, sigma = model.denoiser(block), sigma.to(labels.device)
+        noisy = add_noise(denoiser.target.clean(labels), sigma)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        output = denoiser({**inputs, "noisy_target": noisy}, sigma)
+        losses = denoiser.target.losses(output.logits, labels, self.label_smoothing)
+        context = None if output.context is None else output.context.detach()
+        return StepOutput(LOSS_WEIGHTS[self.loss_weight](losses, sigma), context)
+
+    @torch.no_grad()
+    def log_probabilities(self, model: BlockModel, batch: Batch, *, seed: int = 0) -> Tensor:
+        """log p(v | x) [N, V] of a batch. The chain's noise depends on `seed` alone."""
+        if isinstance(model, EndToEndModel):
+            return model(batch).float().log_softmax(-1)
+        assert isinstance(model, DiffusionBlocksModel)
+        outputs = self.chain(model, batch, torch.Generator().manual_seed(seed))
+        if self.decision == "final" or model.config.readout == "linear":
+            return outputs[-1].logits.float().log_softmax(-1)
+        votes = [output.raw.float().log_softmax(-1) for output in outputs]
+        return torch.stack(votes).mean(0).log_softmax(-1)
+
+    def chain(self, model: DiffusionBlocksModel, batch: Batch, generator: torch.Generator) -> list[DenoiserOutput]:
+        """The whole denoising chain, one block per step; in features context the clean stream is computed once."""
+        target = model.denoiser(0).target
+        steps = self.sampling_steps or model.num_blocks
+        grid = grids.equal_mass if model.config.readout == "linear" else grids.equal_mass_tops
+        levels = grid(model.partition.levels, steps)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        count, device = len(next(iter(inputs.values()))), target.rows.device
+        entering: dict[int, Tensor] = {}  # features context: the clean stream that enters each block
+
+        def denoise(z: Tensor, level: float) -> DenoiserOutput:
+            block = int(model.partition.block_of(torch.tensor(level)))
+            sigma = torch.full((count,), level, device=device)
+            if block not in entering and (context := model.context(inputs, block)) is not None:
+                entering[block] = context
+            extra = {"context": entering[block]} if block in entering else {}
+            output = model.denoiser(block)({**inputs, **extra, "noisy_target": z}, sigma)
+            if output.context is not None:
+                entering[block + 1] = output.context
+            return output
+
+        z = torch.randn(count, target.rows.shape[1], generator=generator).to(device) * levels[0]
+        sampler = euler if self.sampler == "euler" else ancestral(target)
+        return sampler(denoise, z, levels, generator=generator)
+
+    def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
+        """`accuracy` in percent and `validation_loss` in nats per sample, with standard errors over samples."""
+        correct, losses = [], []
+        for index, batch in enumerate(batches):
+            log_p, labels = self.log_probabilities(model, batch, seed=index), batch["labels"]
+            correct.append((log_p.argmax(-1) == labels).cpu())
+            losses.append(cross_entropy(log_p, labels, reduction="none").cpu())
+        return {
+            "accuracy": mean_with_error(100.0 * torch.cat(correct)),
+            "validation_loss": mean_with_error(torch.cat(losses)),
+        }

@@ -1,0 +1,87 @@
+"""Everything the trainer can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from diffusionblocks.errors import UserError
+
+
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """Options of `Trainer`. Everything counted in steps is counted in a block's OWN optimizer steps.
+
+    Args:
+        steps: optimizer steps per block. With B blocks B * steps block steps run, which is as many layer evaluations
+            as `steps` end-to-end steps of the same batch size.
+        batch_size: samples per optimizer step. accumulation: parts into which a batch is cut to save memory.
+        learning_rate, weight_decay, betas: of AdamW (one optimizer per block, one for shared parts).
+        schedule: `cosine` to zero or `constant`, after `warmup` (share of the steps).
+        max_grad_norm: gradient clipping per block, 0 = off.
+        order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order) or `sequential`
+            (one block to its end, then the next).
+        visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
+        residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`.
+        branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
+            into B (input context only; 0 = [DB]).
+        precision: `fp32` or `bf16` (autocast). device: `auto`, `cpu`, `cuda`, `mps`.
+        ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
+        activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
+        seed: of every random decision. num_workers: data loading processes.
+        log_every, checkpoint_every, evaluate_every: in block steps of the whole run; 0 = only at the end.
+        keep_checkpoints: how many to keep. tensorboard: also log to TensorBoard.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    schedule: str = "cosine"
+    warmup: float = 0.1
+    max_grad_norm: float = 1.0
+    order: str = "sweep"
+    visit_steps: int = 1
+    residency: str = "device"
+    branch_at: float = 0.0
+    precision: str = "fp32"
+    device: str = "auto"
+    ema_decay: float = 0.0
+    activation_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+    num_workers: int = 0
+    log_every: int = 50
+    checkpoint_every: int = 500
+    evaluate_every: int = 0
+    keep_checkpoints: int = 2
+    tensorboard: bool = False
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "order": ("random", "sweep", "sequential"),
+        "residency": ("device", "host", "disk"),
+        "schedule": ("cosine", "constant"),
+        "precision": ("fp32", "bf16"),
+        "device": ("auto", "cpu", "cuda", "mps"),
+    }
+
+    def check(self) -> None:
+        """Raises UserError for a value outside its range."""
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"train.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        for name in ("steps", "batch_size", "accumulation", "visit_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"train.accumulation {self.accumulation} must divide train.batch_size {self.batch_size}")
+        if not 0 <= self.branch_at < 1:
+            raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not self.learning_rate > 0:
+            raise UserError(f"train.learning_rate must be positive, got {self.learning_rate}")
+        if len(self.betas) != 2:
+            raise UserError(f"train.betas are two numbers, got {self.betas}")

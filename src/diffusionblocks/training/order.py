@@ -1,0 +1,88 @@
+"""In which order blocks are visited, as a plan that can be entered at any point.
+
+A visit trains one block for some consecutive batches. The plan is a pure function of the configuration, so resuming
+means skipping the visits already made.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from diffusionblocks.seeds import derive
+from diffusionblocks.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """One visit.
+
+    Args:
+        block: index of the active block.
+        batches: numbers of the batches, one optimizer step each.
+        carried: the batches (and, in features context, their clean streams) are those of the visit before.
+        whole_range: train on the levels of all blocks (before branching).
+        branch: before this visit, copy block 0 into all blocks.
+        border: nothing is carried out of this visit, so a checkpoint may follow it.
+    """
+
+    block: int
+    batches: range
+    carried: bool = False
+    whole_range: bool = False
+    branch: bool = False
+    border: bool = True
+
+
+def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
+    """All visits of a run, in order. Block steps add up to num_blocks * steps (rounded where branching divides)."""
+    shared_steps = branch_steps(config, num_blocks)
+    start = 0
+    for batches in _groups(0, shared_steps, config.visit_steps):
+        yield Visit(block=0, batches=batches, whole_range=True)
+        start = batches.stop
+    own_steps = config.steps - shared_steps // num_blocks
+    for index, visit in enumerate(_ORDERS[config.order](start, own_steps, num_blocks, config)):
+        yield visit if index or not shared_steps else _branching(visit)
+
+
+def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
+    """Steps of the common block before branching: a multiple of num_blocks, `branch_at` of all block steps."""
+    return round(config.branch_at * config.steps) * num_blocks if num_blocks > 1 else 0
+
+
+def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
+    """Optimizer steps between a block's first and last, common ones included: the length of its schedule."""
+    shared_steps = branch_steps(config, num_blocks)
+    return shared_steps + config.steps - shared_steps // num_blocks
+
+
+def _branching(visit: Visit) -> Visit:
+    return Visit(**{**visit.__dict__, "branch": True})
+
+
+def _groups(start: int, count: int, size: int) -> Iterator[range]:
+    for first in range(start, start + count, size):
+        yield range(first, min(first + size, start + count))
+
+
+def _sweep(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
+    for batches in _groups(start, steps, config.visit_steps):
+        for block in range(num_blocks):
+            yield Visit(block=block, batches=batches, carried=block > 0, border=block == num_blocks - 1)
+
+
+def _sequential(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
+    for block in range(num_blocks):
+        for batches in _groups(start, steps, config.visit_steps):
+            yield Visit(block=block, batches=batches)
+
+
+def _random(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
+    generator = random.Random(derive(config.seed, "order"))
+    for batches in _groups(start, steps * num_blocks, config.visit_steps):
+        yield Visit(block=generator.randrange(num_blocks), batches=batches)
+
+
+_ORDERS = {"sweep": _sweep, "sequential": _sequential, "random": _random}

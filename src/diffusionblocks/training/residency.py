@@ -1,0 +1,145 @@
+"""Where idle blocks keep their weights, averages and optimizer state.
+
+device  everything stays on the device (no saving, no transfers).
+host    idle blocks live in host memory, pinned when there is a GPU; the buffers are allocated once and reused.
+disk    idle blocks live in one safetensors file each, memory-mapped: they cost no memory until they are read.
+
+Gradients of idle blocks do not exist under any residency: a step frees them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from diffusionblocks.training.state import BlockState
+
+
+class Residency:
+    """Brings blocks to the device and puts them away again.
+
+    Args:
+        kind: `device`, `host` or `disk`. states: one per block. device: where training happens.
+        folder: where `disk` keeps its files; a temporary folder when None.
+    """
+
+    def __init__(
+        self, kind: str, states: Sequence[BlockState], device: torch.device, folder: Path | None = None
+    ) -> None:
+        self.kind, self.states, self.device = kind, states, device
+        self._present = set(range(len(states)))
+        self._host: dict[tuple[int, str], Tensor] = {}
+        self._temporary: tempfile.TemporaryDirectory | None = None
+        if kind == "disk":
+            if folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="dblocks-")
+                folder = Path(self._temporary.name)
+            folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        for index in range(len(states)):
+            self._to_device(index)
+            self.park(index)
+
+    def present(self) -> list[int]:
+        """Blocks whose state occupies the device now."""
+        return sorted(self._present)
+
+    @contextmanager
+    def active(self, index: int) -> Iterator[BlockState]:
+        """Block `index` on the device; every other block is put away first."""
+        if self.kind != "device":
+            for other in self.present():
+                if other != index:
+                    self.park(other)
+        self.fetch(index)
+        yield self.states[index]
+
+    def fetch(self, index: int) -> None:
+        """Brings a block to the device."""
+        if index not in self._present:
+            self._to_device(index)
+
+    def _to_device(self, index: int) -> None:
+        moved = {
+            name: tensor.to(self.device, copy=self.kind == "disk", non_blocking=True)
+            for name, tensor in self.states[index].tensors().items()
+        }
+        self.states[index].replace(moved)
+        self._present.add(index)
+
+    def adopt(self, index: int) -> None:
+        """Takes over a block whose tensors were just replaced by new ones on the device, and puts it away."""
+        self._present.add(index)
+        self.park(index)
+
+    def park(self, index: int) -> None:
+        """Puts a block away; its tensors stay readable in place (host memory, or mapped from its file)."""
+        if self.kind == "device" or index not in self._present:
+            return
+        state = self.states[index]
+        state.replace(self._to_disk(index, state) if self.kind == "disk" else self._to_host(index, state))
+        self._present.discard(index)
+
+    def _to_host(self, index: int, state: BlockState) -> dict[str, Tensor]:
+        if self.device.type == "cpu":
+            return {}  # host memory already
+        away = {}
+        for name, tensor in state.tensors().items():
+            buffer = self._host.get((index, name))
+            if buffer is None:
+                buffer = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda")
+                self._host[index, name] = buffer
+            buffer.copy_(tensor, non_blocking=True)
+            away[name] = buffer
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return away
+
+    def _to_disk(self, index: int, state: BlockState) -> dict[str, Tensor]:
+        assert self.folder is not None
+        path = self.folder / f"resident-{index:02d}.safetensors"
+        tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
+        save_file(tensors, str(path.with_suffix(".new")))
+        os.replace(path.with_suffix(".new"), path)  # maps of the old file stay valid until they are dropped
+        return load_file(str(path))
+
+    @contextmanager
+    def borrowed(self) -> Iterator[None]:
+        """Lets absent blocks run forward: their weights (nothing else) visit the device for the length of one call.
+
+        For evaluation, and for the clean stream of the blocks before the active one.
+        """
+        handles = []
+        for index, state in enumerate(self.states):
+            if index in self._present or self.device.type == "cpu":
+                continue  # the CPU reads host memory and mapped files where they are
+            handles += self._borrow_on_call(state)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _borrow_on_call(self, state: BlockState) -> list[RemovableHandle]:
+        home: dict[str, Tensor] = {}
+
+        def bring(module: nn.Module, arguments: object) -> None:
+            home.update((name, t) for name, t in state.tensors().items() if name.startswith("model."))
+            state.replace({name: tensor.to(self.device) for name, tensor in home.items()})
+
+        def send(module: nn.Module, arguments: object, output: object) -> None:
+            state.replace(home)
+            home.clear()
+
+        return [
+            state.module.register_forward_pre_hook(bring),
+            state.module.register_forward_hook(send, always_call=True),
+        ]

@@ -1,0 +1,356 @@
+"""The one training loop: every method, order and residency runs through `Trainer.fit`.
+
+A run is a sequence of visits (order.py). During a visit one block is on the device with its optimizer (residency.py,
+state.py), makes its steps, and hands on detached features if the context asks for it. Checkpoints (checkpoint.py) are
+written between visits.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffusionblocks.data.stream import BatchStream, in_order
+from diffusionblocks.errors import RunStopped, UserError
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel
+from diffusionblocks.seeds import derive
+from diffusionblocks.tasks.base import Metric, Task, on_device
+from diffusionblocks.training import checkpoint
+from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.order import Visit, plan, steps_in_a_life
+from diffusionblocks.training.progress import Journal, ProgressBar
+from diffusionblocks.training.residency import Residency
+from diffusionblocks.training.state import BlockState
+
+log = logging.getLogger("diffusionblocks")
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    layer_evaluations: layers passed forward and backward, times samples. A forward pass without backward (features of
+    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training.
+    """
+
+    visits: int = 0
+    block_steps: int = 0
+    samples_seen: int = 0
+    layer_evaluations: float = 0.0
+    wall_seconds: float = 0.0
+    journal_bytes: int = 0
+    finished: bool = False
+
+
+class Trainer:
+    """Trains a `BlockModel` on a task.
+
+    Args:
+        model: `DiffusionBlocksModel` (from `convert`) or `EndToEndModel`.
+        task: objective and evaluation, e.g. `tasks.Classification()`.
+        train_data: map-style dataset whose items are dicts of tensors (`pixel_values`, `labels`, ...).
+        eval_data: like train_data; evaluated every `evaluate_every` block steps.
+        config: see `TrainingConfig`.
+        output_dir: where metrics.jsonl, checkpoints and TensorBoard files go; None keeps nothing.
+
+    Raises UserError for a configuration that cannot run.
+    """
+
+    def __init__(
+        self,
+        model: BlockModel,
+        task: Task,
+        train_data: Dataset,
+        eval_data: Dataset | None = None,
+        config: TrainingConfig | None = None,
+        *,
+        output_dir: str | Path | None = None,
+    ) -> None:
+        self.model, self.task, self.eval_data = model, task, eval_data
+        self.config = config or TrainingConfig()
+        self.config.check()
+        self._check_combination()
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.accelerator = _accelerator(self.config, self.output_dir)
+        self.device: torch.device = self.accelerator.device
+        self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
+        life = steps_in_a_life(self.config, model.num_blocks)
+        self.states = [BlockState(model.block(i), self.config, life) for i in range(model.num_blocks)]
+        self.shared = BlockState(model.shared, self.config, self.config.steps * model.num_blocks)
+        self.progress = Progress()
+        self._residency: Residency | None = None
+
+    def _check_combination(self) -> None:
+        if self.config.branch_at and isinstance(self.model, DiffusionBlocksModel):
+            if self.model.config.context != "input":
+                raise UserError(
+                    "train.branch_at needs blocks.context input: blocks on features of one another cannot start as copies"
+                )
+            if len({len(span) for span in self.model.layers}) > 1:
+                raise UserError(
+                    "train.branch_at needs blocks of equal depth; set it to 0 or drop blocks.layers_per_block"
+                )
+
+    @property
+    def residency(self) -> Residency:
+        """Set up on first use: moves the blocks to where the configuration wants them."""
+        if self._residency is None:
+            for block in map(self.model.block, range(self.model.num_blocks)):
+                block.activation_checkpointing = self.config.activation_checkpointing
+                if self.config.compile:
+                    block.compile()
+            self.model.shared.to(self.device)
+            self.shared.replace({k: v.to(self.device) for k, v in self.shared.tensors().items()})
+            folder = None if self.output_dir is None else self.output_dir / "residency"
+            self._residency = Residency(self.config.residency, self.states, self.device, folder)
+        return self._residency
+
+    # ------------------------------------------------------------------ one step
+
+    def block_step(
+        self, index: int, batch: Mapping[str, Tensor], *, whole_range: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Forward, backward and update of one block, which must be present on the device.
+
+        Returns the mean loss (detached scalar) and, in features context, the clean stream for the next block.
+        """
+        state, parts = self.states[index], self.config.accumulation
+        self.model.train()
+        total, contexts = torch.zeros((), device=self.device), []
+        for micro, piece in enumerate(_pieces(batch, parts)):
+            torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
+            with self.accelerator.autocast():
+                loss, context = self.task.step(self.model, index, piece, whole_range=whole_range)
+            self.accelerator.backward(loss / parts)
+            total += loss.detach() / parts
+            contexts.append(context)
+        state.step()
+        self.shared.step()
+        return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
+
+    def visit(self, visit: Visit, batches: list[dict[str, Tensor]]) -> list[Tensor]:
+        """All steps of one visit. `batches` gain the context that the next block reads."""
+        if visit.branch:
+            self._branch()
+        losses = []
+        with self.residency.active(visit.block):
+            for batch in batches:
+                self._add_context(visit, batch)
+                loss, context = self.block_step(visit.block, batch, whole_range=visit.whole_range)
+                losses.append(loss)
+                if context is not None:
+                    batch["context"] = context
+                self.progress.layer_evaluations += self.model.layer_evaluations(visit.block) * self.config.batch_size
+        self.progress.block_steps += len(batches)
+        return losses
+
+    def _add_context(self, visit: Visit, batch: dict[str, Tensor]) -> None:
+        """Features of earlier blocks, when the order did not hand them on."""
+        if visit.carried or visit.block == 0 or not isinstance(self.model, DiffusionBlocksModel):
+            return
+        with self.residency.borrowed(), self.accelerator.autocast():
+            context = self.model.context(batch, visit.block)
+        if context is not None:
+            batch["context"] = context
+            passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
+            self.progress.layer_evaluations += passed * self.config.batch_size / 3
+
+    def _branch(self) -> None:
+        """Copies block 0, weights and optimizer state, into all blocks."""
+        for index in range(1, len(self.states)):
+            with self.residency.active(0) as source:
+                self.states[index].copy_from(source)
+                self.residency.adopt(index)
+
+    # ------------------------------------------------------------------ the run
+
+    def fit(self, *, resume: bool = True) -> Progress:
+        """Trains to the end, from the newest whole checkpoint if there is one and `resume` allows it.
+
+        Raises RunStopped after Ctrl-C (a checkpoint is written first) and UserError when a loss is not finite or the
+        disk is full; earlier checkpoints stay valid.
+        """
+        if resume and self.output_dir is not None:
+            self._restore()
+        if self.progress.finished:
+            return self.progress
+        total = self.config.steps * self.model.num_blocks
+        journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
+        before, started = self.progress.wall_seconds, time.monotonic()
+        with _stop_on_signal() as stop, ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar:
+            for visit, losses in self._visits():
+                self._check_finite(visit, losses)
+                self.progress.wall_seconds = before + time.monotonic() - started
+                journal.record(visit.block, losses, self.states[visit.block].learning_rate())
+                bar.update(visit.block, losses, self.progress.block_steps)
+                if self._due(self.config.log_every, len(losses)):
+                    journal.flush(self.progress)
+                if visit.border and (
+                    stop.is_set() or self._due(self.config.checkpoint_every, self.model.num_blocks * len(losses))
+                ):
+                    journal.flush(self.progress)
+                    self._save(journal)
+                    if stop.is_set() and self.progress.block_steps < total:
+                        raise RunStopped(self._stopped_message())
+                if self._due(self.config.evaluate_every, len(losses)) and self.eval_data is not None:
+                    journal.write(
+                        {
+                            **self._position(),
+                            "validation": {k: v._asdict() for k, v in self.evaluate(self.eval_data).items()},
+                        }
+                    )
+            journal.flush(self.progress)
+        self.progress.finished = True
+        self._save(journal)
+        journal.close()
+        return self.progress
+
+    def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
+        """Makes the visits that are left, loading every batch once."""
+        visits = list(islice(plan(self.config, self.model.num_blocks), self.progress.visits, None))
+        numbers = (number for visit in visits if not visit.carried for number in visit.batches)
+        loaded = on_device(self.stream.load(numbers), self.device)
+        batches: list[dict[str, Tensor]] = []
+        for visit in visits:
+            if not visit.carried:
+                batches = list(islice(loaded, len(visit.batches)))
+                self.progress.samples_seen += len(batches) * self.config.batch_size
+            losses = self.visit(visit, batches)
+            self.progress.visits += 1
+            yield visit, losses
+
+    def _due(self, every: int, steps: int) -> bool:
+        """Whether the last `steps` block steps crossed a multiple of `every`."""
+        return every > 0 and self.progress.block_steps % every < steps
+
+    def _position(self) -> dict[str, Any]:
+        return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}
+
+    def _check_finite(self, visit: Visit, losses: list[Tensor]) -> None:
+        values = torch.stack(losses)
+        if bool(torch.isfinite(values).all()):
+            return
+        first = int((~torch.isfinite(values)).nonzero()[0])
+        step = self.states[visit.block].steps - len(losses) + first + 1
+        kept = checkpoint.existing(self.output_dir) if self.output_dir else []
+        left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
+        raise UserError(
+            f"the loss of block {visit.block} became {values[first].item()} at its step {step}; training stopped, {left}. "
+            "Try a lower --train.learning-rate"
+        )
+
+    def _stopped_message(self) -> str:
+        if self.output_dir is None:
+            return f"stopped after {self.progress.block_steps} block steps; nothing saved (no output_dir)"
+        where = checkpoint.existing(self.output_dir)[-1]
+        return f"stopped after {self.progress.block_steps} block steps; checkpoint in {where}; run the same command to go on"
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluate(self, data: Dataset) -> dict[str, Metric]:
+        """The task's metrics on `data`, with the moving averages if there are any."""
+        residency = self.residency
+        self._swap_averages()
+        self.model.eval()
+        try:
+            with residency.borrowed(), torch.no_grad(), self.accelerator.autocast():
+                return self.task.evaluate(
+                    self.model, on_device(in_order(data, max(self.config.batch_size, 128)), self.device)
+                )
+        finally:
+            self._swap_averages()
+
+    def use_averages(self) -> None:
+        """Puts the moving averages in the model's place for good (before saving the finished model)."""
+        self._swap_averages()
+
+    def _swap_averages(self) -> None:
+        for state in (*self.states, self.shared):
+            state.swap_average()
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _named_states(self) -> dict[str, BlockState]:
+        return {"shared": self.shared} | {f"block-{i:02d}": state for i, state in enumerate(self.states)}
+
+    def _save(self, journal: Journal) -> None:
+        if self.output_dir is None:
+            return
+        self.progress.journal_bytes = journal.bytes
+        checkpoint.save(
+            self.output_dir,
+            self.progress.block_steps,
+            self._named_states(),
+            {"progress": vars(self.progress)},
+            self.config.keep_checkpoints,
+        )
+
+    def _restore(self) -> None:
+        assert self.output_dir is not None and self._residency is None, "restore before the first step"
+        saved = checkpoint.restore_latest(self.output_dir, self._named_states())
+        if saved is not None:
+            self.progress = Progress(**saved["progress"])
+            if not self.progress.finished:
+                log.info("resuming after %d block steps", self.progress.block_steps)
+
+
+def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
+    if count == 1:
+        yield dict(batch)
+        return
+    chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
+    for index in range(count):
+        yield {name: chunk[index] for name, chunk in chunks.items()}
+
+
+def _accelerator(config: TrainingConfig, output_dir: Path | None) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import ProjectConfiguration
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device cuda: no CUDA device is available here; use --device cpu or auto")
+    if config.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("train.device mps: no MPS device is available here; use --device cpu or auto")
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several models in turn
+    folder = str(output_dir or ".")
+    return Accelerator(
+        mixed_precision="bf16" if config.precision == "bf16" else "no",
+        cpu=config.device == "cpu",
+        log_with="tensorboard" if config.tensorboard else None,
+        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
+    )
+
+
+@contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        log.warning("stopping after this visit; press Ctrl-C again to stop at once without saving")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
