@@ -276,7 +276,7 @@ class EndToEndModel(BlockModel):
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network, with only the layers that were kept."""
         (network,) = self._network
-        network.get_submodule(self._layers_path)[len(self.layers[0]) :] = []
+        del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
         network.config.num_hidden_layers = len(self.layers[0])
         network.save_pretrained(folder)
 
@@ -358,6 +358,8 @@ class DiffusionBlocksModel(BlockModel):
         self.blocks = nn.ModuleList(build(parts))
         if config.shared == "frozen":
             self.shared.requires_grad_(False)
+        # In a tuple, so that their parameters are registered once, through the blocks.
+        self._denoisers = tuple(Denoiser(i, self.block(i), self.shared, config) for i in range(config.num_blocks))
 
     def _conditioned(self, layer: nn.Module, parts: Parts) -> ConditionedLayer:
         return ConditionedLayer(layer, parts.layer_norms, parts.width, self.config.condition_width)
@@ -391,7 +393,8 @@ class DiffusionBlocksModel(BlockModel):
 
     def denoiser(self, index: int) -> Denoiser:
         """Block `index` as an ordinary module (no copies: its parameters are the model's)."""
-        return Denoiser(index, self.block(index), self.shared, self.config)
+        self.block(index)  # checks the index
+        return self._denoisers[index]
 
     @torch.no_grad()
     def context(self, batch: Batch, index: int) -> Tensor | None:

@@ -217,9 +217,11 @@ def _decode(source: Any, config: DataConfig) -> np.ndarray:
 
 
 def _huggingface(config: DataConfig) -> tuple[_Labelled, _Labelled | None, list[str]]:
-    if (root := Path(config.path)).is_dir() and any(
-        path.is_dir() and not path.name.startswith(".") for path in root.iterdir()
-    ) and not any(root.rglob("*.parquet")):
+    if (
+        (root := Path(config.path)).is_dir()
+        and any(path.is_dir() and not path.name.startswith(".") for path in root.iterdir())
+        and not any(root.rglob("*.parquet"))
+    ):
         return _folder(config)
     try:
         import datasets

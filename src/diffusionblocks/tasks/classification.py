@@ -83,12 +83,15 @@ class Classification:
         votes = [output.raw.float().log_softmax(-1) for output in outputs]
         return torch.stack(votes).mean(0).log_softmax(-1)
 
+    def levels(self, model: DiffusionBlocksModel) -> list[float]:
+        """Noise levels of the chain, highest first."""
+        grid = grids.equal_mass if model.config.readout == "linear" else grids.equal_mass_tops
+        return grid(model.partition.levels, self.sampling_steps or model.num_blocks)
+
     def chain(self, model: DiffusionBlocksModel, batch: Batch, generator: torch.Generator) -> list[DenoiserOutput]:
         """The whole denoising chain, one block per step; in features context the clean stream is computed once."""
         target = model.denoiser(0).target
-        steps = self.sampling_steps or model.num_blocks
-        grid = grids.equal_mass if model.config.readout == "linear" else grids.equal_mass_tops
-        levels = grid(model.partition.levels, steps)
+        levels = self.levels(model)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         count, device = len(next(iter(inputs.values()))), target.rows.device
         entering: dict[int, Tensor] = {}  # features context: the clean stream that enters each block

@@ -183,7 +183,7 @@ class Trainer:
         disk is full; earlier checkpoints stay valid.
         """
         if resume and self.output_dir is not None:
-            self._restore()
+            self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
         total = self.config.steps * self.model.num_blocks
@@ -297,13 +297,16 @@ class Trainer:
             self.config.keep_checkpoints,
         )
 
-    def _restore(self) -> None:
-        assert self.output_dir is not None and self._residency is None, "restore before the first step"
-        saved = checkpoint.restore_latest(self.output_dir, self._named_states())
-        if saved is not None:
-            self.progress = Progress(**saved["progress"])
-            if not self.progress.finished:
-                log.info("resuming after %d block steps", self.progress.block_steps)
+    def restore(self, folder: Path) -> bool:
+        """Loads the newest whole checkpoint below `folder`, before the first step. False when there is none."""
+        assert self._residency is None, "restore before the first step"
+        saved = checkpoint.restore_latest(folder, self._named_states())
+        if saved is None:
+            return False
+        self.progress = Progress(**saved["progress"])
+        if not self.progress.finished:
+            log.info("resuming after %d block steps", self.progress.block_steps)
+        return True
 
 
 def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,111 @@
+"""Methods that `compare` sets side by side. A method is a configuration of the one trainer, never a second loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from diffusionblocks.adapters import convert, take_apart
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.network import BlockModel, EndToEndModel
+from diffusionblocks.partition import split_layers
+from diffusionblocks.recipes import PRESETS, Recipe, build, merge
+from diffusionblocks.training.order import branch_steps
+
+
+@dataclass(frozen=True)
+class Method:
+    """description: one line. prepare: the recipe as this method runs it. build: its model from a network."""
+
+    description: str
+    prepare: Callable[[Recipe], Recipe]
+    build: Callable[[Recipe, Any], BlockModel]
+
+
+def _unchanged(recipe: Recipe) -> Recipe:
+    return recipe
+
+
+def _one_block(recipe: Recipe) -> Recipe:
+    train = dataclasses.replace(recipe.train, residency="device", order="sweep", branch_at=0.0)
+    return dataclasses.replace(recipe, train=train)
+
+
+def _checkpointing(recipe: Recipe) -> Recipe:
+    recipe = _one_block(recipe)
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, activation_checkpointing=True))
+
+
+def _paper(recipe: Recipe) -> Recipe:
+    content = merge(recipe.as_dict(), PRESETS["paper"])
+    return build(merge(content, recipe.presets.get("paper", {})))
+
+
+def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
+    return EndToEndModel(take_apart(network))
+
+
+def _shallow_model(recipe: Recipe, network: Any) -> BlockModel:
+    parts = take_apart(network)
+    return EndToEndModel(parts, len(split_layers(len(parts.layers), **_split(recipe))[0]))
+
+
+def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
+    return convert(network, **dataclasses.asdict(recipe.blocks))
+
+
+def _split(recipe: Recipe) -> dict[str, Any]:
+    return {"num_blocks": recipe.blocks.num_blocks, "sizes": recipe.blocks.layers_per_block}
+
+
+METHODS: dict[str, Method] = {
+    "end-to-end": Method("all layers at once, ordinary training", _one_block, _end_to_end_model),
+    "checkpointing": Method(
+        "end to end, activations recomputed in the backward pass", _checkpointing, _end_to_end_model
+    ),
+    "shallow": Method("the first L/B layers end to end: the same memory as a block", _one_block, _shallow_model),
+    "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _unchanged, _blocks_model),
+    "diffusionblocks-paper": Method("B blocks with the paper's settings (preset paper)", _paper, _blocks_model),
+}
+
+
+def find_method(name: str) -> Method:
+    """Raises UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}{nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+BUDGETS = ("layer-evaluations", "samples")
+
+
+def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
+    """`train.steps` that gives `method` the budget of `recipe.train.steps` end-to-end steps.
+
+    Args:
+        recipe: the recipe as given (its steps are the end-to-end network's).
+        budget: `layer-evaluations` (forward and backward passes of layers) or `samples` (loaded for training).
+    """
+    if budget not in BUDGETS:
+        raise UserError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}")
+    prepared = find_method(method).prepare(recipe)
+    steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
+    if method in ("end-to-end", "checkpointing"):
+        return steps
+    spans = split_layers(num_layers, **_split(recipe))
+    if method == "shallow":
+        return steps if budget == "samples" else round(steps * num_layers / len(spans[0]))
+    num_blocks, blocks, train = len(spans), prepared.blocks, prepared.train
+    if budget == "layer-evaluations":
+        passes: float = num_layers + num_blocks * blocks.head_layers
+        if blocks.context == "features" and train.order != "sweep":  # forward passes of the blocks before, a third each
+            before = sum(span.start for span in spans) / 3
+            passes += before
+        return round(steps * num_layers / passes)
+    if train.order != "sweep":
+        return max(1, round(steps / num_blocks)) if train.order == "random" else steps
+    common = branch_steps(train, num_blocks)
+    loaded_per_step = (common + train.steps - common // num_blocks) / train.steps
+    return max(1, round(steps / loaded_per_step))

@@ -1,0 +1,253 @@
+"""The command line: `dblocks recipes | train | evaluate | sample | compare | report`.
+
+Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusionblocks import __version__
+from diffusionblocks.errors import RunStopped, UserError, nearest
+
+log = logging.getLogger("diffusionblocks")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        if "invalid choice" in message and "argument command" in message:
+            name = message.split("invalid choice: ")[1].split(" (")[0].strip("'")
+            message = f"unknown command {name!r}{nearest(name, COMMANDS)}"
+        raise UserError(message)
+
+
+def _recipe(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.recipes import load_recipe
+
+    overrides = _overrides(rest)
+    if getattr(arguments, "preset", None):
+        overrides.append(("preset", arguments.preset))
+    return load_recipe(arguments.recipe, overrides)
+
+
+def _overrides(tokens: list[str]) -> list[tuple[str, Any]]:
+    """--key.sub value, --key.sub=value and bare --flag -> (key.sub, value), values read as YAML."""
+    pairs: list[tuple[str, Any]] = []
+    index = 0
+    while index < len(tokens):
+        token = tokens[index]
+        if not token.startswith("--"):
+            raise UserError(f"unexpected argument {token!r}; settings are given as --key.sub value")
+        key, equals, text = token[2:].partition("=")
+        if not equals:
+            if index + 1 < len(tokens) and not tokens[index + 1].startswith("--"):
+                index += 1
+                text = tokens[index]
+            else:
+                text = "true"
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            value = text
+        # YAML 1.1 reads 1e-3 as text; everyone else reads it as a number.
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)
+        pairs.append((key.replace("-", "_"), value))
+        index += 1
+    return pairs
+
+
+def _recipes(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.recipes import built_in
+
+    _none(rest)
+    found = built_in()
+    if not arguments.json:
+        width = max(map(len, found))
+        print("\n".join(f"{name.ljust(width)}  {description}" for name, description in found.items()))
+    return {"recipes": found}
+
+
+def _train(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.compare import default_output
+    from diffusionblocks.evaluation.run import train
+
+    recipe = _recipe(arguments, rest)
+    folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "train")
+    summary = train(recipe, folder, resume=arguments.resume == "auto")
+    if not arguments.json:
+        _print_metrics(summary)
+        print(f"run folder: {folder}")
+    return summary
+
+
+def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.run import evaluate
+
+    _none(rest)
+    summary = evaluate(Path(arguments.run_dir))
+    if not arguments.json:
+        _print_metrics(summary)
+    return summary
+
+
+def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.run import load_run
+    from diffusionblocks.evaluation.sample import predictions
+
+    _none(rest)
+    found = {"predictions": predictions(load_run(Path(arguments.run_dir)), arguments.num)}
+    if arguments.output:
+        Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n")
+    if not arguments.json:
+        for row in found["predictions"]:
+            mark = "" if row["predicted"] == row["label"] else "  wrong"
+            print(
+                f"{row['index']:5d}  label {row['label']}  predicted {row['predicted']} ({row['probability']:.1%}){mark}"
+            )
+    return found
+
+
+def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.compare import compare, default_output
+    from diffusionblocks.report import table
+    from diffusionblocks.report.page import write_report
+
+    recipe = _recipe(arguments, rest)
+    methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
+    folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "compare")
+    results = compare(recipe, methods, folder, seeds=arguments.seeds, budget=arguments.budget, jobs=arguments.jobs)
+    found = {"results": results}
+    (folder / "compare.json").write_text(json.dumps(found, indent=2) + "\n")
+    page = write_report([folder], folder / "report.html")
+    if not arguments.json:
+        table.show(results)
+        print(f"report: {page}")
+    return found
+
+
+def _report(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.report.page import write_report
+
+    _none(rest)
+    folders = [Path(name) for name in arguments.run_dirs]
+    page = write_report(folders, Path(arguments.output) if arguments.output else folders[0] / "report.html")
+    if not arguments.json:
+        print(f"report: {page}")
+    return {"report": str(page)}
+
+
+def _none(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}")
+
+
+def _print_metrics(summary: dict[str, Any]) -> None:
+    from diffusionblocks.report import table
+
+    table.show([{**summary, "seeds": [summary["seed"]]}])
+
+
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] = {
+    "recipes": (_recipes, "list built-in recipes"),
+    "train": (_train, "train a recipe; the same command again resumes it"),
+    "evaluate": (_evaluate, "evaluate a trained run on its test split"),
+    "sample": (_sample, "predictions of a trained run"),
+    "compare": (_compare, "train several methods on one recipe and print one table"),
+    "report": (_report, "one self-contained HTML page from run folders"),
+}
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="dblocks", description="Train deep networks block by block. See also: dblocks COMMAND --help")
+    parser.add_argument("--version", action="version", version=f"dblocks {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    added: dict[str, argparse.ArgumentParser] = {}
+    for name, (_, text) in COMMANDS.items():
+        added[name] = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added[name].add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+    for name in ("train", "compare"):
+        added[name].add_argument("recipe", metavar="RECIPE_OR_YAML", help="a built-in recipe or a YAML file")
+        added[name].add_argument("--output-dir", metavar="DIR", help="run folder (default: below runs/)")
+        added[name].add_argument("--preset", help="'paper', or a preset of the recipe")
+        added[name].formatter_class = argparse.RawDescriptionHelpFormatter
+    added["train"].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
+    added["compare"].add_argument("--methods", default="end-to-end,shallow,diffusionblocks", help="separated by commas")
+    added["compare"].add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
+    added["compare"].add_argument(
+        "--budget", default="layer-evaluations", help="equal 'layer-evaluations' or 'samples'"
+    )
+    added["compare"].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
+    for name in ("evaluate", "sample"):
+        added[name].add_argument("run_dir", metavar="RUN_DIR")
+    added["sample"].add_argument("--num", type=int, default=16, help="how many test samples (default 16)")
+    for name in ("sample", "report"):
+        added[name].add_argument("--output", metavar="FILE")
+    added["report"].add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
+    return parser
+
+
+def _settings_help() -> str:
+    """Every recipe key with its default, for --help."""
+    import dataclasses
+
+    from diffusionblocks.baselines.methods import METHODS
+    from diffusionblocks.recipes import SHORT_NAMES, Recipe
+
+    lines = ["settings (--key value; defaults before the recipe's own):"]
+    for name, value in Recipe().as_dict().items():
+        if name not in ("presets", "name", "description"):
+            pairs = value.items() if isinstance(value, dict) else [(None, value)]
+            lines += [f"  --{name}{'.' + key if key else ''} {default!r}".replace("_", "-") for key, default in pairs]
+    lines.append("short names: " + ", ".join("--" + name.replace("_", "-") for name in SHORT_NAMES))
+    lines.append("methods: " + "; ".join(f"{name} = {method.description}" for name, method in METHODS.items()))
+    lines.append(
+        "what each setting means: the docstrings of " + ", ".join(f.name for f in dataclasses.fields(Recipe))[-40:]
+    )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO)
+    try:
+        parser = _build_parser()
+        if argv[:1] in (["train"], ["compare"]) and {"-h", "--help"} & set(argv):
+            parser.parse_known_args  # noqa: B018
+            print(parser.format_usage() + "\n" + _settings_help())
+            return 0
+        if not argv:
+            parser.print_help()
+            return 0
+        arguments, rest = parser.parse_known_args(argv)
+        result = COMMANDS[arguments.command][0](arguments, rest)
+        if arguments.json:
+            print(json.dumps(result))
+        return 0
+    except UserError as error:
+        print(f"dblocks: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except RunStopped as stopped:
+        print(f"dblocks: {stopped}", file=sys.stderr)
+        return 130
+    except KeyboardInterrupt:
+        print("dblocks: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Methods side by side: the same recipe, data and budget, several seeds, one table.
+
+Every run is a process of its own (`dblocks train`), so that memory and random state are its own, and has its own run
+folder, so that an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusionblocks.baselines.methods import find_method, steps_for_budget
+from diffusionblocks.errors import RunStopped, UserError
+from diffusionblocks.recipes import Recipe
+
+log = logging.getLogger("diffusionblocks")
+SPEAK_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class _Job:
+    method: str
+    seed: int
+    folder: Path
+    config: Path
+
+
+def compare(
+    recipe: Recipe,
+    methods: Sequence[str],
+    output_dir: Path,
+    *,
+    seeds: int = 1,
+    budget: str = "layer-evaluations",
+    jobs: int = 1,
+) -> list[dict[str, Any]]:
+    """Runs every method with every seed and returns one result per method (see `summarise`).
+
+    Args:
+        recipe: `train.steps` are the end-to-end network's; other methods get the steps of the same budget.
+        seeds: how many, counted from `train.seed`.
+        budget: `layer-evaluations` or `samples`.
+        jobs: processes at once; the CPU cores are shared out among them.
+
+    Raises UserError when a run fails and RunStopped after Ctrl-C.
+    """
+    if seeds < 1 or jobs < 1:
+        raise UserError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
+    if not methods:
+        raise UserError("--methods is empty")
+    todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
+    _run_all(todo, jobs)
+    results = []
+    for method in methods:
+        runs = [json.loads((job.folder / "summary.json").read_text()) for job in todo if job.method == method]
+        results.append({**summarise(runs), "budget": budget})
+    return results
+
+
+def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) -> _Job:
+    find_method(method)
+    train = dataclasses.replace(recipe.train, seed=seed, steps=steps_for_budget(recipe, method, budget))
+    own = dataclasses.replace(recipe, method=method, train=train)
+    folder = output_dir / method / f"seed-{seed}"
+    config = output_dir / method / f"seed-{seed}.yaml"
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(yaml.safe_dump(own.as_dict(), sort_keys=False))
+    return _Job(method, seed, folder, config)
+
+
+def _run_all(todo: list[_Job], jobs: int) -> None:
+    waiting, done = list(todo), 0
+    running: dict[_Job, subprocess.Popen[bytes]] = {}
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    started = spoken = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                job = waiting.pop(0)
+                log.info("[%d/%d] %s, seed %d", len(todo) - len(waiting), len(todo), job.method, job.seed)
+                running[job] = _start(job, environment)
+            for job, process in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[job]
+                if process.returncode == 130:
+                    raise KeyboardInterrupt
+                if process.returncode:
+                    last = (job.folder.parent / f"seed-{job.seed}.log").read_text().strip().splitlines()[-1:]
+                    raise UserError(f"{job.method}, seed {job.seed} failed: {' '.join(last)}")
+                done += 1
+            if time.monotonic() - spoken > SPEAK_SECONDS:
+                spoken = time.monotonic()
+                log.info(
+                    "%d of %d runs done after %.0f s; running: %s", done, len(todo), spoken - started, _where(running)
+                )
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        raise RunStopped("stopped; every unfinished run saved a checkpoint: run the same command to go on") from None
+    finally:
+        for process in running.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+
+
+def _start(job: _Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "diffusionblocks.cli", "train", str(job.config), "--output-dir", str(job.folder)]
+    with (job.folder.parent / f"seed-{job.seed}.log").open("wb") as stream:
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, env=environment)
+
+
+def _where(running: dict[_Job, Any]) -> str:
+    parts = []
+    for job in running:
+        journal = job.folder / "metrics.jsonl"
+        lines = journal.read_text().splitlines() if journal.is_file() else []
+        steps = json.loads(lines[-1])["block_steps"] if lines else 0
+        parts.append(f"{job.method} (block step {steps})")
+    return ", ".join(parts)
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Several seeds of one method -> one result: means, and standard errors over seeds (over samples for one seed)."""
+    first = runs[0]
+    metrics = {name: _over_seeds([run["metrics"][name] for run in runs]) for name in first["metrics"]}
+    return {
+        "method": first["method"],
+        "recipe": first["recipe"],
+        "seeds": [run["seed"] for run in runs],
+        "num_blocks": first["num_blocks"],
+        "metrics": metrics,
+        "layer_evaluations": statistics.fmean(run["layer_evaluations"] for run in runs),
+        "samples_seen": statistics.fmean(run["samples_seen"] for run in runs),
+        "wall_seconds": statistics.fmean(run["wall_seconds"] for run in runs),
+        "peak_memory": max((run["peak_memory"] for run in runs), key=lambda peak: peak["total"]),
+        "versions": first["versions"],
+        "git_commit": first["git_commit"],
+    }
+
+
+def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(values) == 1:
+        return values[0]
+    numbers = [value["value"] for value in values]
+    return {"value": statistics.fmean(numbers), "stderr": statistics.stdev(numbers) / math.sqrt(len(numbers))}
+
+
+def default_output(recipe: Recipe, kind: str) -> Path:
+    """runs/<recipe>[-preset], or runs/compare-<recipe>."""
+    name = f"{recipe.name}-{recipe.preset}" if recipe.preset else recipe.name
+    return Path("runs") / (
+        f"compare-{name}" if kind == "compare" else f"{name}-{recipe.method}-seed{recipe.train.seed}"
+    )

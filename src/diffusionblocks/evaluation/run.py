@@ -1,0 +1,284 @@
+"""One run: recipe -> trained model, run folder and summary.
+
+DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+
+from diffusionblocks import __version__
+from diffusionblocks.adapters import find_adapter
+from diffusionblocks.baselines.methods import find_method
+from diffusionblocks.data.images import ImageSplits, load_images
+from diffusionblocks.errors import UserError
+from diffusionblocks.memory.measure import PeakMemory, measure_peak
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
+from diffusionblocks.recipes import Recipe, build
+from diffusionblocks.seeds import derive
+from diffusionblocks.tasks.base import Metric
+from diffusionblocks.training.trainer import Progress, Trainer
+
+log = logging.getLogger("diffusionblocks")
+
+# Keys that may differ between a run folder and the command that resumes it: they do not change the result.
+FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device")
+
+
+class Run(NamedTuple):
+    """A recipe made ready: data, model and trainer."""
+
+    recipe: Recipe
+    data: ImageSplits
+    model: BlockModel
+    trainer: Trainer
+
+
+def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | None = None) -> Run:
+    """Loads the data and builds network, model and trainer of a recipe.
+
+    Raises UserError for everything in the recipe that cannot work together.
+    """
+    recipe = find_method(recipe.method).prepare(recipe)
+    recipe.train.check()
+    recipe.blocks.check()
+    if recipe.evaluate_on not in ("test", "validation"):
+        raise UserError(f"evaluate_on must be test or validation, got {recipe.evaluate_on!r}")
+    data = data or load_images(recipe.data, recipe.train.seed)
+    torch.manual_seed(derive(recipe.train.seed, "weights"))
+    network = build_network(recipe, len(data.classes))
+    model = find_method(recipe.method).build(recipe, network)
+    trainer = Trainer(model, recipe.task, data.train, data.validation, recipe.train, output_dir=output_dir)
+    return Run(recipe, data, model, trainer)
+
+
+def build_network(recipe: Recipe, num_classes: int) -> Any:
+    """The Hugging Face network of a recipe, new (from torch's global generator) or pretrained."""
+    import transformers
+
+    settings, data = recipe.model, recipe.data
+    model_class = getattr(transformers, settings.model_class, None)
+    if model_class is None:
+        raise UserError(f"transformers has no class {settings.model_class!r}")
+    dropout = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
+    common: dict[str, Any] = {"num_labels": num_classes, "attn_implementation": settings.attention, **dropout}
+    if settings.pretrained:
+        try:
+            network = model_class.from_pretrained(settings.pretrained, ignore_mismatched_sizes=True, **common)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the network {settings.pretrained!r}: {str(error).splitlines()[0]}") from None
+        if network.config.image_size != data.image_size or network.config.num_channels != data.channels:
+            raise UserError(
+                f"{settings.pretrained} reads {network.config.num_channels} channels of {network.config.image_size} pixels; "
+                f"set data.channels and data.image_size to match (got {data.channels} and {data.image_size})"
+            )
+        return network
+    if data.image_size % settings.patch_size:
+        raise UserError(f"data.image_size {data.image_size} is not divisible by model.patch_size {settings.patch_size}")
+    if settings.hidden_size % settings.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
+        )
+    config = model_class.config_class(
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        patch_size=settings.patch_size,
+        image_size=data.image_size,
+        num_channels=data.channels,
+        **common,
+    )
+    network = model_class(config)
+    find_adapter(network)
+    return network
+
+
+def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:
+    """Trains (or finishes) a run and returns what summary.json holds. A finished run is not trained again."""
+    _claim(recipe, output_dir, resume)
+    summary_path = output_dir / "summary.json"
+    if summary_path.is_file():
+        log.info("%s is already finished; use --resume never to train it again", output_dir)
+        return json.loads(summary_path.read_text())
+    with _collected_warnings() as messages:
+        run = prepare(recipe, output_dir)
+        progress = run.trainer.fit(resume=resume)
+        metrics = run.trainer.evaluate(_evaluation_data(run))
+        memory = (
+            _throwaway_peak(recipe, run.data) if run.trainer.device.type != "cuda" else _cuda_peak(recipe, run.data)
+        )
+        _save_model(run, output_dir)
+    summary = _summary(run, progress, metrics, memory, messages)
+    _write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
+    shutil.rmtree(output_dir / "residency", ignore_errors=True)
+    return summary
+
+
+def load_run(folder: Path) -> Run:
+    """A trained run from its folder. Raises UserError when there is none or its checkpoints are damaged."""
+    config = folder / "config.yaml"
+    if not config.is_file():
+        raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
+    recipe = build(yaml.safe_load(config.read_text()))
+    recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
+    run = prepare(recipe)
+    if not run.trainer.restore(folder):
+        raise UserError(f"{folder} holds no usable checkpoint; train it first")
+    run.trainer.residency  # noqa: B018  (moves the blocks to the device)
+    return run
+
+
+def evaluate(folder: Path) -> dict[str, Any]:
+    """Evaluates a run's newest checkpoint on its test split; the run's own summary supplies costs and memory."""
+    run = load_run(folder)
+    metrics = run.trainer.evaluate(_evaluation_data(run))
+    summary_path = folder / "summary.json"
+    if summary_path.is_file():
+        return {**json.loads(summary_path.read_text()), "metrics": _as_dicts(metrics)}
+    return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
+
+
+def _evaluation_data(run: Run) -> Any:
+    return run.data.test if run.recipe.evaluate_on == "test" else run.data.validation
+
+
+def _throwaway_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
+    """Peak memory of the recipe's steps, on a model that is thrown away."""
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False, tensorboard=False))
+    return measure_peak(prepare(recipe, None, data).trainer)
+
+
+def _cuda_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
+    torch.cuda.empty_cache()  # the trained model stays allocated: measure against a clean baseline
+    held = torch.cuda.memory_allocated()
+    peak = _throwaway_peak(recipe, data)
+    return dataclasses.replace(peak, total=peak.total - held, activations=peak.activations - held)
+
+
+def _save_model(run: Run, output_dir: Path) -> None:
+    """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
+    run.trainer.use_averages()
+    assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel)
+    run.model.save_pretrained(output_dir / "model")
+
+
+def _summary(
+    run: Run, progress: Progress, metrics: dict[str, Metric], memory: PeakMemory, messages: list[str]
+) -> dict[str, Any]:
+    recipe = run.recipe
+    return {
+        "method": recipe.method,
+        "recipe": recipe.name,
+        "preset": recipe.preset,
+        "seed": recipe.train.seed,
+        "num_blocks": run.model.num_blocks,
+        "layers": [[span.start, span.stop - 1] for span in run.model.layers],
+        "evaluated_on": recipe.evaluate_on,
+        "metrics": _as_dicts(metrics),
+        "layer_evaluations": progress.layer_evaluations,
+        "samples_seen": progress.samples_seen,
+        "block_steps": progress.block_steps,
+        "wall_seconds": round(progress.wall_seconds, 3),
+        "peak_memory": memory.as_dict(),
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "warnings": messages,
+    }
+
+
+def _as_dicts(metrics: dict[str, Metric]) -> dict[str, dict[str, float | None]]:
+    return {name: metric._asdict() for name, metric in metrics.items()}
+
+
+def versions() -> dict[str, str]:
+    import accelerate
+    import transformers
+
+    return {
+        "diffusionblocks": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the package's own checkout, None when it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short=12", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
+    """Makes `folder` this recipe's. Raises UserError when another recipe owns it."""
+    path = folder / "config.yaml"
+    if path.is_file() and resume:
+        difference = _difference(yaml.safe_load(path.read_text()), recipe.as_dict())
+        if difference:
+            raise UserError(
+                f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
+                "or --resume never to overwrite it"
+            )
+        return
+    if not resume:
+        for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+        for name in ("checkpoints", "model", "residency"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+    elif folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The first key that differs, with both values; empty when the runs are the same."""
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if key in (*FREE_KEYS, "description", "presets") or a == b:
+            continue
+        if isinstance(a, dict) and isinstance(b, dict):
+            if found := _difference(a, b, f"{prefix}{key}."):
+                return found
+            continue
+        return f"{prefix}{key} is {a!r} there and {b!r} here"
+    return ""
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class _collected_warnings:
+    """Python warnings and this package's log warnings of a run, for the summary."""
+
+    def __enter__(self) -> list[str]:
+        self.messages: list[str] = []
+        self._handler = logging.Handler(logging.WARNING)
+        self._handler.emit = lambda record: self.messages.append(record.getMessage())  # type: ignore[method-assign]
+        log.addHandler(self._handler)
+        self._catch = warnings.catch_warnings()
+        self._catch.__enter__()
+        warnings.simplefilter("ignore")
+        return self.messages
+
+    def __exit__(self, *error: object) -> None:
+        self._catch.__exit__(None, None, None)
+        log.removeHandler(self._handler)

@@ -1,0 +1,137 @@
+"""Peak training memory, measured on real steps after every block has stepped.
+
+CPU: torch's MemTracker sees every storage that an operation allocates and says what it is for. GPU: the caching
+allocator's own statistics. A measurement after one step would miss the optimizer states of the other blocks, so every
+block steps first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.data.stream import BatchStream
+from diffusionblocks.tasks.base import on_device
+from diffusionblocks.training.order import Visit
+from diffusionblocks.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Bytes on the device at the moment of the peak, in the worst block.
+
+    activations: everything that is not a parameter, gradient or optimizer state: saved activations, gradients of
+    activations, temporaries, buffers, inputs. reserved: what the CUDA allocator holds from the card (CUDA only).
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    total: int
+    how_measured: str
+    device: str
+    reserved: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure_peak(trainer: Trainer) -> PeakMemory:
+    """Peak memory of `trainer`'s steps. Trains its model for a few steps: pass a trainer made for measuring.
+
+    Two rounds over all blocks: the first creates every optimizer state, the second is measured. The result is the
+    block with the largest total.
+    """
+    for visit, batches in _round(trainer, 0):
+        trainer.visit(visit, batches)
+    measure = _measure_cuda if trainer.device.type == "cuda" else _measure_cpu
+    peaks = [measure(trainer, visit, batches) for visit, batches in _round(trainer, 1)]
+    return max(peaks, key=lambda peak: peak.total)
+
+
+def _round(trainer: Trainer, number: int) -> Iterator[tuple[Visit, list[dict[str, Tensor]]]]:
+    """One visit of one batch per block, in order, batch `number` handed on."""
+    stream: BatchStream = trainer.stream
+    batches = list(islice(on_device(stream.load([number]), trainer.device), 1))
+    for block in range(trainer.model.num_blocks):
+        yield Visit(block=block, batches=range(number, number + 1), carried=block > 0), batches
+
+
+def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    residency, model = trainer.residency, trainer.model
+    with residency.active(visit.block):
+        tracker = MemTracker()
+        present = residency.present()
+        tracker.track_external(model.shared, *(model.block(index) for index in present))
+        optimizers = [trainer.shared.optimizer, *(trainer.states[index].optimizer for index in present)]
+        tracker.track_external(*(optimizer for optimizer in optimizers if optimizer is not None))
+        tracker.track_external(*(tensor for batch in batches for tensor in batch.values()))
+        with tracker:
+            trainer.visit(visit, batches)
+        snapshot = tracker.get_tracker_snapshot("peak")[trainer.device]
+    named = {str(getattr(key, "value", key)): size for key, size in snapshot.items()}
+    return _peak(
+        named["Parameter"],
+        named["Gradient"],
+        named["Optstate"],
+        named["Total"],
+        averages=_average_bytes(trainer, present),
+        how_measured="torch MemTracker",
+        device="cpu",
+    )
+
+
+def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
+    residency = trainer.residency
+    with residency.active(visit.block):
+        present = residency.present()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        trainer.visit(visit, batches)
+        torch.cuda.synchronize()
+        total, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    states = [trainer.shared, *(trainer.states[index] for index in present)]
+    sizes = {"model.": 0, "optimizer.": 0}
+    for state in states:
+        for name, tensor in state.tensors().items():
+            for kind in sizes:
+                sizes[kind] += tensor.nbytes if name.startswith(kind) else 0
+    gradients = sum(
+        p.nbytes for state in (trainer.shared, trainer.states[visit.block]) for p in state.parameters.values()
+    )
+    return _peak(
+        sizes["model."],
+        gradients,
+        sizes["optimizer."],
+        total,
+        averages=0,
+        how_measured="torch.cuda.max_memory_allocated",
+        device=torch.cuda.get_device_name(),
+        reserved=reserved,
+    )
+
+
+def _average_bytes(trainer: Trainer, present: list[int]) -> int:
+    """Moving averages, which the tracker does not know."""
+    states = [trainer.shared, *(trainer.states[index] for index in present)]
+    return sum(tensor.nbytes for state in states for tensor in state.average.values())
+
+
+def _peak(parameters: int, gradients: int, optimizer: int, total: int, *, averages: int, **how: Any) -> PeakMemory:
+    rest = total - parameters - gradients - optimizer
+    return PeakMemory(
+        parameters=parameters,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=rest + averages,
+        total=total + averages,
+        **how,
+    )

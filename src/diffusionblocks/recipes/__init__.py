@@ -1,0 +1,204 @@
+"""Recipes: everything a run needs, as one YAML file that can be copied and edited.
+
+A recipe is completed in this order: the file, its preset, then the overrides of the command line. Unknown keys are
+errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusionblocks.data.images import DataConfig
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.network import BlocksConfig
+from diffusionblocks.tasks.classification import Classification
+from diffusionblocks.training.config import TrainingConfig
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network: a new one of `model_class` with these sizes, or a pretrained one.
+
+    Args:
+        model_class: a supported transformers class.
+        pretrained: Hugging Face name or local folder; then only `dropout` and `attention` of the rest apply.
+        attention: transformers' attention implementation, `sdpa` or `eager`.
+    """
+
+    model_class: str = "ViTForImageClassification"
+    pretrained: str = ""
+    hidden_size: int = 64
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    patch_size: int = 4
+    dropout: float = 0.0
+    attention: str = "sdpa"
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run. `method` is a name of `baselines.METHODS`; `evaluate_on` is `test`, or `validation` while tuning."""
+
+    name: str = "custom"
+    description: str = ""
+    method: str = "diffusionblocks"
+    preset: str = ""
+    evaluate_on: str = "test"
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    task: Classification = field(default_factory=Classification)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # What the paper describes and its released code does ([DB] sections 3 and 5.1, app. E).
+    "paper": {
+        "blocks": {
+            "context": "input",
+            "target_entry": "replace",
+            "readout": "linear",
+            "target_table": "trained",
+            "shared": "trained",
+            "levels": "log-normal",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "overlap": 0.05,
+            "head_layers": 0,
+        },
+        "task": {"sampler": "euler", "decision": "final"},
+        "train": {"order": "random", "branch_at": 0.0},
+    }
+}
+
+SHORT_NAMES = {
+    "num_blocks": "blocks.num_blocks",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "seed": "train.seed",
+    "device": "train.device",
+    "order": "train.order",
+    "residency": "train.residency",
+}
+
+
+def built_in() -> dict[str, str]:
+    """Names of the built-in recipes and their one-line descriptions."""
+    files = {path.name: path for path in resources.files(__package__).iterdir() if path.name.endswith(".yaml")}
+    contents = {name: _parse_yaml(files[name].read_text(), name) for name in sorted(files)}
+    return {name.removesuffix(".yaml"): content["description"] for name, content in contents.items()}
+
+
+def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
+    """A built-in recipe by name, or a YAML file, with its preset and `overrides` (dotted key, value) applied.
+
+    Raises UserError for an unknown recipe, key or preset, or a value of the wrong type.
+    """
+    content = _read(name_or_path)
+    check_keys(content)
+    changes: dict[str, Any] = {}
+    for key, value in overrides:
+        _set(changes, SHORT_NAMES.get(key, key), value)
+    check_keys(changes)
+    preset = changes.get("preset", content.get("preset", ""))
+    if preset:
+        known = PRESETS | content.get("presets", {})
+        if preset not in known:
+            raise UserError(f"unknown preset {preset!r}{nearest(preset, known)}")
+        content = merge(content, PRESETS.get(preset, {}))
+        content = merge(content, content.get("presets", {}).get(preset, {}))
+    return build(merge(content, changes))
+
+
+def build(content: Mapping[str, Any]) -> Recipe:
+    """A typed recipe from nested dicts. Raises UserError naming the key and what it needs."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--recipe", type=Recipe)
+    try:
+        parsed = parser.parse_object({"recipe": dict(content)})
+        return parser.instantiate_classes(parsed)["recipe"]
+    except UserError:
+        raise
+    except (ArgumentError, TypeError, ValueError) as error:
+        raise UserError(_one_line(str(error))) from None
+
+
+def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "") -> None:
+    """Raises UserError at the first key that `kind` does not have, naming the nearest one."""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in content.items():
+        if key not in fields:
+            known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
+            raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
+        nested = _NESTED.get(key) if kind is Recipe else None
+        if nested is not None:
+            if not isinstance(value, Mapping):
+                raise UserError(f"{key} must be a group of keys, got {value!r}")
+            check_keys(value, nested, f"{key}.")
+
+
+_NESTED = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "blocks": BlocksConfig,
+    "task": Classification,
+    "train": TrainingConfig,
+}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, group by group."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise UserError(f"recipe file {name_or_path} does not exist")
+        return _parse_yaml(path.read_text(), str(path))
+    resource = resources.files(__package__) / f"{name_or_path}.yaml"
+    if "/" in name_or_path or not resource.is_file():
+        raise UserError(f"unknown recipe {name_or_path!r}{nearest(name_or_path, built_in())} (or pass a YAML file)")
+    return _parse_yaml(resource.read_text(), name_or_path)
+
+
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not valid YAML: {_one_line(str(error))}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name} must hold keys and values, got {type(content).__name__}")
+    return content
+
+
+def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    *groups, last = dotted.split(".")
+    for group in groups:
+        content = content.setdefault(group, {})
+        if not isinstance(content, dict):
+            raise UserError(f"{dotted}: {group} is a value, not a group of keys")
+    content[last] = value
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,99 @@
+"""Figures of the report, as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+# One hue per block, light to dark from the highest noise to the lowest.
+BLOCK_COLOURS = plt.get_cmap("viridis")
+PARTS = ("parameters", "gradients", "optimizer", "activations")
+PART_COLOURS = ("#3b6ea5", "#e08e45", "#6aa56e", "#b0b4ba")
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+
+
+def block_colour(block: int, num_blocks: int) -> Any:
+    return BLOCK_COLOURS(0.15 + 0.7 * block / max(1, num_blocks - 1))
+
+
+def noise_ranges(ranges: Sequence[dict[str, float]]) -> str:
+    """A bar per block over log sigma: what it owns (solid) and what it trains on (light)."""
+    figure, axes = plt.subplots(figsize=(6.4, 0.7 + 0.35 * len(ranges)))
+    for block, span in enumerate(ranges):
+        colour = block_colour(block, len(ranges))
+        axes.barh(block, span["trained_high"] - span["trained_low"], left=span["trained_low"], color=colour, alpha=0.35)
+        axes.barh(block, span["high"] - span["low"], left=span["low"], color=colour)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(ranges)), [f"block {block}" for block in range(len(ranges))])
+    axes.invert_yaxis()
+    axes.set_xlabel("noise level sigma (light: overlap)")
+    return _svg(figure)
+
+
+def losses(curves: dict[str, tuple[list[float], list[float]]], num_blocks: int) -> str:
+    """Training loss over layer evaluations, one line per block."""
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    for name, (x, y) in curves.items():
+        axes.plot(x, y, label=f"block {name}", color=block_colour(int(name), num_blocks), linewidth=1.2)
+    axes.set_xlabel("layer evaluations")
+    axes.set_ylabel("training loss (nats)")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def memory(results: Sequence[dict[str, Any]]) -> str:
+    """Stacked bars of peak memory per method."""
+    figure, axes = plt.subplots(figsize=(6.4, 0.8 + 0.38 * len(results)))
+    largest = max(result["peak_memory"]["total"] for result in results)
+    unit, name = (2**30, "GiB") if largest > 2**30 else (2**20, "MiB")
+    left = np.zeros(len(results))
+    for part, colour in zip(PARTS, PART_COLOURS, strict=True):
+        values = np.array([result["peak_memory"][part] / unit for result in results])
+        axes.barh([result["method"] for result in results], values, left=left, color=colour, label=part)
+        left += values
+    axes.invert_yaxis()
+    axes.set_xlabel(f"peak training memory ({name})")
+    axes.legend(frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
+    return _svg(figure)
+
+
+def quality(results: Sequence[dict[str, Any]], metric: str) -> str:
+    """A dot with its standard error per method."""
+    figure, axes = plt.subplots(figsize=(6.4, 0.7 + 0.34 * len(results)))
+    for row, result in enumerate(results):
+        value = result["metrics"][metric]
+        axes.errorbar(value["value"], row, xerr=value["stderr"] or 0, fmt="o", capsize=3, color=PART_COLOURS[0])
+    axes.set_yticks(range(len(results)), [result["method"] for result in results])
+    axes.set_ylim(len(results) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(f"{metric} (± standard error)")
+    return _svg(figure)
+
+
+def samples(images: np.ndarray, captions: Sequence[str], right: Sequence[bool]) -> str:
+    """Images [n, height, width] or [n, height, width, 3] in a row of eight each, wrong captions in red."""
+    columns = 8
+    rows = -(-len(images) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.4, 1.05 * rows), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, image, caption, good in zip(axes.flat, images, captions, right, strict=False):
+        axis.imshow(image, cmap="gray_r", interpolation="nearest")
+        axis.set_title(caption, fontsize=7, color="black" if good else "#c0392b")
+    return _svg(figure)
+
+
+def _svg(figure: Any) -> str:
+    stream = io.StringIO()
+    figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

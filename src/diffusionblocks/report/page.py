@@ -1,0 +1,118 @@
+"""One self-contained HTML page from run folders and comparisons. Opening it needs no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation.compare import summarise
+from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.evaluation.sample import predictions
+from diffusionblocks.network import DiffusionBlocksModel
+from diffusionblocks.report import figures, table
+
+SAMPLES = 16
+
+
+def write_report(folders: Sequence[Path], output: Path) -> Path:
+    """Writes the page for run folders and comparison folders and returns its path.
+
+    Raises UserError when a folder is neither.
+    """
+    import jinja2
+
+    groups, runs = [], []
+    singles: dict[str, list[dict[str, Any]]] = {}
+    for folder in folders:
+        if (folder / "compare.json").is_file():
+            results = json.loads((folder / "compare.json").read_text())["results"]
+            groups.append(_group(f"Comparison on {results[0]['recipe']}", results))
+            runs += [_run(path) for path in _first_seeds(folder, results)]
+        elif (folder / "summary.json").is_file():
+            summary = json.loads((folder / "summary.json").read_text())
+            singles.setdefault(summary["recipe"], []).append(summarise([summary]))
+            runs.append(_run(folder))
+        else:
+            raise UserError(f"{folder} holds no finished run (summary.json) and no comparison (compare.json)")
+    groups += [_group(f"Runs of {recipe}", results) for recipe, results in singles.items()]
+    template = jinja2.Template((resources.files(__package__) / "page.html").read_text(), autoescape=True)
+    subtitle = "DiffusionBlocks: blocks trained alone, next to the same network trained in the usual ways"
+    page = template.render(title=groups[0]["title"], subtitle=subtitle, groups=groups, runs=runs)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(page)
+    return output
+
+
+def _first_seeds(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
+    return [folder / result["method"] / f"seed-{result['seeds'][0]}" for result in results]
+
+
+def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    heads, rows = table.columns(results)
+    seeds = max(len(result["seeds"]) for result in results)
+    over = f"{seeds} seeds" if seeds > 1 else "the test samples of one seed"
+    budget = results[0].get("budget")
+    note = f"± standard error over {over}." + (f" Equal {budget.replace('-', ' ')}." if budget else "")
+    peak = results[0]["peak_memory"]
+    return {
+        "title": title,
+        "heads": heads,
+        "rows": rows,
+        "note": note,
+        "quality": figures.quality(results, next(iter(results[0]["metrics"]))),
+        "memory": figures.memory(results),
+        "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has stepped.",
+    }
+
+
+def _run(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    run = load_run(folder)
+    ranges = (
+        [_range(run.model, b) for b in range(run.model.num_blocks)]
+        if isinstance(run.model, DiffusionBlocksModel)
+        else []
+    )
+    curves: dict[str, tuple[list[float], list[float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        for block, loss in entry.get("loss", {}).items():
+            x, y = curves.setdefault(block, ([], []))
+            x.append(entry["layer_evaluations"])
+            y.append(loss)
+    train = recipe["train"]
+    return {
+        "title": f"{summary['method']}, seed {summary['seed']}",
+        "note": f"{train['steps']} steps per block, batch {train['batch_size']}, order {train['order']}, "
+        f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, torch {summary['versions']['torch']}",
+        "warnings": summary["warnings"],
+        "ranges": figures.noise_ranges(ranges) if ranges else "",
+        "losses": figures.losses(curves, summary["num_blocks"]) if curves else "",
+        "samples": _samples(run),
+    }
+
+
+def _range(model: DiffusionBlocksModel, block: int) -> dict[str, float]:
+    own, trained = model.partition.range(block), model.partition.range(block, widened=True)
+    return {"low": own.low, "high": own.high, "trained_low": trained.low, "trained_high": trained.high}
+
+
+def _samples(run: Any) -> str:
+    count = min(SAMPLES, len(run.data.test))
+    rows = predictions(run, count)
+    images = run.data.test.images[:count]
+    array = images[:, 0].numpy() if images.shape[1] == 1 else torch.movedim(images, 1, -1).numpy()
+    captions = [
+        row["predicted"] if row["predicted"] == row["label"] else f"{row['predicted']}, not {row['label']}"
+        for row in rows
+    ]
+    return figures.samples(np.asarray(array), captions, [row["predicted"] == row["label"] for row in rows])

@@ -1,0 +1,66 @@
+"""The comparison table on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+UNITS = {"accuracy": "%", "validation_loss": "nats"}
+
+
+def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Heads and cells, one row per result; memory also as a ratio to end-to-end when that is among them."""
+    reference = next((r for r in results if r["method"] == "end-to-end"), None)
+    metrics = list(results[0]["metrics"])
+    heads = ["method", "blocks", *(f"{name} ({UNITS.get(name, '')})" for name in metrics)]
+    heads += ["layer evaluations", "samples", "seconds", "peak memory"]
+    rows = []
+    for result in results:
+        cells = [result["method"], str(result["num_blocks"])]
+        cells += [_with_error(result["metrics"][name]) for name in metrics]
+        cells += [_count(result["layer_evaluations"]), _count(result["samples_seen"]), f"{result['wall_seconds']:.0f}"]
+        total = result["peak_memory"]["total"]
+        ratio = f" ({total / reference['peak_memory']['total']:.2f}x)" if reference and len(results) > 1 else ""
+        rows.append([*cells, size(total) + ratio])
+    return heads, rows
+
+
+def show(results: Sequence[dict[str, Any]]) -> None:
+    """Prints the table; standard errors are over seeds, or over test samples for a single seed."""
+    from rich.console import Console
+    from rich.table import Table
+
+    heads, rows = columns(results)
+    seeds = max(len(result["seeds"]) for result in results)
+    over = f"{seeds} seeds" if seeds > 1 else "test samples of one seed"
+    table = Table(title=f"{results[0]['recipe']} (± standard error over {over})", title_justify="left")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for row in rows:
+        table.add_row(*row)
+    console = Console()
+    if console.width < 100 and not console.is_terminal:
+        console = Console(width=140)
+    console.print(table)
+
+
+def size(count: float) -> str:
+    """Bytes in binary units."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"
+
+
+def _with_error(metric: dict[str, Any]) -> str:
+    digits = 2 if abs(metric["value"]) >= 1 else 3
+    error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.{digits}f}"
+    return f"{metric['value']:.{digits}f}{error}"
+
+
+def _count(value: float) -> str:
+    for factor, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.2f}{unit}"
+    return f"{value:.0f}"
