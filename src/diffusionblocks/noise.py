@@ -147,6 +147,13 @@ class Information(_GaussianLevels):
         log_sigma = _interpolate(mass.double().clamp(0, 1), self._mass, self._log_sigma)
         return log_sigma.exp().clamp(self.lowest, self.highest).to(mass.dtype)
 
+    def widen(self, low: float, high: float, overlap: float) -> tuple[float, float]:
+        """Overlap in mass: in log sigma the outermost ranges are so long that a share of them swallows neighbours."""
+        low_mass, high_mass = self.mass(torch.tensor([low, high], dtype=torch.float64)).tolist()
+        margin = overlap * (high_mass - low_mass)
+        widened = self.level(torch.tensor([low_mass - margin, high_mass + margin], dtype=torch.float64)).tolist()
+        return widened[0], widened[1]
+
 
 def _conditional_entropy(table: Tensor, prior: Tensor | None, sigmas: Tensor, samples: int) -> Tensor:
     """H(v | z) in nats at each sigma, where z = e_v + sigma eps. table [V, D], sigmas [S] -> [S]."""

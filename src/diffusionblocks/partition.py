@@ -47,7 +47,8 @@ class Partition:
         self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
 
     def block_of(self, level: Tensor) -> Tensor:
-        """Index of the block that owns each level; same shape, int64. A boundary belongs to the noisier block.
+        """Index of the block that owns each level; same shape, int64. A boundary belongs to the block below it, which
+        denoises from there.
 
         Raises UserError when a level lies outside [lowest, highest].
         """
@@ -58,7 +59,7 @@ class Partition:
             )
         inner = self.boundaries[1:-1].to(level.device)
         # A level read back in single precision may miss its own boundary by a rounding: accept 1e-6 relative.
-        return self.num_blocks - 1 - torch.searchsorted(inner * (1 - 1e-6), level.contiguous(), right=True)
+        return self.num_blocks - 1 - torch.searchsorted(inner * (1 + 1e-6), level.contiguous())
 
     def range(self, block: int, *, widened: bool = False) -> NoiseRange:
         """The range that `block` owns, or the wider one that it trains on."""

@@ -19,7 +19,9 @@ def equal_mass_tops(levels: LevelDistribution, steps: int) -> list[float]:
 
 
 def _at(levels: LevelDistribution, mass: torch.Tensor) -> list[float]:
-    return levels.level(mass).clamp(levels.lowest, levels.highest).tolist()
+    grid = levels.level(mass)
+    grid[mass == 1], grid[mass == 0] = levels.highest, levels.lowest  # exact ends, not their round trip
+    return grid.tolist()
 
 
 def _checked(steps: int) -> int:

@@ -1,0 +1,82 @@
+"""Small networks and data that every test can afford."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
+
+import diffusionblocks as dblocks
+from diffusionblocks.data.images import ImageData
+
+torch.set_num_threads(1)
+
+SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=6,
+    num_attention_heads=2,
+    intermediate_size=32,
+    image_size=8,
+    patch_size=4,
+    num_channels=1,
+    num_labels=4,
+)
+
+
+def make_vit(**changes) -> ViTForImageClassification:
+    torch.manual_seed(0)
+    return ViTForImageClassification(ViTConfig(**{**SIZES, **changes}))
+
+
+def make_deit(**changes) -> DeiTForImageClassification:
+    torch.manual_seed(0)
+    return DeiTForImageClassification(DeiTConfig(**{**SIZES, **changes}))
+
+
+def make_data(count: int = 48, num_labels: int = 4) -> ImageData:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.arange(count) % num_labels
+    images = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
+    for index, label in enumerate(labels):  # a bright quadrant tells the class
+        row, column = divmod(int(label), 2)
+        images[index, 0, row * 4 : row * 4 + 4, column * 4 : column * 4 + 4] += 180
+    return ImageData(images.to(torch.uint8), labels)
+
+
+# Every kind of conversion; the laws hold for all of them.
+CONVERSIONS = {
+    "default": {},
+    "input-add": {"context": "input", "target_entry": "add", "shared": "copies"},
+    "features-head": {"context": "features", "target_entry": "add", "head_layers": 1},
+    "features": {"context": "features", "target_entry": "none"},
+    "paper": {
+        "context": "input",
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+    },
+}
+
+
+@pytest.fixture(params=CONVERSIONS, ids=list(CONVERSIONS))
+def conversion(request) -> dict:
+    return CONVERSIONS[request.param]
+
+
+@pytest.fixture
+def data() -> ImageData:
+    return make_data()
+
+
+def config(**changes) -> dblocks.TrainingConfig:
+    return dblocks.TrainingConfig(**{"steps": 4, "batch_size": 8, "device": "cpu", **changes})
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
