@@ -71,7 +71,7 @@ def data() -> ImageData:
 
 
 def config(**changes) -> dblocks.TrainingConfig:
-    return dblocks.TrainingConfig(**{"steps": 4, "batch_size": 8, "device": "cpu", **changes})
+    return dblocks.TrainingConfig(**{"steps": 4, "batch_size": 8, "device": "cpu", "branch_at": 0.0, **changes})
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:

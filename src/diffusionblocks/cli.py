@@ -24,7 +24,7 @@ log = logging.getLogger("diffusionblocks")
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        if "invalid choice" in message and "argument command" in message:
+        if "invalid choice" in message and "COMMAND" in message:
             name = message.split("invalid choice: ")[1].split(" (")[0].strip("'")
             message = f"unknown command {name!r}{nearest(name, COMMANDS)}"
         raise UserError(message)

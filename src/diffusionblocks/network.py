@@ -51,6 +51,8 @@ class BlocksConfig:
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own).
         levels: `information` (equal shares of nats) or `log-normal` ([DB]).
+        least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
+        sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
         condition_width: C, width of the level embedding.
         head_layers: extra layers between a block's trunk and its readout (features context); not handed on.
@@ -59,7 +61,7 @@ class BlocksConfig:
     num_blocks: int = 3
     layers_per_block: list[int] = field(default_factory=list)
     context: str = "input"
-    target_entry: str = "add"
+    target_entry: str = "none"
     readout: str = "bayes"
     target_table: str = "fixed"
     shared: str = "copies"
@@ -68,6 +70,7 @@ class BlocksConfig:
     p_std: float = 1.2
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+    least_hidden: float = 0.65
     overlap: float = 0.05
     condition_width: int = 64
     head_layers: int = 0
@@ -97,9 +100,16 @@ class BlocksConfig:
                 "blocks.target_table trained needs blocks.shared trained or frozen: blocks must agree on the table"
             )
 
+    def may_branch(self, layers: list[range]) -> bool:
+        """Whether blocks can start as copies of one: equal depth, the same input, nothing trained in common."""
+        alike = len({len(span) for span in layers}) == 1
+        return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
+
     def distribution(self, table: Tensor) -> LevelDistribution:
         if self.levels == "information":
-            return Information(table, sigma_min=self.sigma_min, sigma_max=self.sigma_max)
+            return Information(
+                table, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
+            )
         return LogNormal(self.p_mean, self.p_std, self.sigma_min, self.sigma_max)
 
 

@@ -116,6 +116,8 @@ class Information(_GaussianLevels):
     Args:
         table: target embeddings e_v [V, D].
         prior: probabilities [V]; uniform when None.
+        least_hidden: the lowest level still hides this share of the entropy. Below it a batch teaches little, since
+            the noisy target almost gives the answer away.
         samples: Monte-Carlo draws per grid point. The draws are common to all points and seeded, so the same
             table always gives the same partition.
     """
@@ -127,15 +129,23 @@ class Information(_GaussianLevels):
         *,
         sigma_min: float = 0.002,
         sigma_max: float = 80.0,
+        least_hidden: float = 0.0,
         samples: int = 4096,
         points: int = 257,
     ) -> None:
         super().__init__(sigma_min, sigma_max)
+        if not 0 <= least_hidden < 1:
+            raise UserError(f"least_hidden is a share in [0, 1), got {least_hidden}")
         log_sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), points, dtype=torch.float64)
         entropy = _conditional_entropy(table, prior, log_sigma.exp(), samples)
         mass = torch.cummax(entropy, dim=0).values
         # A strictly increasing sliver keeps the map invertible where the entropy is flat (0 or saturated).
         mass = mass / mass[-1] + 1e-6 * torch.linspace(0, 1, points, dtype=torch.float64)
+        if least_hidden > mass[0]:
+            floor = torch.tensor([least_hidden], dtype=torch.float64)
+            lowest, kept = _interpolate(floor, mass, log_sigma), mass > floor
+            log_sigma, mass = torch.cat([lowest, log_sigma[kept]]), torch.cat([floor, mass[kept]])
+            self.lowest = lowest.exp().item()
         mass = (mass - mass[0]) / (mass[-1] - mass[0])
         self._log_sigma, self._mass = log_sigma, mass
 

@@ -12,7 +12,7 @@ from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, EndToEndModel
 from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import PRESETS, Recipe, build, merge
-from diffusionblocks.training.order import branch_steps
+from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ def _checkpointing(recipe: Recipe) -> Recipe:
 
 def _paper(recipe: Recipe) -> Recipe:
     content = merge(recipe.as_dict(), PRESETS["paper"])
-    return build(merge(content, recipe.presets.get("paper", {})))
+    content = merge(content, recipe.presets.get("paper", {}))
+    return build(merge(content, recipe.methods.get("diffusionblocks-paper", {})))
 
 
 def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
@@ -78,6 +79,14 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def for_method(recipe: Recipe, name: str) -> Recipe:
+    """The recipe as method `name` runs it: with the recipe's own changes for that method, then the method's."""
+    method = find_method(name)
+    own = recipe.methods.get(name, {})
+    prepared = method.prepare(build(merge(recipe.as_dict(), own)) if own else recipe)
+    return dataclasses.replace(prepared, method=name)
+
+
 BUDGETS = ("layer-evaluations", "samples")
 
 
@@ -90,7 +99,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     """
     if budget not in BUDGETS:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}")
-    prepared = find_method(method).prepare(recipe)
+    prepared = for_method(recipe, method)
     steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
     if method in ("end-to-end", "checkpointing"):
         return steps
@@ -106,6 +115,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
         return round(steps * num_layers / passes)
     if train.order != "sweep":
         return max(1, round(steps / num_blocks)) if train.order == "random" else steps
+    train = resolve_branch(train, blocks.may_branch(spans))
     common = branch_steps(train, num_blocks)
     loaded_per_step = (common + train.steps - common // num_blocks) / train.steps
     return max(1, round(steps / loaded_per_step))

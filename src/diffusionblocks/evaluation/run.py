@@ -20,7 +20,7 @@ import yaml
 
 from diffusionblocks import __version__
 from diffusionblocks.adapters import find_adapter
-from diffusionblocks.baselines.methods import find_method
+from diffusionblocks.baselines.methods import find_method, for_method
 from diffusionblocks.data.images import ImageSplits, load_images
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
@@ -50,7 +50,7 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
 
     Raises UserError for everything in the recipe that cannot work together.
     """
-    recipe = find_method(recipe.method).prepare(recipe)
+    recipe = for_method(recipe, recipe.method)
     recipe.train.check()
     recipe.blocks.check()
     if recipe.evaluate_on not in ("test", "validation"):

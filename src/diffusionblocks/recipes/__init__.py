@@ -45,7 +45,13 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """One run. `method` is a name of `baselines.METHODS`; `evaluate_on` is `test`, or `validation` while tuning."""
+    """One run.
+
+    Args:
+        method: a name of `baselines.METHODS`. preset: laid over the recipe.
+        evaluate_on: `test`, or `validation` while tuning.
+        presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
+    """
 
     name: str = "custom"
     description: str = ""
@@ -58,6 +64,7 @@ class Recipe:
     task: Classification = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -119,7 +126,10 @@ def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) ->
             raise UserError(f"unknown preset {preset!r}{nearest(preset, known)}")
         content = merge(content, PRESETS.get(preset, {}))
         content = merge(content, content.get("presets", {}).get(preset, {}))
-    return build(merge(content, changes))
+    content = merge(content, changes)
+    # What the user asks for wins over what the recipe prefers for single methods.
+    content["methods"] = {name: _without(own, changes) for name, own in content.get("methods", {}).items()}
+    return build(content)
 
 
 def build(content: Mapping[str, Any]) -> Recipe:
@@ -149,6 +159,9 @@ def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "")
             if not isinstance(value, Mapping):
                 raise UserError(f"{key} must be a group of keys, got {value!r}")
             check_keys(value, nested, f"{key}.")
+        elif kind is Recipe and key in ("presets", "methods"):
+            for changes in (value or {}).values():
+                check_keys(changes)
 
 
 _NESTED = {
@@ -167,6 +180,18 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
         merged[key] = merge(merged[key], value) if both else value
     return merged
+
+
+def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` less the keys that `taken` has, group by group."""
+    kept = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            nested = taken.get(key, {})
+            kept[key] = _without(value, nested if isinstance(nested, Mapping) else {})
+        elif key not in taken:
+            kept[key] = value
+    return kept
 
 
 def _read(name_or_path: str) -> dict[str, Any]:

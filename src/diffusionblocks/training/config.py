@@ -17,14 +17,16 @@ class TrainingConfig:
             as `steps` end-to-end steps of the same batch size.
         batch_size: samples per optimizer step. accumulation: parts into which a batch is cut to save memory.
         learning_rate, weight_decay, betas: of AdamW (one optimizer per block, one for shared parts).
-        schedule: `cosine` to zero or `constant`, after `warmup` (share of the steps).
+        schedule: `cosine` to zero or `constant`, after `warmup` and, for cosine, `hold` at the peak (shares of the
+            steps).
         max_grad_norm: gradient clipping per block, 0 = off.
         order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order) or `sequential`
             (one block to its end, then the next).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`.
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
-            into B (input context only; 0 = [DB]).
+            into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
+            readout), else 0.
         precision: `fp32` or `bf16` (autocast). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
         activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
@@ -41,11 +43,12 @@ class TrainingConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     schedule: str = "cosine"
     warmup: float = 0.1
+    hold: float = 0.0
     max_grad_norm: float = 1.0
     order: str = "sweep"
     visit_steps: int = 1
     residency: str = "device"
-    branch_at: float = 0.0
+    branch_at: float | None = None
     precision: str = "fp32"
     device: str = "auto"
     ema_decay: float = 0.0
@@ -77,7 +80,7 @@ class TrainingConfig:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise UserError(f"train.accumulation {self.accumulation} must divide train.batch_size {self.batch_size}")
-        if not 0 <= self.branch_at < 1:
+        if self.branch_at is not None and not 0 <= self.branch_at < 1:
             raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")

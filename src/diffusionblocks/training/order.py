@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from diffusionblocks.seeds import derive
 from diffusionblocks.training.config import TrainingConfig
+
+DEFAULT_BRANCH = 0.5  # chosen on the validation splits of digits and mnist (docs/LOG.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +49,16 @@ def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
         yield visit if index or not shared_steps else _branching(visit)
 
 
+def resolve_branch(config: TrainingConfig, may_branch: bool) -> TrainingConfig:
+    """`config` with `branch_at` decided: what it says, or DEFAULT_BRANCH if blocks may start as copies, else 0."""
+    if config.branch_at is not None:
+        return config
+    return replace(config, branch_at=DEFAULT_BRANCH if may_branch else 0.0)
+
+
 def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
     """Steps of the common block before branching: a multiple of num_blocks, `branch_at` of all block steps."""
-    return round(config.branch_at * config.steps) * num_blocks if num_blocks > 1 else 0
+    return round((config.branch_at or 0.0) * config.steps) * num_blocks if num_blocks > 1 else 0
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:

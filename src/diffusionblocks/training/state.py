@@ -20,11 +20,11 @@ class BlockState:
 
     Args:
         module: parameters and buffers of this owner.
-        life: optimizer steps of the whole schedule.
+        life: optimizer steps of the whole schedule. common: those before branching; the decay starts after them.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, life: int) -> None:
-        self.module, self.config, self.life = module, config, life
+    def __init__(self, module: nn.Module, config: TrainingConfig, life: int, common: int = 0) -> None:
+        self.module, self.config, self.life, self.common = module, config, life, common
         self.steps = 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.buffers = dict(module.named_buffers())
@@ -41,12 +41,16 @@ class BlockState:
         return AdamW([g for g in groups if g["params"]], lr=self.config.learning_rate, betas=(beta1, beta2), fused=True)
 
     def learning_rate(self) -> float:
-        """Of the next step: linear warmup, then the schedule, in this owner's own steps."""
+        """Of the next step: linear warmup, then the schedule, in this owner's own steps.
+
+        With branching the rate stays at its peak until the copies part, so that each settles in a minimum of its own.
+        """
         warmup = max(1, round(self.config.warmup * self.life))
         ramp = min(1.0, (self.steps + 1) / warmup)
         if self.config.schedule == "constant":
             return self.config.learning_rate * ramp
-        progress = max(0.0, (self.steps + 1 - warmup) / max(1, self.life - warmup + 1))
+        start = max(warmup, self.common, round(self.config.hold * self.life))
+        progress = max(0.0, (self.steps + 1 - start) / max(1, self.life - start + 1))
         return self.config.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self) -> None:

@@ -29,7 +29,7 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.tasks.base import Metric, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.order import Visit, plan, steps_in_a_life
+from diffusionblocks.training.order import Visit, branch_steps, plan, resolve_branch, steps_in_a_life
 from diffusionblocks.training.progress import Journal, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
@@ -82,12 +82,16 @@ class Trainer:
         self.config = config or TrainingConfig()
         self.config.check()
         self._check_combination()
+        if self.config.branch_at is None:
+            may = isinstance(model, DiffusionBlocksModel) and model.config.may_branch(model.layers)
+            self.config = resolve_branch(self.config, may)
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.accelerator = _accelerator(self.config, self.output_dir)
         self.device: torch.device = self.accelerator.device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
         life = steps_in_a_life(self.config, model.num_blocks)
-        self.states = [BlockState(model.block(i), self.config, life) for i in range(model.num_blocks)]
+        common = branch_steps(self.config, model.num_blocks)
+        self.states = [BlockState(model.block(i), self.config, life, common) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, self.config.steps * model.num_blocks)
         self.progress = Progress()
         self._residency: Residency | None = None

@@ -1,0 +1,303 @@
+"""The command line as a stranger uses it: results, exit codes, one clear line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusionblocks.baselines.methods import METHODS, steps_for_budget
+from diffusionblocks.cli import main
+from diffusionblocks.recipes import built_in, load_recipe
+
+SMALL = [
+    "--model.hidden-size", "16", "--model.num-hidden-layers", "6", "--model.num-attention-heads", "2",
+    "--model.intermediate-size", "32", "--steps", "6", "--batch-size", "16", "--train.checkpoint-every", "6",
+]  # fmt: skip
+SUMMARY_KEYS = {
+    "method", "recipe", "seed", "num_blocks", "metrics", "layer_evaluations", "samples_seen", "wall_seconds",
+    "peak_memory", "versions", "git_commit", "warnings",
+}  # fmt: skip
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of one command."""
+    code = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def fails(capsys, *arguments):
+    """The one line that an unusable command prints."""
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err
+    lines = [line for line in err.strip().splitlines() if line.startswith("dblocks: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "digits"
+    assert main(["train", "digits", *SMALL, "--output-dir", str(folder), "--json"]) == 0
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Three classes of bright squares, PNG and JPEG, grey and colour, of several sizes."""
+    root = tmp_path / "shapes"
+    generator = np.random.default_rng(0)
+    for label, name in enumerate(("left", "middle", "right")):
+        (root / name).mkdir(parents=True)
+        for index in range(20):
+            size = 12 + index % 5
+            array = generator.integers(0, 60, (size, size, 3), dtype=np.uint8)
+            array[:, label * size // 3 : (label + 1) * size // 3] += 180
+            image = Image.fromarray(array)
+            if index % 2:
+                image.convert("L").save(root / name / f"{index}.png")
+            else:
+                image.save(root / name / f"{index}.jpg")
+    return root
+
+
+def test_recipes_lists_one_line_each(capsys):
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    assert (
+        {line.split()[0] for line in out.splitlines()} == set(built_in()) >= {"digits", "mnist", "cifar100", "images"}
+    )
+
+
+@pytest.mark.parametrize("name", sorted(built_in()))
+@pytest.mark.parametrize("preset", ["", "paper"])
+def test_every_recipe_loads_and_survives_yaml(name, preset, tmp_path):
+    recipe = load_recipe(name, [("preset", preset)] if preset else [])
+    path = tmp_path / "copy.yaml"
+    path.write_text(yaml.safe_dump(recipe.as_dict()))
+    assert load_recipe(str(path)).as_dict() == recipe.as_dict()
+    recipe.train.check()
+    recipe.blocks.check()
+    for method in METHODS:
+        for budget in ("layer-evaluations", "samples"):
+            assert steps_for_budget(recipe, method, budget) >= 1
+
+
+def test_train_writes_the_run_folder_and_one_json_object(trained, capsys):
+    names = {path.name for path in trained.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "summary.json", "checkpoints", "model"}
+    summary = json.loads((trained / "summary.json").read_text())
+    assert set(summary) >= SUMMARY_KEYS
+    assert set(summary["metrics"]) == {"accuracy", "validation_loss"}
+    peak = summary["peak_memory"]
+    assert peak["total"] == sum(peak[part] for part in ("parameters", "gradients", "optimizer", "activations"))
+    code, out, _ = run(capsys, "train", "digits", *SMALL, "--output-dir", trained, "--json")
+    assert code == 0
+    assert json.loads(out) == summary  # already finished: not trained again
+
+
+def test_evaluate_finds_the_same_metrics_again(trained, capsys):
+    code, out, _ = run(capsys, "evaluate", trained, "--json")
+    assert code == 0
+    summary = json.loads((trained / "summary.json").read_text())
+    found = json.loads(out)["metrics"]
+    assert {name: pytest.approx(metric) for name, metric in summary["metrics"].items()} == found
+
+
+def test_sample_gives_predictions_and_the_chain_of_blocks(trained, capsys, tmp_path):
+    code, out, _ = run(capsys, "sample", trained, "--num", 5, "--json", "--output", tmp_path / "p.json")
+    assert code == 0
+    rows = json.loads(out)["predictions"]
+    assert json.loads((tmp_path / "p.json").read_text())["predictions"] == rows
+    assert len(rows) == 5
+    assert [step["block"] for step in rows[0]["chain"]] == [0, 1, 2]
+    assert 0 < rows[0]["probability"] <= 1
+
+
+def test_report_is_one_page_that_needs_no_network(trained, capsys, tmp_path):
+    page = tmp_path / "report.html"
+    assert run(capsys, "report", trained, "--output", page)[0] == 0
+    text = page.read_text()
+    assert text.count("<svg") >= 4
+    assert not any(mark in text for mark in ('src="http', 'href="http', "<script", "@import", "url(http"))
+
+
+def test_compare_prints_every_method_with_equal_layer_evaluations(capsys, tmp_path):
+    arguments = ("compare", "digits", *SMALL, "--methods", ",".join(METHODS), "--jobs", 2, "--output-dir", tmp_path)
+    code, out, _ = run(capsys, *arguments, "--json")
+    assert code == 0
+    results = json.loads(out)["results"]
+    assert [result["method"] for result in results] == list(METHODS)
+    assert len({result["layer_evaluations"] for result in results}) == 1
+    totals = {result["method"]: result["peak_memory"]["total"] for result in results}
+    assert totals["shallow"] < totals["end-to-end"]
+    assert totals["checkpointing"] < totals["end-to-end"]
+    assert (tmp_path / "report.html").is_file()
+    code, out, _ = run(capsys, *arguments)  # finished runs are reused; the table names all
+    assert code == 0
+    assert all(method in out for method in METHODS)
+
+
+def test_equal_samples_budget(capsys, tmp_path):
+    methods = "end-to-end,shallow,diffusionblocks-paper"
+    code, out, _ = run(
+        capsys, "compare", "digits", *SMALL, "--methods", methods, "--budget", "samples", "--output-dir", tmp_path, "--json",
+        "--jobs", 2,
+    )  # fmt: skip
+    assert code == 0
+    assert len({result["samples_seen"] for result in json.loads(out)["results"]}) == 1
+
+
+def test_an_image_folder_trains(images, capsys, tmp_path):
+    small = [*SMALL, "--model.patch-size", "4", "--data.image-size", "8", "--num-blocks", "2"]
+    code, out, _ = run(
+        capsys, "train", "images", *small, "--data.path", images, "--output-dir", tmp_path / "r", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["num_blocks"] == 2
+
+
+def test_a_parquet_dataset_trains(images, capsys, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {"img": [], "fine_label": []}
+    for label, name in enumerate(("left", "middle", "right")):
+        for path in sorted((images / name).glob("*.png")):
+            rows["img"].append(str(path))
+            rows["fine_label"].append(label)
+    features = datasets.Features({"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=["a", "b", "c"])})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    (tmp_path / "hub").mkdir()
+    table.to_parquet(str(tmp_path / "hub" / "train-00000-of-00001.parquet"))
+    table.to_parquet(str(tmp_path / "hub" / "test-00000-of-00001.parquet"))
+    arguments = [*SMALL, "--data.path", tmp_path / "hub", "--data.image-size", "8", "--data.augment", "[flip]"]
+    arguments += ["--train.num-workers", "0", "--data.validation-share", "0.2", "--num-blocks", "3"]
+    code, out, err = run(capsys, "train", "cifar100", *arguments, "--output-dir", tmp_path / "r", "--json")
+    assert code == 0, err
+    assert json.loads(out)["samples_seen"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "digist"], "did you mean 'digits'"),
+        (["tarin", "digits"], "did you mean 'train'"),
+        (["train", "digits", "--train.step", "5"], "did you mean 'train.steps'"),
+        (["train", "digits", "--blocs.num_blocks", "5"], "did you mean"),
+        (["train", "digits", "--steps", "many"], "steps"),
+        (["train", "digits", "--steps", "0"], "at least 1"),
+        (["train", "digits", "--num-blocks", "5"], "1, 2, 3, 4, 6, 12"),
+        (["train", "digits", "--num-blocks", "24"], "1, 2, 3, 4, 6, 12"),
+        (["train", "digits", "--order", "zigzag"], "random, sweep, sequential"),
+        (["train", "digits", "--preset", "papr"], "did you mean 'paper'"),
+        (["train", "digits", "--method", "shalow"], "did you mean 'shallow'"),
+        (["train", "digits", "--device", "cuda"], "no CUDA device"),
+        (["train", "digits", "--batch-size", "100000"], "exceeds"),
+        (["train", "digits", "--model.patch-size", "3"], "not divisible"),
+        (["train", "digits", "--model.pretrained", "/nowhere"], "cannot load"),
+        (["train", "digits", "--data.source", "digit"], "did you mean 'digits'"),
+        (["train", "nothing.yaml"], "does not exist"),
+        (["compare", "digits", "--methods", "end-to-end,deep"], "unknown method 'deep'"),
+        (["compare", "digits", "--budget", "time"], "layer-evaluations, samples"),
+        (["evaluate", "/nowhere"], "not a run folder"),
+        (["report", "/nowhere"], "no finished run"),
+        (["train", "images", "--data.path", "/nowhere"], "not a folder"),
+    ],
+)
+def test_mistakes_get_one_clear_line(capsys, tmp_path, arguments, words):
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("this machine has the device")
+    if arguments[0] in ("train", "compare"):
+        arguments = [*arguments, "--output-dir", str(tmp_path / "run")]
+    assert words in fails(capsys, *arguments)
+
+
+def test_bad_image_folders(images, capsys, tmp_path):
+    def train(*extra):
+        return (
+            "train",
+            "images",
+            *SMALL,
+            "--data.path",
+            images,
+            "--data.image-size",
+            8,
+            "--output-dir",
+            tmp_path / "r",
+            *extra,
+        )
+
+    broken = images / "left" / "broken.png"
+    broken.write_bytes((images / "left" / "1.png").read_bytes()[:60])
+    assert str(broken) in fails(capsys, *train())
+    code, _, err = run(capsys, *train("--data.skip-unreadable", "--resume", "never"))
+    assert code == 0
+    assert "skipped 1 unreadable" in err
+    broken.unlink()
+    (images / "empty").mkdir()
+    assert "no readable" in fails(capsys, *train("--resume", "never"))
+    (images / "empty").rmdir()
+    for name in ("left", "middle"):
+        (images / name).rename(tmp_path / name)
+    assert "only 'right'" in fails(capsys, *train("--resume", "never"))
+    (images / "right").rename(tmp_path / "right")
+    assert "found none" in fails(capsys, *train("--resume", "never"))
+
+
+def test_a_run_folder_of_another_recipe_is_refused(trained, capsys):
+    before = (trained / "config.yaml").read_text()
+    assert "another configuration" in fails(capsys, "train", "digits", *SMALL, "--seed", 7, "--output-dir", trained)
+    assert (trained / "config.yaml").read_text() == before
+
+
+def test_a_folder_that_holds_something_else_is_refused(capsys, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    assert "not empty" in fails(capsys, "train", "digits", *SMALL, "--output-dir", tmp_path)
+
+
+def test_ctrl_c_exits_130_and_the_same_command_finishes(tmp_path):
+    arguments = [*SMALL, "--steps", "400", "--output-dir", str(tmp_path / "run"), "--train.log-every", "3"]
+    command = [sys.executable, "-m", "diffusionblocks.cli", "train", "digits", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (journal.is_file() and journal.stat().st_size):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "checkpoint in" in err
+    done = json.loads((sorted((tmp_path / "run" / "checkpoints").iterdir())[-1] / "state.json").read_text())["step"]
+    assert 0 < done < 1200
+
+
+def test_killed_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
+    arguments = [*SMALL, "--steps", "400", "--output-dir", str(tmp_path / "run"), "--train.checkpoint-every", "3"]
+    command = [sys.executable, "-m", "diffusionblocks.cli", "train", "digits", *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list(checkpoints.glob("step-*")):
+        time.sleep(0.02)
+    time.sleep(0.5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "diffusionblocks.cli", "evaluate", str(tmp_path / "run"), "--json"],
+        capture_output=True,
+        text=True,
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert json.loads(evaluated.stdout)["layer_evaluations"] > 0
+
+
+def test_preset_demo_exists_for_make():
+    assert load_recipe("digits", [("preset", "demo")]).train.steps < load_recipe("digits").train.steps

@@ -1,0 +1,246 @@
+"""Laws of the training loop: orders, residency, branching, accumulation, resume."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.adapters import take_apart
+from diffusionblocks.training import checkpoint
+from diffusionblocks.training.order import plan, steps_in_a_life
+from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
+
+
+def train(conversion, output_dir=None, **changes):
+    model = dblocks.convert(make_vit(), 3, **conversion)
+    trainer = dblocks.Trainer(
+        model, dblocks.Classification(), make_data(), make_data(16), config(**changes), output_dir=output_dir
+    )
+    trainer.fit()
+    return trainer
+
+
+@pytest.mark.parametrize("order", ["random", "sweep", "sequential"])
+@pytest.mark.parametrize("visit_steps", [1, 3])
+@pytest.mark.parametrize("branch_at", [0.0, 0.5])
+def test_every_order_spends_the_whole_budget(order, visit_steps, branch_at):
+    settings = config(steps=8, order=order, visit_steps=visit_steps, branch_at=branch_at)
+    visits = list(plan(settings, 3))
+    assert sum(len(visit.batches) for visit in visits) == 24
+    counts = [sum(len(v.batches) for v in visits if v.block == b and not v.whole_range) for b in range(3)]
+    if order != "random":
+        assert len(set(counts)) == 1
+    assert sum(v.branch for v in visits) == (1 if branch_at else 0)
+    assert visits[-1].border
+    assert all(visit.block == 0 for visit in visits if visit.whole_range)
+
+
+def test_sweep_shows_one_batch_to_all_blocks_and_sequential_finishes_one_first():
+    sweep = [(v.block, list(v.batches)) for v in plan(config(steps=2, order="sweep"), 2)]
+    assert sweep == [(0, [0]), (1, [0]), (0, [1]), (1, [1])]
+    sequential = [(v.block, list(v.batches)) for v in plan(config(steps=2, order="sequential"), 2)]
+    assert sequential == [(0, [0]), (0, [1]), (1, [0]), (1, [1])]
+
+
+@pytest.mark.parametrize("name", ["input-add", "features", "features-head"])
+def test_residency_does_not_change_the_result(name):
+    reference = weights(train(CONVERSIONS[name], ema_decay=0.9).model)
+    for residency in ("host", "disk"):
+        for visit_steps in (1, 2):
+            moved = train(CONVERSIONS[name], residency=residency, visit_steps=visit_steps, ema_decay=0.9)
+            expected = (
+                reference if visit_steps == 1 else weights(train(CONVERSIONS[name], visit_steps=2, ema_decay=0.9).model)
+            )
+            assert same(weights(moved.model), expected)
+
+
+def test_blocks_that_share_nothing_do_not_depend_on_the_order():
+    """Each block's randomness is its own, so sweep, sequential, and a block alone give the same weights."""
+    sweep, sequential = (train(CONVERSIONS["input-add"], order=order).model for order in ("sweep", "sequential"))
+    assert same(weights(sweep), weights(sequential))
+    alone = dblocks.convert(make_vit(), 3, **CONVERSIONS["input-add"])
+    trainer = dblocks.Trainer(alone, dblocks.Classification(), make_data(), None, config())
+    for batch in trainer.stream.load(range(4)):
+        trainer.block_step(2, batch)
+    assert same(weights(alone.block(2)), weights(sweep.block(2)))
+
+
+def test_features_handed_on_equal_features_computed_anew():
+    """The clean stream of a sweep is the stream that `context` computes from the blocks as they were."""
+    model = dblocks.convert(make_vit(), 3, context="features", target_entry="none")
+    batch = make_data(8).__getitems__(list(range(8)))
+    carried = model.denoiser(1)(
+        {**batch, "context": model.denoiser(0)(batch, torch.ones(8)).context}, torch.ones(8)
+    ).context
+    torch.testing.assert_close(model.context(batch, 2), carried)
+
+
+def test_disk_residency_leaves_only_the_active_block_in_memory_files(tmp_path):
+    trainer = train(CONVERSIONS["input-add"], output_dir=tmp_path, residency="disk")
+    assert trainer.residency.present() == [2]
+    assert len(list((tmp_path / "residency").glob("resident-*.safetensors"))) == 3
+
+
+def test_gradients_of_idle_blocks_never_exist():
+    trainer = train(CONVERSIONS["paper"], order="random", steps=6)
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+def test_branching_copies_weights_and_optimizer_state():
+    model = dblocks.convert(make_vit(), 3, **CONVERSIONS["input-add"])
+    settings = config(steps=4, branch_at=0.5)
+    trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, settings)
+    visits = trainer._visits()
+    for _ in range(6):  # the common steps
+        next(visits)
+    common = trainer.states[0]
+    before = {name: tensor.clone() for name, tensor in common.tensors().items()}
+    trainer._branch()
+    for state in trainer.states:
+        assert state.steps == 6
+        assert same({k: v.clone() for k, v in state.tensors().items()}, before)
+    assert steps_in_a_life(settings, 3) == 8
+    addresses = {tensor.data_ptr() for state in trainer.states for tensor in state.tensors().values()}
+    assert len(addresses) == 3 * len(before)
+
+
+@pytest.mark.parametrize("name", ["input-add", "features"])
+def test_accumulation_gives_the_gradient_of_the_whole_batch(name):
+    """Without noise in the loss (end to end) the pieces add up exactly; for blocks one block is held throughout."""
+    batch = make_data(8).__getitems__(list(range(8)))
+    results = []
+    for parts in (1, 4):
+        model = dblocks.EndToEndModel(take_apart(make_vit()))
+        trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(accumulation=parts))
+        trainer.block_step(0, batch)
+        results.append(weights(model))
+    for key in results[0]:
+        torch.testing.assert_close(results[0][key], results[1][key], atol=2e-5, rtol=1e-4)
+    trainer = train(CONVERSIONS[name], accumulation=4)
+    assert [state.steps for state in trainer.states] == [4, 4, 4]
+
+
+def test_activation_checkpointing_changes_nothing_but_memory():
+    for name in ("paper", "features-head"):
+        plain, recomputed = (train(CONVERSIONS[name], activation_checkpointing=flag).model for flag in (False, True))
+        for key, tensor in weights(plain).items():
+            torch.testing.assert_close(tensor, weights(recomputed)[key], atol=1e-6, rtol=1e-5)
+
+
+def test_moving_averages_are_used_for_evaluation_and_put_back():
+    trainer = train(CONVERSIONS["input-add"], ema_decay=0.9, steps=10, learning_rate=0.01)
+    before = weights(trainer.model)
+    averaged = trainer.evaluate(make_data(16))["validation_loss"].value
+    assert same(before, weights(trainer.model))
+    trainer._swap_averages()
+    trainer.states[0].average.clear()
+    assert not same(before, weights(trainer.model))
+    direct = trainer.task.evaluate(trainer.model.eval(), [make_data(16).__getitems__(list(range(16)))])
+    assert averaged == pytest.approx(direct["validation_loss"].value)
+
+
+def test_bf16_and_compile_train():
+    losses = train(CONVERSIONS["features"], precision="bf16").progress
+    assert losses.finished
+
+
+@pytest.mark.parametrize("name", ["paper", "features", "input-add"])
+@pytest.mark.parametrize("order", ["random", "sweep"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(name, order, tmp_path):
+    settings = dict(order=order, ema_decay=0.9, visit_steps=2, checkpoint_every=6, keep_checkpoints=9, steps=6)
+    if name == "input-add":
+        settings["branch_at"] = 0.34
+    whole = train(CONVERSIONS[name], output_dir=tmp_path / "a", **settings)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    saved = checkpoint.existing(tmp_path / "b")
+    assert len(saved) >= 3
+    for later in saved[1:]:
+        shutil.rmtree(later)
+    resumed = train(CONVERSIONS[name], output_dir=tmp_path / "b", **settings)
+    assert same(weights(whole.model), weights(resumed.model))
+    for a, b in zip((*whole.states, whole.shared), (*resumed.states, resumed.shared), strict=True):
+        assert a.steps == b.steps
+        assert same(a.tensors(), b.tensors())
+    without_time = [
+        [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in (tmp_path / x / "metrics.jsonl").open()
+        ]
+        for x in "ab"
+    ]
+    assert without_time[0] == without_time[1]
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_next_fit_finishes(tmp_path):
+    def interrupt():
+        time.sleep(0.4)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    settings = dict(steps=150, checkpoint_every=0)
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(dblocks.RunStopped, match="checkpoint in"):
+        train(CONVERSIONS["features"], output_dir=tmp_path, **settings)
+    assert checkpoint.damage(checkpoint.existing(tmp_path)[-1]) is None
+    finished = train(CONVERSIONS["features"], output_dir=tmp_path, **settings)
+    whole = train(CONVERSIONS["features"], **settings)
+    assert same(weights(finished.model), weights(whole.model))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "state"])
+def test_a_damaged_checkpoint_is_passed_over_and_said(damage, tmp_path, caplog):
+    settings = dict(checkpoint_every=3, keep_checkpoints=9)
+    whole = train(CONVERSIONS["features"], output_dir=tmp_path, **settings)
+    newest = checkpoint.existing(tmp_path)[-1]
+    path = newest / ("state.json" if damage == "state" else "block-01.safetensors")
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    resumed = train(CONVERSIONS["features"], output_dir=tmp_path, **settings)
+    assert "damaged" in caplog.text
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_valid(tmp_path, monkeypatch):
+    trainer = train(CONVERSIONS["features"], output_dir=tmp_path)
+    good = checkpoint.existing(tmp_path)
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(dblocks.UserError, match="disk is full"):
+        checkpoint.save(tmp_path, 99, trainer._named_states(), {"progress": {}}, keep=2)
+    assert checkpoint.existing(tmp_path) == good
+    assert checkpoint.damage(good[-1]) is None
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_block_and_step(tmp_path):
+    model = dblocks.convert(make_vit(), 3, context="features", target_entry="none")
+    settings = config(steps=6, checkpoint_every=3)
+    trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, settings, output_dir=tmp_path)
+    original = trainer.block_step
+
+    def poisoned(index, batch, **options):
+        loss, context = original(index, batch, **options)
+        return (loss * float("nan") if index == 1 and trainer.states[1].steps == 4 else loss), context
+
+    trainer.block_step = poisoned
+    with pytest.raises(dblocks.UserError, match="block 1 became nan at its step 4"):
+        trainer.fit()
+    assert checkpoint.damage(checkpoint.existing(tmp_path)[-1]) is None
+
+
+def test_training_learns():
+    model = dblocks.convert(make_vit(), 3, context="features", target_entry="none")
+    trainer = dblocks.Trainer(
+        model, dblocks.Classification(), make_data(), None, config(steps=60, batch_size=16, learning_rate=5e-3)
+    )
+    trainer.fit()
+    assert trainer.evaluate(make_data(16))["accuracy"].value == 100.0
