@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
@@ -10,6 +12,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.data.images import ImageData
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 SIZES = dict(
     hidden_size=16,
