@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
-from environment import describe
-
 from diffusionblocks.cli import main as dblocks
+from environment import describe
 
 METHODS = "end-to-end,shallow,diffusionblocks,diffusionblocks-paper"
 
@@ -29,6 +29,9 @@ def main() -> None:
     tables = {}
     for budget in ("layer-evaluations", "samples"):
         folder = Path(arguments.output_dir) / f"{arguments.recipe}-{budget}"
+        if budget == "samples":  # the end-to-end runs of both budgets are the same
+            first = Path(arguments.output_dir) / f"{arguments.recipe}-layer-evaluations" / "end-to-end"
+            shutil.copytree(first, folder / "end-to-end", dirs_exist_ok=True)
         command = ["compare", arguments.recipe, "--methods", METHODS, "--seeds", str(arguments.seeds)]
         command += ["--budget", budget, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]
         if code := dblocks(command):

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
 from transformers import ViTConfig, ViTForImageClassification
 
 import diffusionblocks as dblocks
@@ -28,6 +27,7 @@ from diffusionblocks.data.images import ImageData
 from diffusionblocks.memory import measure_peak
 from diffusionblocks.network import BlockModel
 from diffusionblocks.recipes import PRESETS
+from environment import describe
 
 REGIMES = {
     "activations dominate": {"hidden_size": 256, "num_attention_heads": 8, "batch_size": 64},
@@ -61,7 +61,10 @@ def methods(vit: ViTForImageClassification) -> dict[str, tuple[Callable[[], Bloc
         found[f"diffusionblocks B={count}"] = (lambda n=count: dblocks.convert(vit, n), {"residency": "disk"})
     for count in (3, 4):
         own = {"residency": "disk"}
-        found[f"diffusionblocks features B={count}"] = (lambda n=count: dblocks.convert(vit, n, context="features"), own)
+        found[f"diffusionblocks features B={count}"] = (
+            lambda n=count: dblocks.convert(vit, n, context="features"),
+            own,
+        )
         found[f"diffusionblocks-paper B={count}"] = (lambda n=count: dblocks.convert(vit, n, **PAPER), own)
     found["diffusionblocks B=3 + checkpointing"] = (
         lambda: dblocks.convert(vit, 3),
@@ -76,7 +79,9 @@ def trainer(model: BlockModel, data: ImageData, batch_size: int, **options: Any)
     return dblocks.Trainer(model, dblocks.Classification(), data, None, settings)
 
 
-def block_step_ratio(vit: ViTForImageClassification, data: ImageData, batch_size: int, options: dict[str, Any]) -> list[float]:
+def block_step_ratio(
+    vit: ViTForImageClassification, data: ImageData, batch_size: int, options: dict[str, Any]
+) -> list[float]:
     """B block steps over one end-to-end step, alternating, per round."""
     whole = trainer(dblocks.EndToEndModel(take_apart(vit)), data, batch_size)
     blocks = trainer(dblocks.convert(vit, 3, **options), data, batch_size)
@@ -116,7 +121,13 @@ def main() -> None:
             print(f"{regime}  {name:36s} {peak.total / 2**20:8.1f} MiB  {row['ratio']:.3f}x", flush=True)
         for name, options in (("default", {}), ("features", {"context": "features"}), ("paper", PAPER)):
             ratios = block_step_ratio(vit, data, sizes["batch_size"], options)
-            row = {"regime": regime, "method": name, "num_blocks": 3, "ratios": ratios, "median": statistics.median(ratios)}
+            row = {
+                "regime": regime,
+                "method": name,
+                "num_blocks": 3,
+                "ratios": ratios,
+                "median": statistics.median(ratios),
+            }
             wall.append(row)
             print(f"{regime}  3 block steps / 1 end-to-end step, {name}: {row['median']:.3f}x", flush=True)
     target = Path(__file__).parent / "results" / "memory-and-time.json"
