@@ -33,7 +33,7 @@ REGIMES = {
     "activations dominate": {"hidden_size": 256, "num_attention_heads": 8, "batch_size": 64},
     "parameters dominate": {"hidden_size": 1024, "num_attention_heads": 16, "batch_size": 1},
 }
-PAPER = {key: value for key, value in PRESETS["paper"]["blocks"].items()}
+PAPER = dict(PRESETS["paper"]["blocks"])
 ROUNDS = 7
 
 
