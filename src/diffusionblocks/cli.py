@@ -168,7 +168,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
 }
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(settings: str) -> argparse.ArgumentParser:
     parser = _Parser(prog="dblocks", description="Train deep networks block by block. See also: dblocks COMMAND --help")
     parser.add_argument("--version", action="version", version=f"dblocks {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -180,7 +180,7 @@ def _build_parser() -> argparse.ArgumentParser:
         added[name].add_argument("recipe", metavar="RECIPE_OR_YAML", help="a built-in recipe or a YAML file")
         added[name].add_argument("--output-dir", metavar="DIR", help="run folder (default: below runs/)")
         added[name].add_argument("--preset", help="'paper', or a preset of the recipe")
-        added[name].formatter_class = argparse.RawDescriptionHelpFormatter
+        added[name].formatter_class, added[name].epilog = argparse.RawDescriptionHelpFormatter, settings
     added["train"].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
     added["compare"].add_argument("--methods", default="end-to-end,shallow,diffusionblocks", help="separated by commas")
     added["compare"].add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
@@ -199,21 +199,18 @@ def _build_parser() -> argparse.ArgumentParser:
 
 def _settings_help() -> str:
     """Every recipe key with its default, for --help."""
-    import dataclasses
-
     from diffusionblocks.baselines.methods import METHODS
     from diffusionblocks.recipes import SHORT_NAMES, Recipe
 
-    lines = ["settings (--key value; defaults before the recipe's own):"]
+    lines = ["settings (--key value), with their defaults where a recipe says nothing:"]
     for name, value in Recipe().as_dict().items():
-        if name not in ("presets", "name", "description"):
-            pairs = value.items() if isinstance(value, dict) else [(None, value)]
-            lines += [f"  --{name}{'.' + key if key else ''} {default!r}".replace("_", "-") for key, default in pairs]
+        if name in ("presets", "methods", "name", "description", "preset"):
+            continue
+        for key, default in value.items() if isinstance(value, dict) else [("", value)]:
+            lines.append(f"  --{f'{name}.{key}'.strip('.').replace('_', '-')} {default!r}")
     lines.append("short names: " + ", ".join("--" + name.replace("_", "-") for name in SHORT_NAMES))
-    lines.append("methods: " + "; ".join(f"{name} = {method.description}" for name, method in METHODS.items()))
-    lines.append(
-        "what each setting means: the docstrings of " + ", ".join(f.name for f in dataclasses.fields(Recipe))[-40:]
-    )
+    lines.append("methods:")
+    lines += [f"  {name.ljust(22)} {method.description}" for name, method in METHODS.items()]
     return "\n".join(lines)
 
 
@@ -223,11 +220,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
     try:
-        parser = _build_parser()
-        if argv[:1] in (["train"], ["compare"]) and {"-h", "--help"} & set(argv):
-            parser.parse_known_args  # noqa: B018
-            print(parser.format_usage() + "\n" + _settings_help())
-            return 0
+        wants_help = argv[:1] in (["train"], ["compare"]) and {"-h", "--help"} & set(argv)
+        parser = _build_parser(_settings_help() if wants_help else "")
         if not argv:
             parser.print_help()
             return 0
@@ -247,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except SystemExit as finished:  # argparse, after --help or --version
+        return int(finished.code or 0)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +43,16 @@ def fails(capsys, *arguments):
     lines = [line for line in err.strip().splitlines() if line.startswith("dblocks: ")]
     assert len(lines) == 1
     return lines[0]
+
+
+def test_the_readme_example_runs(monkeypatch, tmp_path):
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    code = readme.split("```python\n")[1].split("```")[0].replace("steps=1500", "steps=4")
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    exec(code, namespace)
+    assert namespace["trainer"].progress.finished
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +308,39 @@ def test_killed_at_any_moment_leaves_a_loadable_checkpoint(tmp_path):
     )
     assert evaluated.returncode == 0, evaluated.stderr
     assert json.loads(evaluated.stdout)["layer_evaluations"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(capsys, tmp_path):
+    arguments = [
+        "--train.learning-rate",
+        "1e30",
+        "--train.max-grad-norm",
+        "0",
+        "--train.warmup",
+        "0",
+        "--order",
+        "sweep",
+    ]
+    line = fails(capsys, "train", "digits", *SMALL, *arguments, "--output-dir", tmp_path / "r")
+    assert "block 0 became nan at its step" in line
+
+
+def test_tensorboard_files_are_written(capsys, tmp_path):
+    pytest.importorskip("tensorboard")
+    assert (
+        run(capsys, "train", "digits", *SMALL, "--train.tensorboard", "--output-dir", tmp_path / "r", "--json")[0] == 0
+    )
+    assert list((tmp_path / "r").rglob("events.out.tfevents*"))
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["compare"], ["sample"]])
+def test_help_names_what_there_is(capsys, command):
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    assert "dblocks" in out
+    if command and command[0] in ("train", "compare"):
+        assert "--train.learning-rate" in out
+        assert all(method in out for method in METHODS)
 
 
 def test_preset_demo_exists_for_make():

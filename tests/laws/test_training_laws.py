@@ -145,9 +145,22 @@ def test_moving_averages_are_used_for_evaluation_and_put_back():
     assert averaged == pytest.approx(direct["validation_loss"].value)
 
 
-def test_bf16_and_compile_train():
-    losses = train(CONVERSIONS["features"], precision="bf16").progress
-    assert losses.finished
+def test_bf16_stays_near_fp32():
+    full, half = (train(CONVERSIONS["features"], precision=p).evaluate(make_data(16)) for p in ("fp32", "bf16"))
+    assert half["validation_loss"].value == pytest.approx(full["validation_loss"].value, rel=0.05)
+    assert half["validation_loss"].value != full["validation_loss"].value
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_blocks_compute_the_same():
+    results = []
+    for compiled in (False, True):
+        model = dblocks.convert(make_vit(num_hidden_layers=1), 1, **CONVERSIONS["paper"])
+        trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(compile=compiled, steps=2))
+        trainer.fit()
+        results.append(weights(model))
+    for key, tensor in results[0].items():
+        torch.testing.assert_close(tensor, results[1][key], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["paper", "features", "input-add"])

@@ -1,0 +1,84 @@
+"""Figures for README and docs from the committed results.
+
+python benchmarks/plots.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).parent / "results"
+TARGET = Path(__file__).parent.parent / "docs" / "comparison.png"
+COLOURS = {
+    "end-to-end": "#8a8f98",
+    "checkpointing": "#c3a26b",
+    "shallow": "#e08e45",
+    "diffusionblocks": "#2f6fb0",
+    "diffusionblocks-paper": "#8db8df",
+}
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def accuracy(axes: Any, recipe: str) -> None:
+    results = load(f"classification-{recipe}")["budgets"]["layer-evaluations"]["results"]
+    for row, result in enumerate(results):
+        metric = result["metrics"]["accuracy"]
+        colour = COLOURS[result["method"]]
+        axes.errorbar(metric["value"], row, xerr=metric["stderr"], fmt="o", capsize=3, color=colour)
+        axes.annotate(
+            f"{metric['value']:.1f}",
+            (metric["value"], row),
+            textcoords="offset points",
+            xytext=(0, 6),
+            ha="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(results)), [result["method"] for result in results])
+    axes.set_ylim(len(results) - 0.5, -0.6)
+    axes.set_xlabel(f"{recipe}: test accuracy (%), {len(results[0]['seeds'])} seeds")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def memory(axes: Any) -> None:
+    rows = load("memory-and-time")["memory"]
+    names = [
+        "end-to-end",
+        "checkpointing",
+        "diffusionblocks B=2",
+        "diffusionblocks B=3",
+        "diffusionblocks B=4",
+        "diffusionblocks B=6",
+    ]
+    for shift, (regime, colour) in enumerate((("activations dominate", "#2f6fb0"), ("parameters dominate", "#e08e45"))):
+        ratios = {row["method"]: row["ratio"] for row in rows if row["regime"] == regime}
+        places = [index + 0.38 * shift for index in range(len(names))]
+        bars = axes.barh(places, [ratios[name] for name in names], height=0.36, color=colour, label=regime)
+        axes.bar_label(bars, fmt="%.2f", fontsize=7, padding=2)
+    axes.set_yticks([index + 0.19 for index in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xlabel("peak training memory / end-to-end")
+    axes.legend(frameon=False, fontsize=7, loc="lower right")
+
+
+def main() -> None:
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 2.6), layout="constrained")
+    accuracy(left, "digits")
+    accuracy(middle, "mnist")
+    memory(right)
+    figure.savefig(TARGET, dpi=130)
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()
