@@ -17,6 +17,7 @@ from PIL import Image
 from diffusionblocks.baselines.methods import METHODS, steps_for_budget
 from diffusionblocks.cli import main
 from diffusionblocks.recipes import built_in, load_recipe
+from tests.conftest import make_vit
 
 SMALL = [
     "--model.hidden-size", "16", "--model.num-hidden-layers", "6", "--model.num-attention-heads", "2",
@@ -168,6 +169,25 @@ def test_equal_samples_budget(capsys, tmp_path):
     assert len({result["samples_seen"] for result in json.loads(out)["results"]}) == 1
 
 
+def test_a_pretrained_network_trains_and_another_family_is_refused(capsys, tmp_path):
+    make_vit(num_labels=7).save_pretrained(tmp_path / "vit")
+    arguments = [*SMALL, "--model.pretrained", tmp_path / "vit", "--blocks.context", "features"]
+    code, out, err = run(capsys, "train", "digits", *arguments, "--output-dir", tmp_path / "r", "--json")
+    assert code == 0, err
+    assert json.loads(out)["layers"] == [[0, 1], [2, 3], [4, 5]]
+    assert (
+        steps_for_budget(
+            load_recipe("digits", [("model.pretrained", str(tmp_path / "vit"))]), "shallow", "layer-evaluations"
+        )
+        == 4500
+    )
+    (tmp_path / "bert").mkdir()
+    config = {"model_type": "bert", "architectures": ["BertForSequenceClassification"]}
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    line = fails(capsys, "train", "digits", "--model.pretrained", tmp_path / "bert", "--output-dir", tmp_path / "s")
+    assert "supported: ViTForImageClassification" in line
+
+
 def test_an_image_folder_trains(images, capsys, tmp_path):
     small = [*SMALL, "--model.patch-size", "4", "--data.image-size", "8", "--num-blocks", "2"]
     code, out, _ = run(
@@ -214,6 +234,10 @@ def test_a_parquet_dataset_trains(images, capsys, tmp_path):
         (["train", "digits", "--batch-size", "100000"], "exceeds"),
         (["train", "digits", "--model.patch-size", "3"], "not divisible"),
         (["train", "digits", "--model.pretrained", "/nowhere"], "cannot load"),
+        (
+            ["train", "digits", "--model.model-class", "BertForSequenceClassification"],
+            "supported: ViTForImageClassification",
+        ),
         (["train", "digits", "--data.source", "digit"], "did you mean 'digits'"),
         (["train", "nothing.yaml"], "does not exist"),
         (["compare", "digits", "--methods", "end-to-end,deep"], "unknown method 'deep'"),

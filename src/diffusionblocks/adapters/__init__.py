@@ -16,18 +16,34 @@ from diffusionblocks.network import BlocksConfig, DiffusionBlocksModel, Parts
 ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT)
 
 
-def find_adapter(model: nn.Module) -> Adapter:
-    """The adapter for `model`, or a UserError that lists what is supported."""
+def find_adapter(class_name: str) -> Adapter:
+    """The adapter for networks of a class, or a UserError that lists what is supported."""
     for adapter in ADAPTERS:
-        if type(model).__name__ in adapter.model_classes:
+        if class_name in adapter.model_classes:
             return adapter
     supported = ", ".join(name for adapter in ADAPTERS for name in adapter.model_classes)
-    raise UserError(f"networks of class {type(model).__name__} are not supported; supported: {supported}")
+    raise UserError(f"networks of class {class_name} are not supported; supported: {supported}")
+
+
+def pretrained_config(name_or_path: str) -> Any:
+    """The configuration of a pretrained network of a supported class, as transformers reads it (no weights).
+
+    Raises UserError when it cannot be read or its class is not supported.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot load the network {name_or_path!r}: {reason} (offline, pass a local folder)") from None
+    find_adapter((config.architectures or [config.model_type])[0])
+    return config
 
 
 def take_apart(model: nn.Module) -> Parts:
     """Stem, layers and readout of a copy of `model`."""
-    return find_adapter(model).take_apart(model)
+    return find_adapter(type(model).__name__).take_apart(model)
 
 
 def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksModel:

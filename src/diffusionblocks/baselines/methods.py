@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusionblocks.adapters import convert, take_apart
+from diffusionblocks.adapters import convert, pretrained_config, take_apart
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, EndToEndModel
 from diffusionblocks.partition import split_layers
@@ -101,6 +101,8 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
         raise UserError(f"budget must be one of {', '.join(BUDGETS)}; got {budget!r}")
     prepared = for_method(recipe, method)
     steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
+    if recipe.model.pretrained:
+        num_layers = pretrained_config(recipe.model.pretrained).num_hidden_layers
     if method in ("end-to-end", "checkpointing"):
         return steps
     spans = split_layers(num_layers, **_split(recipe))

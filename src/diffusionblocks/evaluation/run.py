@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from diffusionblocks import __version__
-from diffusionblocks.adapters import find_adapter
+from diffusionblocks.adapters import find_adapter, pretrained_config
 from diffusionblocks.baselines.methods import find_method, for_method
 from diffusionblocks.data.images import ImageSplits, load_images
 from diffusionblocks.errors import UserError
@@ -68,22 +68,19 @@ def build_network(recipe: Recipe, num_classes: int) -> Any:
     import transformers
 
     settings, data = recipe.model, recipe.data
-    model_class = getattr(transformers, settings.model_class, None)
-    if model_class is None:
-        raise UserError(f"transformers has no class {settings.model_class!r}")
     dropout = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
     common: dict[str, Any] = {"num_labels": num_classes, "attn_implementation": settings.attention, **dropout}
     if settings.pretrained:
-        try:
-            network = model_class.from_pretrained(settings.pretrained, ignore_mismatched_sizes=True, **common)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the network {settings.pretrained!r}: {str(error).splitlines()[0]}") from None
-        if network.config.image_size != data.image_size or network.config.num_channels != data.channels:
+        config = pretrained_config(settings.pretrained)
+        if config.image_size != data.image_size or config.num_channels != data.channels:
             raise UserError(
-                f"{settings.pretrained} reads {network.config.num_channels} channels of {network.config.image_size} pixels; "
+                f"{settings.pretrained} reads {config.num_channels} channels of {config.image_size} pixels; "
                 f"set data.channels and data.image_size to match (got {data.channels} and {data.image_size})"
             )
-        return network
+        model_class = getattr(transformers, config.architectures[0])
+        return model_class.from_pretrained(settings.pretrained, ignore_mismatched_sizes=True, **common)
+    find_adapter(settings.model_class)
+    model_class = getattr(transformers, settings.model_class)
     if data.image_size % settings.patch_size:
         raise UserError(f"data.image_size {data.image_size} is not divisible by model.patch_size {settings.patch_size}")
     if settings.hidden_size % settings.num_attention_heads:
@@ -100,9 +97,7 @@ def build_network(recipe: Recipe, num_classes: int) -> Any:
         num_channels=data.channels,
         **common,
     )
-    network = model_class(config)
-    find_adapter(network)
-    return network
+    return model_class(config)
 
 
 def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:

@@ -44,6 +44,7 @@ def losses(curves: dict[str, tuple[list[float], list[float]]], num_blocks: int) 
         axes.plot(x, y, label=f"block {name}", color=block_colour(int(name), num_blocks), linewidth=1.2)
     axes.set_xlabel("layer evaluations")
     axes.set_ylabel("training loss (nats)")
+    axes.set_yscale("log")
     if len(curves) > 1:
         axes.legend(frameon=False)
     return _svg(figure)

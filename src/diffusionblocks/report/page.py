@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.compare import summarise
@@ -75,7 +74,6 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _run(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
-    recipe = yaml.safe_load((folder / "config.yaml").read_text())
     run = load_run(folder)
     ranges = (
         [_range(run.model, b) for b in range(run.model.num_blocks)]
@@ -89,10 +87,11 @@ def _run(folder: Path) -> dict[str, Any]:
             x, y = curves.setdefault(block, ([], []))
             x.append(entry["layer_evaluations"])
             y.append(loss)
-    train = recipe["train"]
+    train = run.recipe.train
+    order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
-        "note": f"{train['steps']} steps per block, batch {train['batch_size']}, order {train['order']}, "
+        "note": f"{summary['block_steps']} optimizer steps in all, batch {train.batch_size}, {order}"
         f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, torch {summary['versions']['torch']}",
         "warnings": summary["warnings"],
         "ranges": figures.noise_ranges(ranges) if ranges else "",
