@@ -49,8 +49,8 @@ def make_data(count: int = 48, num_labels: int = 4) -> ImageData:
 # Every kind of conversion; the laws hold for all of them.
 CONVERSIONS = {
     "default": {},
-    "input-add": {"context": "input", "target_entry": "add", "shared": "copies"},
-    "features-head": {"context": "features", "target_entry": "add", "head_layers": 1},
+    "input-add": {"context": "input", "target_entry": "add", "shared": "copies", "condition_width": 8},
+    "features-head": {"context": "features", "target_entry": "add", "head_layers": 1, "condition_width": 8},
     "features": {"context": "features", "target_entry": "none"},
     "paper": {
         "context": "input",
@@ -59,6 +59,7 @@ CONVERSIONS = {
         "target_table": "trained",
         "shared": "trained",
         "levels": "log-normal",
+        "condition_width": 8,
     },
 }
 

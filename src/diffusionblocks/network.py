@@ -54,7 +54,8 @@ class BlocksConfig:
         least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
         sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
-        condition_width: C, width of the level embedding.
+        condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
+            and no target entry the ideal p(v | x) does not depend on it).
         head_layers: extra layers between a block's trunk and its readout (features context); not handed on.
     """
 
@@ -72,7 +73,7 @@ class BlocksConfig:
     sigma_max: float = 80.0
     least_hidden: float = 0.65
     overlap: float = 0.05
-    condition_width: int = 64
+    condition_width: int = 0
     head_layers: int = 0
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
@@ -93,8 +94,12 @@ class BlocksConfig:
             raise UserError(
                 "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
             )
-        if self.head_layers < 0 or self.condition_width < 1:
-            raise UserError("blocks.head_layers must be >= 0 and blocks.condition_width >= 1")
+        if self.head_layers < 0 or self.condition_width < 0:
+            raise UserError("blocks.head_layers and blocks.condition_width must not be negative")
+        if self.readout == "linear" and not self.condition_width:
+            raise UserError(
+                "blocks.readout linear needs the noise level: set blocks.condition_width (64 is a good value)"
+            )
         if self.target_table == "trained" and self.shared == "copies":
             raise UserError(
                 "blocks.target_table trained needs blocks.shared trained or frozen: blocks must agree on the table"
@@ -207,14 +212,17 @@ class Block(nn.Module):
 
     def denoise(self, hidden: Tensor, scaled_target: Tensor, c_noise: Tensor, readout: nn.Module, first: Tensor | None):
         """Input context: stem output [N, T, D] -> raw logits [N, V]."""
-        assert self.level is not None and self.entry is not None
+        assert self.entry is not None
         hidden = self.entry(hidden, scaled_target, first)
-        return readout(self.run(self.layers, hidden, self.level(c_noise)))
+        return readout(self.run(self.layers, hidden, self._condition(c_noise)))
+
+    def _condition(self, c_noise: Tensor) -> Tensor | None:
+        return None if self.level is None else self.level(c_noise)
 
     def read(self, trunk: Tensor, scaled_target: Tensor, c_noise: Tensor, readout: nn.Module) -> Tensor:
         """Features context: trunk output [N, T, D] -> raw logits [N, V] through the head, if there is one."""
-        if self.level is not None and self.entry is not None:
-            trunk = self.run(self.head, self.entry(trunk, scaled_target, None), self.level(c_noise))
+        if self.entry is not None:
+            trunk = self.run(self.head, self.entry(trunk, scaled_target, None), self._condition(c_noise))
         return readout(trunk)
 
     # One entry point for all uses, so that compiling the block (nn.Module.compile) covers them.
@@ -371,8 +379,13 @@ class DiffusionBlocksModel(BlockModel):
         # In a tuple, so that their parameters are registered once, through the blocks.
         self._denoisers = tuple(Denoiser(i, self.block(i), self.shared, config) for i in range(config.num_blocks))
 
-    def _conditioned(self, layer: nn.Module, parts: Parts) -> ConditionedLayer:
+    def _conditioned(self, layer: nn.Module, parts: Parts) -> nn.Module:
+        if not self.config.condition_width:
+            return layer
         return ConditionedLayer(layer, parts.layer_norms, parts.width, self.config.condition_width)
+
+    def _level(self) -> LevelEmbedding | None:
+        return LevelEmbedding(self.config.condition_width) if self.config.condition_width else None
 
     def _input_blocks(self, parts: Parts) -> Iterator[Block]:
         copies = self.config.shared == "copies"
@@ -384,7 +397,7 @@ class DiffusionBlocksModel(BlockModel):
             yield Block(
                 [self._conditioned(parts.layers[i], parts) for i in span],
                 stem=copy.deepcopy(parts.stem) if copies else None,
-                level=LevelEmbedding(self.config.condition_width),
+                level=self._level(),
                 entry=TargetEntry(self.config.target_entry, parts.width),
                 readout=copy.deepcopy(parts.readout) if copies else None,
             )
@@ -395,7 +408,7 @@ class DiffusionBlocksModel(BlockModel):
             yield Block(
                 [parts.layers[i] for i in span],
                 stem=parts.stem if index == 0 else None,
-                level=LevelEmbedding(self.config.condition_width) if head else None,
+                level=self._level() if head else None,
                 entry=TargetEntry(self.config.target_entry, parts.width) if head else None,
                 head=[self._conditioned(layer, parts) for layer in head],
                 readout=copy.deepcopy(parts.readout),

@@ -151,6 +151,7 @@ def test_save_and_load_round_trip(conversion, tmp_path):
         ({"contxt": "input"}, "did you mean 'context'"),
         ({"context": "inputs"}, "must be one of input, features"),
         ({"head_layers": 1, "context": "input"}, "features"),
+        ({"readout": "linear"}, "condition_width"),
         ({"target_table": "trained", "shared": "copies", "context": "input"}, "agree on the table"),
     ],
 )

@@ -84,6 +84,7 @@ PRESETS: dict[str, dict[str, Any]] = {
             "sigma_max": 80.0,
             "overlap": 0.05,
             "head_layers": 0,
+            "condition_width": 64,
         },
         "task": {"sampler": "euler", "decision": "final"},
         "train": {"order": "random", "branch_at": 0.0},
