@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "convert": "diffusionblocks.adapters",
     "load": "diffusionblocks.adapters",
-    "BlocksConfig": "diffusionblocks.network",
+    "BlocksConfig": "diffusionblocks.config",
     "DiffusionBlocksModel": "diffusionblocks.network",
     "EndToEndModel": "diffusionblocks.network",
     "Partition": "diffusionblocks.partition",

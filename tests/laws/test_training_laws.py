@@ -14,6 +14,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import plan, steps_in_a_life
+from diffusionblocks.training.residency import borrow_on_call, units
 from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
 
 
@@ -85,6 +86,28 @@ def test_disk_residency_leaves_only_the_active_block_in_memory_files(tmp_path):
     trainer = train(CONVERSIONS["input-add"], output_dir=tmp_path, residency="disk")
     assert trainer.residency.present() == [2]
     assert len(list((tmp_path / "residency").glob("resident-*.safetensors"))) == 3
+
+
+def test_absent_blocks_borrow_their_weights_for_one_call():
+    """Weights far away (zeros here) are fetched wherever a block is called, and are far away again afterwards."""
+    near, far = (dblocks.convert(make_vit(), 3, **CONVERSIONS["input-add"]).eval() for _ in range(2))
+    home = dict(
+        zip(map(id, far.block(1).state_dict(keep_vars=True).values()), near.block(1).state_dict().values(), strict=True)
+    )
+    assert {id(t) for unit in units(far.block(1)) for t in (*unit.parameters(), *unit.buffers())} >= home.keys()
+    fetched = {}
+    for tensor in far.block(1).parameters():
+        tensor.data = torch.zeros_like(tensor)
+        fetched[tensor.data_ptr()] = home[id(tensor)]
+    handles = [h for unit in units(far.block(1)) for h in borrow_on_call(unit, lambda t: fetched.get(t.data_ptr(), t))]
+    batch = {**make_data(4).__getitems__([0, 1, 2, 3]), "noisy_target": torch.ones(4, 16)}
+    raw = [model.denoiser(1)(batch, torch.ones(4)).raw for model in (near, far)]
+    torch.testing.assert_close(*raw)
+    assert raw[0].abs().sum() > 0
+    assert all(not p.any() for p in far.block(1).parameters())
+    for handle in handles:
+        handle.remove()
+    assert not torch.allclose(far.denoiser(1)(batch, torch.ones(4)).raw, raw[0])
 
 
 def test_gradients_of_idle_blocks_never_exist():

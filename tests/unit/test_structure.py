@@ -13,7 +13,7 @@ ROOT = Path(diffusionblocks.__file__).parent
 LEVELS = [
     {"errors", "seeds"},
     {"noise", "partition", "precondition"},
-    {"conditioning", "targets"},
+    {"conditioning", "config", "targets"},
     {"network"},
     {"adapters", "samplers", "tasks", "data"},
     {"training", "memory"},

@@ -10,8 +10,9 @@ from torch import nn
 
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.adapters.vit import DEIT, VIT
+from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import BlocksConfig, DiffusionBlocksModel, Parts
+from diffusionblocks.network import DiffusionBlocksModel, Parts
 
 ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT)
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
+from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.images import DataConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.network import BlocksConfig
 from diffusionblocks.tasks.classification import Classification
 from diffusionblocks.training.config import TrainingConfig
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -113,33 +113,42 @@ class Residency:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Lets absent blocks run forward: their weights (nothing else) visit the device for the length of one call.
+        """Lets absent blocks run forward: each of their modules visits the device for the length of its own call.
 
-        For evaluation, and for the clean stream of the blocks before the active one.
+        For evaluation, and for the clean stream of the blocks before the active one. Only weights travel, one layer
+        at a time.
         """
-        handles = []
+        handles: list[RemovableHandle] = []
         for index, state in enumerate(self.states):
             if index in self._present or self.device.type == "cpu":
                 continue  # the CPU reads host memory and mapped files where they are
-            handles += self._borrow_on_call(state)
+            for unit in units(state.module):
+                handles += borrow_on_call(unit, lambda tensor: tensor.to(self.device))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _borrow_on_call(self, state: BlockState) -> list[RemovableHandle]:
-        home: dict[str, Tensor] = {}
 
-        def bring(module: nn.Module, arguments: object) -> None:
-            home.update((name, t) for name, t in state.tensors().items() if name.startswith("model."))
-            state.replace({name: tensor.to(self.device) for name, tensor in home.items()})
+def units(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a block that are called on their own: its parts, and each layer of its lists."""
+    for part in block.children():
+        yield from part if isinstance(part, nn.ModuleList) else [part]
 
-        def send(module: nn.Module, arguments: object, output: object) -> None:
-            state.replace(home)
-            home.clear()
 
-        return [
-            state.module.register_forward_pre_hook(bring),
-            state.module.register_forward_hook(send, always_call=True),
-        ]
+def borrow_on_call(unit: nn.Module, fetch: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
+    """Hooks that put `fetch(weight)` in place of each weight for the length of a forward."""
+    home: list[tuple[Tensor, Tensor]] = []
+
+    def bring(module: nn.Module, arguments: object) -> None:
+        for tensor in (*module.parameters(), *module.buffers()):
+            home.append((tensor, tensor.data))
+            tensor.data = fetch(tensor.data)
+
+    def send(module: nn.Module, arguments: object, output: object) -> None:
+        for tensor, data in home:
+            tensor.data = data
+        home.clear()
+
+    return [unit.register_forward_pre_hook(bring), unit.register_forward_hook(send, always_call=True)]

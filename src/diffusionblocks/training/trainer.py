@@ -95,6 +95,7 @@ class Trainer:
         self.shared = BlockState(model.shared, self.config, self.config.steps * model.num_blocks)
         self.progress = Progress()
         self._residency: Residency | None = None
+        self._first_step, self._passed = 0, dict[str, int]()
 
     def _check_combination(self) -> None:
         if self.config.branch_at and isinstance(self.model, DiffusionBlocksModel):
@@ -193,22 +194,21 @@ class Trainer:
         total = self.config.steps * self.model.num_blocks
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
+        self._first_step, self._passed = self.progress.block_steps, {}
         with _stop_on_signal() as stop, ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar:
             for visit, losses in self._visits():
                 self._check_finite(visit, losses)
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
-                if self._due(self.config.log_every, len(losses)):
+                if self._due("log", self.config.log_every):
                     journal.flush(self.progress)
-                if visit.border and (
-                    stop.is_set() or self._due(self.config.checkpoint_every, self.model.num_blocks * len(losses))
-                ):
+                if visit.border and (stop.is_set() or self._due("checkpoint", self.config.checkpoint_every)):
                     journal.flush(self.progress)
                     self._save(journal)
                     if stop.is_set() and self.progress.block_steps < total:
                         raise RunStopped(self._stopped_message())
-                if self._due(self.config.evaluate_every, len(losses)) and self.eval_data is not None:
+                if self._due("evaluate", self.config.evaluate_every) and self.eval_data is not None:
                     journal.write(
                         {
                             **self._position(),
@@ -235,9 +235,14 @@ class Trainer:
             self.progress.visits += 1
             yield visit, losses
 
-    def _due(self, every: int, steps: int) -> bool:
-        """Whether the last `steps` block steps crossed a multiple of `every`."""
-        return every > 0 and self.progress.block_steps % every < steps
+    def _due(self, what: str, every: int) -> bool:
+        """Whether the run has passed another multiple of `every` block steps since this was last asked."""
+        if every < 1:
+            return False
+        passed = self.progress.block_steps // every
+        due = passed > self._passed.get(what, self._first_step // every)
+        self._passed[what] = passed
+        return due
 
     def _position(self) -> dict[str, Any]:
         return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}

@@ -1,0 +1,93 @@
+"""How a network becomes blocks: the options of `convert`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import Tensor
+
+from diffusionblocks.errors import UserError
+from diffusionblocks.noise import Information, LevelDistribution, LogNormal
+
+
+@dataclass(kw_only=True)
+class BlocksConfig:
+    """The defaults are the project's for classification; the recipes' preset `paper` gives the paper's.
+
+    Args:
+        num_blocks: B, the one dial.
+        layers_per_block: explicit uneven split; empty = equal parts.
+        context: `input` (every block reads x) or `features` (block b reads what block b-1 made of x, detached).
+        target_entry: where the noisy target enters the network: `replace` the first token ([DB]), `add` to it
+            through a projection that starts at zero, or `none` (only the readout sees it).
+        readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
+        target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
+        shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
+            `copies` (each block owns its own).
+        levels: `information` (equal shares of nats) or `log-normal` ([DB]).
+        least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
+        sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
+        overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
+        condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
+            and no target entry the ideal p(v | x) does not depend on it).
+        head_layers: extra layers between a block's trunk and its readout (features context); not handed on.
+    """
+
+    num_blocks: int = 3
+    layers_per_block: list[int] = field(default_factory=list)
+    context: str = "input"
+    target_entry: str = "none"
+    readout: str = "bayes"
+    target_table: str = "fixed"
+    shared: str = "copies"
+    levels: str = "information"
+    p_mean: float = -1.2
+    p_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    least_hidden: float = 0.65
+    overlap: float = 0.05
+    condition_width: int = 0
+    head_layers: int = 0
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "context": ("input", "features"),
+        "target_entry": ("replace", "add", "none"),
+        "readout": ("bayes", "linear"),
+        "target_table": ("fixed", "trained"),
+        "shared": ("trained", "frozen", "copies"),
+        "levels": ("information", "log-normal"),
+    }
+
+    def check(self) -> None:
+        """Raises UserError for an unknown choice or a combination that has no meaning."""
+        for name, choices in self.CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise UserError(f"blocks.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        if self.head_layers and self.context != "features":
+            raise UserError(
+                "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
+            )
+        if self.head_layers < 0 or self.condition_width < 0:
+            raise UserError("blocks.head_layers and blocks.condition_width must not be negative")
+        if self.readout == "linear" and not self.condition_width:
+            raise UserError(
+                "blocks.readout linear needs the noise level: set blocks.condition_width (64 is a good value)"
+            )
+        if self.target_table == "trained" and self.shared == "copies":
+            raise UserError(
+                "blocks.target_table trained needs blocks.shared trained or frozen: blocks must agree on the table"
+            )
+
+    def may_branch(self, layers: list[range]) -> bool:
+        """Whether blocks can start as copies of one: equal depth, the same input, nothing trained in common."""
+        alike = len({len(span) for span in layers}) == 1
+        return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
+
+    def distribution(self, table: Tensor) -> LevelDistribution:
+        if self.levels == "information":
+            return Information(
+                table, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
+            )
+        return LogNormal(self.p_mean, self.p_std, self.sigma_min, self.sigma_max)
