@@ -56,11 +56,11 @@ def methods(vit: ViTForImageClassification) -> dict[str, tuple[Callable[[], Bloc
         "end-to-end": (lambda: dblocks.EndToEndModel(take_apart(vit)), {}),
         "checkpointing": (lambda: dblocks.EndToEndModel(take_apart(vit)), {"activation_checkpointing": True}),
     }
+    found["shallow L/3"] = (lambda: dblocks.EndToEndModel(take_apart(vit), 4), {})
     for count in (2, 3, 4, 6):
-        found[f"shallow L/{count}"] = (lambda n=count: dblocks.EndToEndModel(take_apart(vit), 12 // n), {})
         found[f"diffusionblocks B={count}"] = (lambda n=count: dblocks.convert(vit, n), {"residency": "disk"})
+    own = {"residency": "disk"}
     for count in (3, 4):
-        own = {"residency": "disk"}
         found[f"diffusionblocks features B={count}"] = (
             lambda n=count: dblocks.convert(vit, n, context="features"),
             own,

@@ -70,7 +70,40 @@ def memory(axes: Any) -> None:
     axes.legend(frameon=False, fontsize=7, loc="lower right")
 
 
+def accuracy_table(recipe: str) -> None:
+    data = load(f"classification-{recipe}")["budgets"]
+    print(f"\n| {recipe}, B = 3 | accuracy (%), equal layer evaluations | equal samples | loss (nats) | peak memory |")
+    print("|---|---|---|---|---|")
+    samples = {result["method"]: result for result in data["samples"]["results"]}
+    results = data["layer-evaluations"]["results"]
+    whole = results[0]["peak_memory"]["total"]
+    for result in results:
+        same = samples[result["method"]]["metrics"]["accuracy"]
+        metric, loss = result["metrics"]["accuracy"], result["metrics"]["validation_loss"]
+        cells = [result["method"], _error(metric, 2), _error(same, 2), _error(loss, 3)]
+        print("| " + " | ".join([*cells, f"{result['peak_memory']['total'] / whole:.2f}x"]) + " |")
+
+
+def memory_table() -> None:
+    data = load("memory-and-time")
+    regimes = list(dict.fromkeys(row["regime"] for row in data["memory"]))
+    print("\n| peak training memory | " + " | ".join(regimes) + " |\n|---|---|---|")
+    for name in dict.fromkeys(row["method"] for row in data["memory"]):
+        rows = {row["regime"]: row for row in data["memory"] if row["method"] == name}
+        cells = [f"{rows[r]['total'] / 2**20:.0f} MiB ({rows[r]['ratio']:.2f}x)" for r in regimes]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    for row in data["wall_time"]:
+        print(f"{row['regime']}, {row['method']}: 3 block steps take {row['median']:.2f}x one end-to-end step")
+
+
+def _error(metric: dict[str, Any], digits: int) -> str:
+    return f"{metric['value']:.{digits}f} ± {metric['stderr']:.{digits}f}"
+
+
 def main() -> None:
+    for recipe in ("digits", "mnist"):
+        accuracy_table(recipe)
+    memory_table()
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 2.6), layout="constrained")
     accuracy(left, "digits")

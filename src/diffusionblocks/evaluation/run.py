@@ -235,7 +235,7 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
             (folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "model", "residency"):
             shutil.rmtree(folder / name, ignore_errors=True)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
