@@ -42,6 +42,7 @@ def main() -> None:
             "runs": [json.loads(path.read_text())["metrics"] for path in sorted(folder.glob("*/seed-*/summary.json"))],
         }
     target = Path(__file__).parent / "results" / f"classification-{arguments.recipe}.json"
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps({"environment": describe(), "budgets": tables}, indent=1) + "\n")
     print(target)
 

@@ -132,6 +132,7 @@ def main() -> None:
             print(f"{regime}  3 block steps / 1 end-to-end step, {name}: {row['median']:.3f}x", flush=True)
     target = Path(__file__).parent / "results" / "memory-and-time.json"
     result = {"environment": describe(), "threads": torch.get_num_threads(), "memory": memory, "wall_time": wall}
+    target.parent.mkdir(exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
     print(target)
 
