@@ -144,7 +144,19 @@ def test_report_is_one_page_that_needs_no_network(trained, capsys, tmp_path):
 
 
 def test_compare_prints_every_method_with_equal_layer_evaluations(capsys, tmp_path):
-    arguments = ("compare", "digits", *SMALL, "--methods", ",".join(METHODS), "--jobs", 2, "--output-dir", tmp_path)
+    arguments = (
+        "compare",
+        "digits",
+        *SMALL,
+        "--methods",
+        ",".join(METHODS),
+        "--jobs",
+        2,
+        "--preset",
+        "demo",
+        "--output-dir",
+        tmp_path,
+    )
     code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
     results = json.loads(out)["results"]

@@ -74,7 +74,8 @@ def compare(
 def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) -> _Job:
     find_method(method)
     train = dataclasses.replace(recipe.train, seed=seed, steps=steps_for_budget(recipe, method, budget))
-    own = dataclasses.replace(recipe, method=method, train=train)
+    # The preset is already in the values; named again in the file, it would be laid over them once more.
+    own = dataclasses.replace(recipe, method=method, train=train, preset="")
     folder = output_dir / method / f"seed-{seed}"
     config = output_dir / method / f"seed-{seed}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
