@@ -74,13 +74,14 @@ def accuracy_table(recipe: str) -> None:
     data = load(f"classification-{recipe}")["budgets"]
     print(f"\n| {recipe}, B = 3 | accuracy (%), equal layer evaluations | equal samples | loss (nats) | peak memory |")
     print("|---|---|---|---|---|")
-    samples = {result["method"]: result for result in data["samples"]["results"]}
+    samples = {result["method"]: result for result in data.get("samples", {"results": []})["results"]}
     results = data["layer-evaluations"]["results"]
     whole = results[0]["peak_memory"]["total"]
     for result in results:
-        same = samples[result["method"]]["metrics"]["accuracy"]
+        same = samples.get(result["method"])
         metric, loss = result["metrics"]["accuracy"], result["metrics"]["validation_loss"]
-        cells = [result["method"], _error(metric, 2), _error(same, 2), _error(loss, 3)]
+        equal_samples = _error(same["metrics"]["accuracy"], 2) if same else "not run"
+        cells = [result["method"], _error(metric, 2), equal_samples, _error(loss, 3)]
         print("| " + " | ".join([*cells, f"{result['peak_memory']['total'] / whole:.2f}x"]) + " |")
 
 
