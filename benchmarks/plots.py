@@ -45,7 +45,8 @@ def accuracy(axes: Any, recipe: str) -> None:
         )
     axes.set_yticks(range(len(results)), [result["method"] for result in results])
     axes.set_ylim(len(results) - 0.5, -0.6)
-    axes.set_xlabel(f"{recipe}: test accuracy (%), {len(results[0]['seeds'])} seeds")
+    counts = sorted({len(result["seeds"]) for result in results})
+    axes.set_xlabel(f"{recipe}: test accuracy (%), {' to '.join(map(str, counts))} seeds")
     axes.grid(axis="x", alpha=0.3)
 
 

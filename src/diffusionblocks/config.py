@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.noise import Information, LevelDistribution, LogNormal
 
 
@@ -62,9 +62,7 @@ class BlocksConfig:
 
     def check(self) -> None:
         """Raises UserError for an unknown choice or a combination that has no meaning."""
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"blocks.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        check_choices("blocks", self, self.CHOICES)
         if self.head_layers and self.context != "features":
             raise UserError(
                 "blocks.head_layers needs blocks.context features: an input-context block has no separate head"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import check_choices
 from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.precondition import LOSS_WEIGHTS
 from diffusionblocks.samplers import grids
@@ -52,9 +52,7 @@ class Classification:
     }
 
     def __post_init__(self) -> None:
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"task.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        check_choices("task", self, self.CHOICES)
 
     def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
         labels = batch["labels"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, check_choices
 
 
 @dataclass(kw_only=True)
@@ -72,9 +72,7 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"train.{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}")
+        check_choices("train", self, self.CHOICES)
         for name in ("steps", "batch_size", "accumulation", "visit_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
