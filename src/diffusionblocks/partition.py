@@ -7,6 +7,7 @@ Block 0 owns the HIGHEST range: it holds the first layers and meets pure noise f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -110,5 +111,5 @@ def split_layers(num_layers: int, num_blocks: int, sizes: Sequence[int] | None =
                 f"{', '.join(map(str, divisors))}, or give uneven sizes (--blocks.layers-per-block) that add up to {num_layers}"
             )
         sizes = [num_layers // num_blocks] * num_blocks
-    ends = torch.tensor(list(sizes)).cumsum(0).tolist()
+    ends = list(accumulate(sizes))
     return [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]

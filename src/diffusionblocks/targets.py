@@ -15,7 +15,7 @@ from diffusionblocks.noise import unit_rows
 def label_table(num_classes: int, width: int) -> Tensor:
     """Unit-norm label embeddings [V, D], seeded: orthonormal rows where they fit, else random directions."""
     generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(max(num_classes, width), width, generator=generator)
+    gaussian = torch.randn(max(num_classes, width), width, generator=generator, device="cpu")
     if num_classes <= width:
         return torch.linalg.qr(gaussian.T @ gaussian).Q[:num_classes].contiguous()
     return unit_rows(gaussian[:num_classes])

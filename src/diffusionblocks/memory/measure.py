@@ -64,29 +64,18 @@ def _round(trainer: Trainer, number: int) -> Iterator[tuple[Visit, list[dict[str
 
 
 def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
-    from torch.distributed._tools.mem_tracker import MemTracker
+    from diffusionblocks.memory.tracker import PhaseTracker
 
     residency, model = trainer.residency, trainer.model
     with residency.active(visit.block):
-        tracker = MemTracker()
-        present = residency.present()
-        tracker.track_external(model.shared, *(model.block(index) for index in present))
-        optimizers = [trainer.shared.optimizer, *(trainer.states[index].optimizer for index in present)]
-        tracker.track_external(*(optimizer for optimizer in optimizers if optimizer is not None))
-        tracker.track_external(*(tensor for batch in batches for tensor in batch.values()))
+        tracker, owners = PhaseTracker(), [trainer.shared, *(trainer.states[i] for i in residency.present())]
+        tensors = [tensor for batch in batches for tensor in batch.values()]
+        tensors += [tensor for state in owners for tensor in state.average.values()]
+        modules = [model.shared, *(model.block(index) for index in residency.present())]
+        tracker.present(modules, [state.optimizer for state in owners], tensors)
         with tracker:
             trainer.visit(visit, batches)
-        snapshot = tracker.get_tracker_snapshot("peak")[trainer.device]
-    named = {str(getattr(key, "value", key)): size for key, size in snapshot.items()}
-    return _peak(
-        named["Parameter"],
-        named["Gradient"],
-        named["Optstate"],
-        named["Total"],
-        averages=_average_bytes(trainer, present),
-        how_measured="torch MemTracker",
-        device="cpu",
-    )
+    return PeakMemory(**tracker.peak.as_dict(), how_measured="torch MemTracker", device="cpu")
 
 
 def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
@@ -107,31 +96,14 @@ def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor
     gradients = sum(
         p.nbytes for state in (trainer.shared, trainer.states[visit.block]) for p in state.parameters.values()
     )
-    return _peak(
-        sizes["model."],
-        gradients,
-        sizes["optimizer."],
-        total,
-        averages=0,
+    known = sizes["model."] + sizes["optimizer."] + gradients
+    return PeakMemory(
+        parameters=sizes["model."],
+        gradients=gradients,
+        optimizer=sizes["optimizer."],
+        activations=total - known,
+        total=total,
         how_measured="torch.cuda.max_memory_allocated",
         device=torch.cuda.get_device_name(),
         reserved=reserved,
-    )
-
-
-def _average_bytes(trainer: Trainer, present: list[int]) -> int:
-    """Moving averages, which the tracker does not know."""
-    states = [trainer.shared, *(trainer.states[index] for index in present)]
-    return sum(tensor.nbytes for state in states for tensor in state.average.values())
-
-
-def _peak(parameters: int, gradients: int, optimizer: int, total: int, *, averages: int, **how: Any) -> PeakMemory:
-    rest = total - parameters - gradients - optimizer
-    return PeakMemory(
-        parameters=parameters,
-        gradients=gradients,
-        optimizer=optimizer,
-        activations=rest + averages,
-        total=total + averages,
-        **how,
     )

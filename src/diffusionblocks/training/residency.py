@@ -68,9 +68,11 @@ class Residency:
             self._to_device(index)
 
     def _to_device(self, index: int) -> None:
+        copy = self.kind == "disk"  # off the mapped file
         moved = {
-            name: tensor.to(self.device, copy=self.kind == "disk", non_blocking=True)
+            name: tensor.to(self.device, copy=copy, non_blocking=True)
             for name, tensor in self.states[index].tensors().items()
+            if copy or tensor.device != self.device
         }
         self.states[index].replace(moved)
         self._present.add(index)

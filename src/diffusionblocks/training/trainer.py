@@ -116,8 +116,8 @@ class Trainer:
                 block.activation_checkpointing = self.config.activation_checkpointing
                 if self.config.compile:
                     block.compile()
-            self.model.shared.to(self.device)
-            self.shared.replace({k: v.to(self.device) for k, v in self.shared.tensors().items()})
+            away = {k: v for k, v in self.shared.tensors().items() if v.device != self.device}
+            self.shared.replace({k: v.to(self.device) for k, v in away.items()})
             folder = None if self.output_dir is None else self.output_dir / "residency"
             self._residency = Residency(self.config.residency, self.states, self.device, folder)
         return self._residency
@@ -163,14 +163,18 @@ class Trainer:
 
     def _add_context(self, visit: Visit, batch: dict[str, Tensor]) -> None:
         """Features of earlier blocks, when the order did not hand them on."""
-        if visit.carried or visit.block == 0 or not isinstance(self.model, DiffusionBlocksModel):
+        if visit.carried or (context := self.context(visit.block, batch)) is None:
             return
+        batch["context"] = context
+        passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
+        self.progress.layer_evaluations += passed * self.config.batch_size / 3
+
+    def context(self, index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """The clean stream that enters block `index`, or None where it reads the input itself."""
+        if index == 0 or not isinstance(self.model, DiffusionBlocksModel):
+            return None
         with self.residency.borrowed(), self.accelerator.autocast():
-            context = self.model.context(batch, visit.block)
-        if context is not None:
-            batch["context"] = context
-            passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
-            self.progress.layer_evaluations += passed * self.config.batch_size / 3
+            return self.model.context(batch, index)
 
     def _branch(self) -> None:
         """Copies block 0, weights and optimizer state, into all blocks."""
