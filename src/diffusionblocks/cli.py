@@ -1,4 +1,4 @@
-"""The command line: `dblocks recipes | train | evaluate | sample | compare | report`.
+"""The command line: `dblocks recipes | train | evaluate | sample | compare | plan | report`.
 
 Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted.
 """
@@ -136,6 +136,37 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
     return found
 
 
+def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.plan import default_counts, for_model, from_recipe, parse_memory, plan
+    from diffusionblocks.recipes import load_recipe
+    from diffusionblocks.report import table
+
+    memory = parse_memory(arguments.memory) if arguments.memory else None
+    if bool(arguments.recipe) == bool(arguments.model):
+        raise UserError("plan needs a recipe or --model NAME_OR_PATH (one of the two)")
+    overrides = _overrides(rest)
+    if arguments.model:
+        work, train = for_model(arguments.model, overrides)
+    else:
+        if arguments.preset:
+            overrides.append(("preset", arguments.preset))
+        recipe = load_recipe(arguments.recipe, overrides)
+        recipe.train.check()
+        work, train = from_recipe(recipe, arguments.recipe), recipe.train
+    counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default_counts(work.num_layers)
+    found = plan(work, counts, memory, train.batch_size)
+    if not arguments.json:
+        table.show_plan(found)
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--num-blocks takes numbers separated by commas, such as 2,3,4; got {text!r}") from None
+
+
 def _report(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.report.page import write_report
 
@@ -164,6 +195,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
     "evaluate": (_evaluate, "evaluate a trained run on its test split"),
     "sample": (_sample, "predictions of a trained run"),
     "compare": (_compare, "train several methods on one recipe and print one table"),
+    "plan": (_plan, "predict the memory of every method, and what fits a card"),
     "report": (_report, "one self-contained HTML page from run folders"),
 }
 
@@ -188,6 +220,11 @@ def _build_parser(settings: str) -> argparse.ArgumentParser:
         "--budget", default="layer-evaluations", help="equal 'layer-evaluations' or 'samples'"
     )
     added["compare"].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
+    added["plan"].add_argument("recipe", metavar="RECIPE_OR_YAML", nargs="?", help="a built-in recipe or a YAML file")
+    added["plan"].add_argument("--model", metavar="NAME_OR_PATH", help="a Hugging Face model instead of a recipe")
+    added["plan"].add_argument("--memory", metavar="SIZE", help="the card's memory, such as 16GiB")
+    added["plan"].add_argument("--num-blocks", metavar="B,B,...", help="numbers of blocks (default: some divisors)")
+    added["plan"].add_argument("--preset", help="'paper', or a preset of the recipe")
     for name in ("evaluate", "sample"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
     added["sample"].add_argument("--num", type=int, default=16, help="how many test samples (default 16)")

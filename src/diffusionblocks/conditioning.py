@@ -29,7 +29,8 @@ class LevelEmbedding(nn.Module):
 
     def forward(self, c_noise: Tensor) -> Tensor:
         angles = c_noise.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.sin(), angles.cos()], dim=-1))
+        features = torch.cat([angles.sin(), angles.cos()], dim=-1)
+        return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
 class ModulatedNorm(nn.Module):

@@ -183,39 +183,54 @@ class BlockModel(nn.Module):
             owners[name] = f"block {rest.split('.')[0]}" if part == "blocks" else "shared"
         return owners
 
-    def layer_evaluations(self, index: int) -> int:
+    def layer_evaluations(self, index: int) -> float:
         """Layers that one sample passes when block `index` trains on it (trunk and head)."""
         block = self.block(index)
         return len(block.layers) + len(block.head)
 
 
 class EndToEndModel(BlockModel):
-    """The ordinary network as one block: `end-to-end`, `checkpointing`, `shallow` and their kin.
+    """The ordinary network as one block: `end-to-end`, `checkpointing`, `shallow`, `lora`, `last-block` and their kin.
 
     Args:
         parts: from an adapter. num_layers: keep only the first layers (`shallow`); all when None.
+        trained_layers: only the last so many layers and the readout are trained (`last-block`); all when None.
     """
 
-    def __init__(self, parts: Parts, num_layers: int | None = None) -> None:
+    def __init__(self, parts: Parts, num_layers: int | None = None, *, trained_layers: int | None = None) -> None:
         super().__init__()
         layers = parts.layers[:num_layers]
-        self._layers_path = parts.layers_path
-        self._network = (parts.network,)  # in a tuple: its parameters are registered once, through the block
+        self._remember(parts)
+        if trained_layers is not None:
+            parts.stem.requires_grad_(False)
+            for layer in layers[: len(layers) - trained_layers]:
+                layer.requires_grad_(False)
         self.blocks = nn.ModuleList([Block(layers, stem=parts.stem, readout=parts.readout)])
         self.shared = nn.ModuleDict()
         self.layers = [range(len(layers))]
 
-    def forward(self, batch: Batch) -> Tensor:
-        """batch of the stem's inputs -> logits [N, V]."""
+    def _remember(self, parts: Parts) -> None:
+        self._layers_path = parts.layers_path
+        self._network = (parts.network,)  # in a tuple: its parameters are registered once, through the blocks
+
+    def forward(self, batch: Batch, active: int | None = None) -> Tensor:
+        """batch of the stem's inputs -> logits [N, V]. active: the block that trains (here there is but one)."""
         block = self.block(0)
         assert block.stem is not None and block.readout is not None
         return block.readout(block("trunk", block.stem(batch)))
 
+    def layer_evaluations(self, index: int) -> float:
+        """Forward through frozen layers counts a third."""
+        layers = self.block(0).layers
+        frozen = sum(not any(p.requires_grad for p in layer.parameters()) for layer in layers)
+        return len(layers) - frozen * 2 / 3
+
     def save_pretrained(self, folder: str | Path) -> None:
-        """Saves the ordinary Hugging Face network, with only the layers that were kept."""
+        """Saves the ordinary Hugging Face network with only the layers that were kept, or the adapter of `lora`."""
         (network,) = self._network
-        del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
-        network.config.num_hidden_layers = len(self.layers[0])
+        if len(network.get_submodule(self._layers_path)) > len(self.layers[0]):
+            del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
+            network.config.num_hidden_layers = len(self.layers[0])
         network.save_pretrained(folder)
 
 

@@ -14,8 +14,10 @@ from diffusionblocks.noise import unit_rows
 
 def label_table(num_classes: int, width: int) -> Tensor:
     """Unit-norm label embeddings [V, D], seeded: orthonormal rows where they fit, else random directions."""
+    if torch.get_default_device().type == "meta":  # only shapes are wanted
+        return torch.empty(num_classes, width)
     generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(max(num_classes, width), width, generator=generator, device="cpu")
+    gaussian = torch.randn(max(num_classes, width), width, generator=generator)
     if num_classes <= width:
         return torch.linalg.qr(gaussian.T @ gaussian).Q[:num_classes].contiguous()
     return unit_rows(gaussian[:num_classes])

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "seeds"},
     {"noise", "partition", "precondition"},
     {"conditioning", "config", "targets"},
-    {"network"},
+    {"network", "coordinate"},
     {"adapters", "samplers", "tasks", "data"},
     {"training", "memory"},
     {"recipes", "baselines"},

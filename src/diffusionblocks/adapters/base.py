@@ -37,9 +37,9 @@ class Adapter:
     make_stem: Callable[[nn.Module], nn.Module]
     make_readout: Callable[..., nn.Module]
 
-    def take_apart(self, model: nn.Module) -> Parts:
-        """Parts of a copy of `model`; the caller's model is not touched."""
-        model = copy.deepcopy(model)
+    def take_apart(self, model: nn.Module, *, copied: bool = False) -> Parts:
+        """Parts of a copy of `model`; the caller's model is not touched (unless it is a copy already)."""
+        model = model if copied else copy.deepcopy(model)
         config: Any = model.config
         layers = list(model.get_submodule(self.layers).children())
         owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]

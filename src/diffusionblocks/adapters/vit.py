@@ -30,7 +30,8 @@ class ImageStem(nn.Module):
         self.embeddings.register_buffer("cls_token", torch.zeros_like(token))
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.embeddings(batch["pixel_values"])
+        weight = self.embeddings.patch_embeddings.projection.weight
+        return self.embeddings(batch["pixel_values"].to(weight.dtype))
 
 
 class FirstTokenReadout(nn.Module):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
+from diffusionblocks.baselines.lora import lora_model
+from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, EndToEndModel
 from diffusionblocks.partition import split_layers
@@ -57,6 +59,32 @@ def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
     return convert(network, **dataclasses.asdict(recipe.blocks))
 
 
+def _exact(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0))
+
+
+def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
+    parts = take_apart(network)
+    return BlockCoordinateModel(parts, split_layers(len(parts.layers), **_split(recipe)))
+
+
+def _pretrained(recipe: Recipe) -> Recipe:
+    if not recipe.model.pretrained:
+        raise UserError(
+            f"the method {recipe.method} adapts a pretrained network: set model.pretrained to its name or folder"
+        )
+    return _one_block(recipe)
+
+
+def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
+    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True)
+
+
+def _last_block_model(recipe: Recipe, network: Any) -> BlockModel:
+    parts = take_apart(network)
+    return EndToEndModel(parts, trained_layers=len(split_layers(len(parts.layers), **_split(recipe))[-1]))
+
+
 def _split(recipe: Recipe) -> dict[str, Any]:
     return {"num_blocks": recipe.blocks.num_blocks, "sizes": recipe.blocks.layers_per_block}
 
@@ -69,6 +97,10 @@ METHODS: dict[str, Method] = {
     "shallow": Method("the first L/B layers end to end: the same memory as a block", _one_block, _shallow_model),
     "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _unchanged, _blocks_model),
     "diffusionblocks-paper": Method("B blocks with the paper's settings (preset paper)", _paper, _blocks_model),
+    "exact": Method("block-coordinate: the ordinary loss, one block's parameters at a time", _exact, _exact_model),
+    "full": Method("fine-tunes all of a pretrained network", _pretrained, _end_to_end_model),
+    "lora": Method("low-rank adaptation of a pretrained network (peft)", _pretrained, _lora_model),
+    "last-block": Method("trains the last L/B layers of a pretrained network", _pretrained, _last_block_model),
 }
 
 
@@ -83,8 +115,8 @@ def for_method(recipe: Recipe, name: str) -> Recipe:
     """The recipe as method `name` runs it: with the recipe's own changes for that method, then the method's."""
     method = find_method(name)
     own = recipe.methods.get(name, {})
-    prepared = method.prepare(build(merge(recipe.as_dict(), own)) if own else recipe)
-    return dataclasses.replace(prepared, method=name)
+    recipe = build(merge(recipe.as_dict(), own)) if own else recipe
+    return method.prepare(dataclasses.replace(recipe, method=name))
 
 
 BUDGETS = ("layer-evaluations", "samples")
@@ -103,21 +135,29 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
     if recipe.model.pretrained:
         num_layers = pretrained_config(recipe.model.pretrained).num_hidden_layers
-    if method in ("end-to-end", "checkpointing"):
+    if method in ("end-to-end", "checkpointing", "full", "lora"):
         return steps
     spans = split_layers(num_layers, **_split(recipe))
     if method == "shallow":
         return steps if budget == "samples" else round(steps * num_layers / len(spans[0]))
+    if method == "last-block":
+        passes = num_layers / 3 + len(spans[-1]) * 2 / 3
+        return steps if budget == "samples" else round(steps * num_layers / passes)
     num_blocks, blocks, train = len(spans), prepared.blocks, prepared.train
     if budget == "layer-evaluations":
-        passes: float = num_layers + num_blocks * blocks.head_layers
-        if blocks.context == "features" and train.order != "sweep":  # forward passes of the blocks before, a third each
+        passes = num_layers + num_blocks * blocks.head_layers
+        if method == "exact":  # as BlockCoordinateModel.layer_evaluations counts
+            after = sum(num_layers - span.stop for span in spans)
+            passes = num_blocks * num_layers / 3 + num_layers * 2 / 3 + after * 2 / 3
+        elif (
+            blocks.context == "features" and train.order != "sweep"
+        ):  # forward passes of the blocks before, a third each
             before = sum(span.start for span in spans) / 3
             passes += before
         return round(steps * num_layers / passes)
     if train.order != "sweep":
         return max(1, round(steps / num_blocks)) if train.order == "random" else steps
-    train = resolve_branch(train, blocks.may_branch(spans))
+    train = resolve_branch(train, method != "exact" and blocks.may_branch(spans))
     common = branch_steps(train, num_blocks)
     loaded_per_step = (common + train.steps - common // num_blocks) / train.steps
     return max(1, round(steps / loaded_per_step))

@@ -107,6 +107,13 @@ def load_images(config: DataConfig, seed: int = 0) -> ImageSplits:
     return ImageSplits(ImageData(*train, augmentation, seed), ImageData(*validation), ImageData(*test), classes)
 
 
+def count_classes(config: DataConfig) -> int:
+    """Number of classes without reading an image; 1,000 where only the data could tell (a Hugging Face dataset)."""
+    if config.path and config.source != "huggingface":
+        return len(_class_folders(Path(config.path))[1])
+    return 10 if config.source in ("digits", "mnist") else 1000
+
+
 def _check_labels(labels: Tensor, num_classes: int) -> None:
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
@@ -157,10 +164,19 @@ def _embedded(pixels: Tensor, labels: np.ndarray, config: DataConfig) -> tuple[_
 
 
 def _folder(config: DataConfig) -> tuple[_Labelled, _Labelled | None, list[str]]:
-    root = Path(config.path)
-    if not config.path or not root.is_dir():
+    if not config.path:
+        raise UserError("data.path must be a folder with one sub-folder of images per class; it is empty")
+    train_root, classes, test_root = _class_folders(Path(config.path))
+    train = _read_folder(train_root, classes, config)
+    test = _read_folder(test_root, classes, config) if test_root else None
+    return train, test, classes
+
+
+def _class_folders(root: Path) -> tuple[Path, list[str], Path | None]:
+    """Folder of the training images, its classes, and the folder of test images if there is one."""
+    if not root.is_dir():
         raise UserError(
-            f"data.path must be a folder with one sub-folder of images per class; {config.path!r} is not a folder"
+            f"data.path must be a folder with one sub-folder of images per class; {str(root)!r} is not a folder"
         )
     parts = {path.name: path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")}
     test_root = parts.get("test") or parts.get("val")
@@ -171,9 +187,7 @@ def _folder(config: DataConfig) -> tuple[_Labelled, _Labelled | None, list[str]]
     if len(classes) < 2:
         found = "none" if not classes else f"only {classes[0]!r}"
         raise UserError(f"{train_root} needs at least two sub-folders with images, one per class; found {found}")
-    train = _read_folder(train_root, classes, config)
-    test = _read_folder(test_root, classes, config) if test_root else None
-    return train, test, classes
+    return train_root, classes, test_root
 
 
 def _read_folder(root: Path, classes: Sequence[str], config: DataConfig) -> _Labelled:

@@ -67,9 +67,19 @@ def build_network(recipe: Recipe, num_classes: int) -> Any:
     """The Hugging Face network of a recipe, new (from torch's global generator) or pretrained."""
     import transformers
 
+    config = network_config(recipe, num_classes)
+    model_class = getattr(transformers, config.architectures[0])
+    if recipe.model.pretrained:
+        return model_class.from_pretrained(recipe.model.pretrained, config=config, ignore_mismatched_sizes=True)
+    return model_class(config)
+
+
+def network_config(recipe: Recipe, num_classes: int) -> Any:
+    """The transformers config of a recipe's network. Raises UserError for sizes that cannot work together."""
+    import transformers
+
     settings, data = recipe.model, recipe.data
     dropout = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-    common: dict[str, Any] = {"num_labels": num_classes, "attn_implementation": settings.attention, **dropout}
     if settings.pretrained:
         config = pretrained_config(settings.pretrained)
         if config.image_size != data.image_size or config.num_channels != data.channels:
@@ -77,17 +87,19 @@ def build_network(recipe: Recipe, num_classes: int) -> Any:
                 f"{settings.pretrained} reads {config.num_channels} channels of {config.image_size} pixels; "
                 f"set data.channels and data.image_size to match (got {data.channels} and {data.image_size})"
             )
-        model_class = getattr(transformers, config.architectures[0])
-        return model_class.from_pretrained(settings.pretrained, ignore_mismatched_sizes=True, **common)
+        config.update(dropout)
+        config.num_labels = num_classes
+        config._attn_implementation = settings.attention
+        return config
     find_adapter(settings.model_class)
-    model_class = getattr(transformers, settings.model_class)
     if data.image_size % settings.patch_size:
         raise UserError(f"data.image_size {data.image_size} is not divisible by model.patch_size {settings.patch_size}")
     if settings.hidden_size % settings.num_attention_heads:
         raise UserError(
             f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
         )
-    config = model_class.config_class(
+    return getattr(transformers, settings.model_class).config_class(
+        architectures=[settings.model_class],
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.num_attention_heads,
@@ -95,9 +107,10 @@ def build_network(recipe: Recipe, num_classes: int) -> Any:
         patch_size=settings.patch_size,
         image_size=data.image_size,
         num_channels=data.channels,
-        **common,
+        num_labels=num_classes,
+        attn_implementation=settings.attention,
+        **dropout,
     )
-    return model_class(config)
 
 
 def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:
@@ -223,7 +236,8 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Makes `folder` this recipe's. Raises UserError when another recipe owns it."""
     path = folder / "config.yaml"
     if path.is_file() and resume:
-        difference = _difference(yaml.safe_load(path.read_text()), recipe.as_dict())
+        written = build(yaml.safe_load(path.read_text())).as_dict()  # with defaults for keys it did not know
+        difference = _difference(written, recipe.as_dict())
         if difference:
             raise UserError(
                 f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "

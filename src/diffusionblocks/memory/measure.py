@@ -71,8 +71,10 @@ def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]
         tracker, owners = PhaseTracker(), [trainer.shared, *(trainer.states[i] for i in residency.present())]
         tensors = [tensor for batch in batches for tensor in batch.values()]
         tensors += [tensor for state in owners for tensor in state.average.values()]
-        modules = [model.shared, *(model.block(index) for index in residency.present())]
-        tracker.present(modules, [state.optimizer for state in owners], tensors)
+        here, blocks = residency.present(), range(model.num_blocks)
+        modules = [model.shared, *(model.block(index) for index in here)]
+        elsewhere = [model.block(index) for index in blocks if index not in here]
+        tracker.present(modules, [state.optimizer for state in owners], tensors, elsewhere)
         with tracker:
             trainer.visit(visit, batches)
     return PeakMemory(**tracker.peak.as_dict(), how_measured="torch MemTracker", device="cpu")

@@ -1,8 +1,8 @@
 """Peak training memory before the run: the trainer's own steps, traced on tensors without data.
 
 Model, optimizers and batch are fake tensors (shapes and types, no storage), so a network of any size can be traced on a
-laptop. MemTracker counts what every operation of two `Trainer.block_step` calls would allocate; the first creates the
-optimizer state, the second is the steady state.
+laptop. MemTracker counts what every operation of `Trainer.block_step` would allocate, in the steady state: a first update
+has created the optimizer state.
 
 A residual network repeats one layer, so in every phase of a step the peak is c0 + c1 n in the layers n of a block. Deep
 blocks are therefore traced at two small depths. The peak is the maximum over phases of what each phase comes to; it is
@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
-from diffusionblocks.network import BlockModel, DiffusionBlocksModel
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.partition import Partition
 from diffusionblocks.tasks.base import Task
@@ -46,6 +47,7 @@ class Network:
         layers: how the layers are split; one range = an end-to-end method.
         like: per block, the block that is traced in its place (itself where nothing is said).
         alike: all layers have the same shape, so that depth can be extrapolated.
+        multiple: depths of short traces are multiples of this (where the build divides the layers once more).
     """
 
     build: Callable[[Sequence[int]], BlockModel]
@@ -53,6 +55,7 @@ class Network:
     layers: Sequence[range]
     like: Sequence[int] = ()
     alike: bool = True
+    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,8 @@ class Predictor:
     def __init__(self, network: Network, task: Task, config: TrainingConfig) -> None:
         self.network, self.task, self.config = network, task, config
         depths = {len(span) for span in network.layers}
-        self._short = network.alike and len(depths) == 1 and depths.pop() > FULL
+        self._depths = [depth * network.multiple for depth in SHORT]
+        self._short = network.alike and len(depths) == 1 and depths.pop() > FULL * network.multiple
         self._traces: dict[tuple[int, int, int, bool], BlockPrediction] = {}
 
     def at(self, batch_size: int, accumulation: int = 1) -> Prediction:
@@ -117,31 +121,40 @@ class Predictor:
         )
 
     def largest_batch(self, limit: float, start: int = 1, accumulation: int = 1) -> int:
-        """The largest batch size (a multiple of `accumulation`) whose peak is at most `limit` bytes; 0 when none is."""
-        low, high = 0, start * accumulation
-        while high < 1 << 20 and self.at(high, accumulation).device.total <= limit:
-            low, high = high, high * 4
-        # Between two traced sizes the peak is convex, so the chord from `low` never promises too much ...
-        while low and high - low > max(accumulation, low // 20):
-            below, above = (self.at(n, accumulation).device.total for n in (low, high))
-            guess = low + (high - low) * (limit - below) / max(above - below, 1)
-            guess = max(low + accumulation, min(high - accumulation, int(guess / accumulation) * accumulation))
-            # ... and each new trace moves one of the two ends.
-            if self.at(guess, accumulation).device.total <= limit:
+        """The largest batch size whose peak is at most `limit` bytes, to within 5 %; 0 when none is.
+
+        Args:
+            start: where to look first. accumulation: the result is a multiple of it.
+        """
+
+        def peak(parts: int) -> float:
+            return self.at(parts * accumulation, accumulation).device.total
+
+        low, high = 0, max(1, start // accumulation)
+        while peak(high) <= limit and high < 1 << 20:
+            low, high = high, high * 2
+        while low == 0 and high > 1:
+            half = high // 2
+            low, high = (half, high) if peak(half) <= limit else (0, half)
+        while low and high - low > max(1, low // 20):
+            # The peak is nearly linear in the batch, so a chord points close to the border; each trace moves one end.
+            chord = low + (high - low) * (limit - peak(low)) / (peak(high) - peak(low))
+            guess = min(max(int(chord), low + 1), high - 1)
+            if peak(guess) <= limit:
                 low = guess
-                step = min(high, low + max(accumulation, low // 20) // accumulation * accumulation)
-                if step < high and self.at(step, accumulation).device.total > limit:
-                    high = step
+                step = min(low + max(1, low // 20), high)
+                low, high = (low, step) if peak(step) > limit else (step, high)
             else:
                 high = guess
-        return low
+        return low * accumulation
 
     def _block(self, index: int, samples: int, accumulate: bool) -> BlockPrediction:
         like = self.network.like[index] if self.network.like else index
         if not self._short:
             return self._trace(like, 0, samples, accumulate)
-        first, second = (self._trace(like, depth, samples, accumulate) for depth in SHORT)
-        share = (len(self.network.layers[index]) - SHORT[0]) / (SHORT[1] - SHORT[0])
+        first, second = (self._trace(like, depth, samples, accumulate) for depth in self._depths)
+        low, high = self._depths
+        share = (len(self.network.layers[index]) - low) / (high - low)
 
         def extend(a: Bytes, b: Bytes) -> Bytes:
             return a * (1 - share) + b * share
@@ -154,7 +167,10 @@ class Predictor:
         if key not in self._traces:
             with torch.device("meta"):
                 model = self.network.build([depth or len(span) for span in self.network.layers])
-            with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _ZeroForNumbers():
+            if self.config.precision == "bf16-true":
+                model.to(torch.bfloat16)
+            numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
+            with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers:
                 warnings.simplefilter("ignore")
                 self._traces[key] = self._run(model, index, samples, accumulate)
         return self._traces[key]
@@ -171,20 +187,28 @@ class Predictor:
             tensorboard=False,
             compile=False,
         )
-        model.to_empty(device="cpu")  # fake tensors, as everything that is made from here on
-        if isinstance(model, DiffusionBlocksModel):  # levels have no values here, and need none
-            model.partition = Partition(MaskingSchedule(), model.num_blocks)
-        trainer = Trainer(model, self.task, _Empty(samples * parts), None, config)
-        _ = trainer.residency
-        batch = self.network.batch(samples * parts)
-        if (context := trainer.context(index, batch)) is not None:
-            batch["context"] = context
-        trainer.block_step(index, batch)
         block = model.block(index)
-        tracker = PhaseTracker(block.layers[len(block.layers) // 2 - 1] if len(block.layers) > 1 else None)
+        for part in (model if isinstance(model, EndToEndModel) else block, model.shared):
+            part.to_empty(device="cpu")  # fake tensors, as everything that is made from here on; idle blocks stay meta
+        if isinstance(model, DiffusionBlocksModel):  # levels have no values here, and need none
+            model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
+        trainer = Trainer(model, self.task, _Empty(samples * parts), None, config)
+        batch = self.network.batch(samples * parts)
+        if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
+            model.block(0).to_empty(device="cpu")
+            entering = model.context(batch, 1)  # every border has the same shape
+            assert entering is not None
+            batch["context"] = entering
         owners = [trainer.states[index], trainer.shared]
+        for state in owners:  # as after the first step: a cold one would miss the optimizer state
+            for parameter in state.parameters.values():
+                parameter.grad = torch.empty_like(parameter)
+            state.step()
+        tracker = PhaseTracker(block.layers[len(block.layers) // 2 - 1] if len(block.layers) > 1 else None)
         averages = [tensor for state in owners for tensor in state.average.values()]
-        tracker.present([block, model.shared], [state.optimizer for state in owners], [*batch.values(), *averages])
+        others = [model.block(i) for i in range(model.num_blocks) if i != index and isinstance(model, EndToEndModel)]
+        optimizers = [state.optimizer for state in owners]
+        tracker.present([block, model.shared], optimizers, [*batch.values(), *averages], others)
         with tracker:
             trainer.block_step(index, batch)
         return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]))
@@ -198,11 +222,16 @@ def state_bytes(state: BlockState) -> Bytes:
     return Bytes(parameters=sizes["model"], optimizer=sizes["optimizer"], activations=sizes["average"])
 
 
-class _ZeroForNumbers(TorchDispatchMode):
-    """A number read off a tensor without data is 0. Initialisers and Adafactor read some; no shape depends on them."""
+class _AnyLevels(Partition):
+    def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        return torch.rand(count)
+
+
+class _OneForNumbers(TorchDispatchMode):
+    """A number read off a tensor without data is 1. Adafactor reads some; no shape depends on them."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return 0 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class _Empty(Dataset):

@@ -12,8 +12,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed._tools.mem_tracker import MemTracker, _MemRefType
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True)
@@ -56,21 +57,40 @@ class PhaseTracker(MemTracker):
         super().__init__()
         self.phase, self._middle = "forward", middle
         self.peaks: dict[str, Bytes] = {}
-        self._modules: list[nn.Module] = []
+        self._elsewhere = 0
+        self._hooks: list[RemovableHandle] = []
 
     def present(
-        self, modules: Iterable[nn.Module], optimizers: Iterable[Optimizer | None], tensors: Iterable[Tensor]
+        self,
+        modules: Iterable[nn.Module],
+        optimizers: Iterable[Optimizer | None],
+        tensors: Iterable[Tensor],
+        elsewhere: Iterable[nn.Module] = (),
     ) -> None:
-        """Counts modules, the state of optimizers and other tensors that exist before the steps."""
-        self._modules = list(modules)
-        known = [optimizer for optimizer in optimizers if optimizer is not None]
-        self.track_external(*self._modules, *known, *tensors)
+        """Counts modules, the state of optimizers and other tensors that exist before the steps.
 
-    def __enter__(self) -> PhaseTracker:
-        super().__enter__()
-        for module in self._modules:  # so that gradients are recognised as such
-            self._track_module_params_and_buffers(module, install_grad_hooks=True)
-        return self
+        elsewhere: modules that the steps may read but whose weights are not on the device.
+        """
+        modules, elsewhere = list(modules), list(elsewhere)
+        known = [optimizer for optimizer in optimizers if optimizer is not None]
+        self.track_external(*modules, *known, *tensors)
+        before = self._total()
+        self.track_external(*elsewhere)
+        self._elsewhere = self._total() - before
+        for parameter in (p for module in (*modules, *elsewhere) for p in module.parameters() if p.requires_grad):
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(self._is_gradient))
+
+    def _total(self) -> int:
+        return sum(snapshot["Total"] for snapshot in self._curr_mem_snap.values())
+
+    def _is_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._update_and_maybe_create_winfos(parameter.grad, _MemRefType.GRAD)
+
+    def __exit__(self, *error: Any) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        super().__exit__(*error)
 
     @property
     def peak(self) -> Bytes:
@@ -87,8 +107,8 @@ class PhaseTracker(MemTracker):
             self.phase = "upper backward"
         for snapshot in self._curr_mem_snap.values():
             best = self.peaks.get(self.phase)
-            if best is None or snapshot["Total"] > best.total:
-                self.peaks[self.phase] = _bytes(snapshot)
+            if best is None or snapshot["Total"] - self._elsewhere > best.total:
+                self.peaks[self.phase] = _bytes(snapshot) + Bytes(parameters=-self._elsewhere)
 
     def _pre_fw_hook(self, module: nn.Module, inputs: Any) -> None:
         if not self._mod_tracker.is_bw:

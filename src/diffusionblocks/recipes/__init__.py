@@ -44,6 +44,14 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation: the update of a weight is alpha / rank * B A. All linear maps of the layers have one."""
+
+    rank: int = 16
+    alpha: int = 32
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """One run.
 
@@ -61,6 +69,7 @@ class Recipe:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     task: Classification = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -169,6 +178,7 @@ _NESTED = {
     "data": DataConfig,
     "model": ModelConfig,
     "blocks": BlocksConfig,
+    "lora": LoraConfig,
     "task": Classification,
     "train": TrainingConfig,
 }

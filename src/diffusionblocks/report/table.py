@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+KINDS = ("parameters", "gradients", "optimizer", "activations")
 UNITS = {"accuracy": "%", "validation_loss": "nats"}
 
 
@@ -27,7 +28,6 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
 
 def show(results: Sequence[dict[str, Any]]) -> None:
     """Prints the table; standard errors are over seeds, or over test samples for a single seed."""
-    from rich.console import Console
     from rich.table import Table
 
     heads, rows = columns(results)
@@ -38,10 +38,43 @@ def show(results: Sequence[dict[str, Any]]) -> None:
         table.add_column(head, justify="left" if head == "method" else "right")
     for row in rows:
         table.add_row(*row)
+    _console().print(table)
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """Prints what `dblocks plan` found."""
+    from rich.table import Table
+
+    title = f"predicted peak of training, batch size {found['batch_size']}"
+    if found["memory"]:
+        title += f"; {size(found['usable'])} of {size(found['memory'])} are usable"
+    table = Table(title=title, title_justify="left")
+    heads = ["method", "blocks", "peak", *KINDS, "host or disk", "transfer per step"]
+    heads += ["layer evaluations", "inference layers", *(["fits"] if found["memory"] else [])]
+    for head in heads:
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for row in found["rows"]:
+        sizes = row["predicted"]
+        away = size(row["host"] or row["disk"]) if row["host"] or row["disk"] else ""
+        cells = [row["method"], str(row["num_blocks"]), *(size(sizes[kind]) for kind in ("total", *KINDS)), away]
+        cells += [size(row["transfer_per_step"]) if away else ""]
+        cells += [f"{row['layer_evaluations_per_sample']:.4g}", f"{row['inference_layers']:.4g}"]
+        table.add_row(*cells, *([] if row["fits"] is None else ["yes" if row["fits"] else "no"]))
+    _console().print(table)
+    best = found["recommendation"]
+    if best is not None:
+        blocks = f" with {best['num_blocks']} blocks" if (best["num_blocks"] or 1) > 1 else ""
+        print(f"{best['method']}{blocks}: {best['reason']}" if best["method"] else best["reason"])
+    if best is not None and best["method"]:
+        print(f"largest batch that fits: {best['largest_batch']}")
+        print(best["command"])
+
+
+def _console() -> Any:
+    from rich.console import Console
+
     console = Console()
-    if console.width < 100 and not console.is_terminal:
-        console = Console(width=140)
-    console.print(table)
+    return Console(width=160) if console.width < 100 and not console.is_terminal else console
 
 
 def size(count: float) -> str:

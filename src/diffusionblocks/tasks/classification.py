@@ -57,7 +57,9 @@ class Classification:
     def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, EndToEndModel):
-            return StepOutput(cross_entropy(model(batch).float(), labels, label_smoothing=self.label_smoothing), None)
+            return StepOutput(
+                cross_entropy(model(batch, block).float(), labels, label_smoothing=self.label_smoothing), None
+            )
         assert isinstance(model, DiffusionBlocksModel)
         partition = model.partition
         sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))

@@ -16,7 +16,8 @@ class TrainingConfig:
         steps: optimizer steps per block. With B blocks B * steps block steps run, which is as many layer evaluations
             as `steps` end-to-end steps of the same batch size.
         batch_size: samples per optimizer step. accumulation: parts into which a batch is cut to save memory.
-        learning_rate, weight_decay, betas: of AdamW (one optimizer per block, one for shared parts).
+        optimizer: `adamw`, `adamw-8bit` (bitsandbytes), `sgd` (momentum betas[0]) or `adafactor`; one per block, one for
+            shared parts. learning_rate, weight_decay, betas: its settings.
         schedule: `cosine` to zero or `constant`, after `warmup` and, for cosine, `hold` at the peak (shares of the
             steps).
         max_grad_norm: gradient clipping per block, 0 = off.
@@ -27,7 +28,8 @@ class TrainingConfig:
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
             readout), else 0.
-        precision: `fp32` or `bf16` (autocast). device: `auto`, `cpu`, `cuda`, `mps`.
+        precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
+            (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
         activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
         seed: of every random decision. num_workers: data loading processes.
@@ -38,6 +40,7 @@ class TrainingConfig:
     steps: int = 1000
     batch_size: int = 64
     accumulation: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
@@ -66,7 +69,8 @@ class TrainingConfig:
         "order": ("random", "sweep", "sequential"),
         "residency": ("device", "host", "disk"),
         "schedule": ("cosine", "constant"),
-        "precision": ("fp32", "bf16"),
+        "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
+        "precision": ("fp32", "bf16", "bf16-true"),
         "device": ("auto", "cpu", "cuda", "mps"),
     }
 

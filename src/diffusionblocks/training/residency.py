@@ -77,24 +77,36 @@ class Residency:
         self.states[index].replace(moved)
         self._present.add(index)
 
-    def adopt(self, index: int) -> None:
-        """Takes over a block whose tensors were just replaced by new ones on the device, and puts it away."""
-        self._present.add(index)
-        self.park(index)
+    def copy(self, source: int, target: int) -> None:
+        """Makes block `target` a copy of `source`, which must be present, at the place where it is kept.
+
+        A parked copy is never on the device, so copying needs no memory there.
+        """
+        tensors, state = self.states[source].tensors(), self.states[target]
+        state.steps = self.states[source].steps
+        if self.kind == "disk":
+            state.replace(self._to_disk(target, tensors))
+            self._present.discard(target)
+        elif self.kind == "host" and self.device.type != "cpu":
+            state.replace(self._to_host(target, tensors))
+            self._present.discard(target)
+        else:
+            state.replace({name: tensor.clone() for name, tensor in tensors.items()})
 
     def park(self, index: int) -> None:
         """Puts a block away; its tensors stay readable in place (host memory, or mapped from its file)."""
         if self.kind == "device" or index not in self._present:
             return
         state = self.states[index]
-        state.replace(self._to_disk(index, state) if self.kind == "disk" else self._to_host(index, state))
+        if self.kind == "disk":
+            state.replace(self._to_disk(index, state.tensors()))
+        elif self.device.type != "cpu":  # else it is in host memory already
+            state.replace(self._to_host(index, state.tensors()))
         self._present.discard(index)
 
-    def _to_host(self, index: int, state: BlockState) -> dict[str, Tensor]:
-        if self.device.type == "cpu":
-            return {}  # host memory already
+    def _to_host(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         away = {}
-        for name, tensor in state.tensors().items():
+        for name, tensor in tensors.items():
             buffer = self._host.get((index, name))
             if buffer is None:
                 buffer = torch.empty_like(tensor, device="cpu", pin_memory=self.device.type == "cuda")
@@ -105,11 +117,10 @@ class Residency:
             torch.cuda.current_stream().synchronize()
         return away
 
-    def _to_disk(self, index: int, state: BlockState) -> dict[str, Tensor]:
+    def _to_disk(self, index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         assert self.folder is not None
         path = self.folder / f"resident-{index:02d}.safetensors"
-        tensors = {name: tensor.contiguous() for name, tensor in state.tensors().items()}
-        save_file(tensors, str(path.with_suffix(".new")))
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(path.with_suffix(".new")))
         os.replace(path.with_suffix(".new"), path)  # maps of the old file stay valid until they are dropped
         return load_file(str(path))
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
 
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.optimizers import new_optimizer, put_state, state_tensors
 
 
 class BlockState:
@@ -30,15 +30,7 @@ class BlockState:
         self.buffers = dict(module.named_buffers())
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.average: dict[str, Tensor] = {}
-        self.optimizer = self._new_optimizer() if self.parameters else None
-
-    def _new_optimizer(self) -> AdamW:
-        # Matrices decay; norms, biases and embeddings of one row do not.
-        decay = [p for p in self.parameters.values() if p.dim() > 1]
-        rest = [p for p in self.parameters.values() if p.dim() <= 1]
-        groups = [{"params": decay, "weight_decay": self.config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-        beta1, beta2 = self.config.betas
-        return AdamW([g for g in groups if g["params"]], lr=self.config.learning_rate, betas=(beta1, beta2), fused=True)
+        self.optimizer = new_optimizer(self.parameters.values(), config) if self.parameters else None
 
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.
@@ -90,7 +82,7 @@ class BlockState:
             yield f"average.{name}", tensor
         if self.optimizer is not None:
             for name, p in self.parameters.items():
-                for key, value in self.optimizer.state.get(p, {}).items():
+                for key, value in state_tensors(self.optimizer, p):
                     yield f"optimizer.{name}.{key}", value
 
     def replace(self, tensors: dict[str, Tensor]) -> None:
@@ -103,17 +95,12 @@ class BlockState:
             elif kind == "optimizer":
                 assert self.optimizer is not None
                 parameter, _, key = name.rpartition(".")
-                self.optimizer.state[self.parameters[parameter]][key] = tensor
+                put_state(self.optimizer, self.parameters[parameter], key, tensor)
             elif name in everything:
                 everything[name].data = tensor
             else:
                 owner, _, buffer = name.rpartition(".")
                 setattr(self.module.get_submodule(owner), buffer, tensor)
-
-    def copy_from(self, other: BlockState) -> None:
-        """Becomes a copy of `other`: weights, optimizer state, average and step count (branching)."""
-        self.replace({name: tensor.detach().clone() for name, tensor in other.tensors().items()})
-        self.steps = other.steps
 
     def swap_average(self) -> None:
         """Exchanges weights and their moving average; twice restores both."""

@@ -89,6 +89,13 @@ class Trainer:
         self.accelerator = _accelerator(self.config, self.output_dir)
         self.device: torch.device = self.accelerator.device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
+        in_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters())
+        if self.config.precision == "bf16-true" and not in_bf16:
+            model.to(torch.bfloat16)
+        for block in map(model.block, range(model.num_blocks)):
+            block.activation_checkpointing = self.config.activation_checkpointing
+            if self.config.compile:
+                block.compile()
         life = steps_in_a_life(self.config, model.num_blocks)
         common = branch_steps(self.config, model.num_blocks)
         self.states = [BlockState(model.block(i), self.config, life, common) for i in range(model.num_blocks)]
@@ -112,10 +119,6 @@ class Trainer:
     def residency(self) -> Residency:
         """Set up on first use: moves the blocks to where the configuration wants them."""
         if self._residency is None:
-            for block in map(self.model.block, range(self.model.num_blocks)):
-                block.activation_checkpointing = self.config.activation_checkpointing
-                if self.config.compile:
-                    block.compile()
             away = {k: v for k, v in self.shared.tensors().items() if v.device != self.device}
             self.shared.replace({k: v.to(self.device) for k, v in away.items()})
             folder = None if self.output_dir is None else self.output_dir / "residency"
@@ -178,10 +181,9 @@ class Trainer:
 
     def _branch(self) -> None:
         """Copies block 0, weights and optimizer state, into all blocks."""
-        for index in range(1, len(self.states)):
-            with self.residency.active(0) as source:
-                self.states[index].copy_from(source)
-                self.residency.adopt(index)
+        with self.residency.active(0):
+            for index in range(1, len(self.states)):
+                self.residency.copy(0, index)
 
     # ------------------------------------------------------------------ the run
 

@@ -1,0 +1,319 @@
+"""`dblocks plan`: what every method would need, what fits, and which one to take.
+
+Every figure is a prediction (memory/predict.py) of the run that the printed command makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffusionblocks.adapters import convert, pretrained_config, take_apart
+from diffusionblocks.baselines.lora import lora_model
+from diffusionblocks.baselines.methods import for_method
+from diffusionblocks.config import BlocksConfig
+from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.data.images import count_classes
+from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation.run import network_config
+from diffusionblocks.memory.predict import Network, Prediction, Predictor
+from diffusionblocks.network import BlockModel, EndToEndModel
+from diffusionblocks.partition import split_layers
+from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.tasks.base import Task
+from diffusionblocks.training.config import TrainingConfig
+
+# Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
+ALLOWANCE = 0.08
+UNITS = {"B": 1} | {p + s: b**e for e, p in enumerate("KMGT", 1) for s, b in (("iB", 1024), ("B", 1000))}
+LARGEST = 1 << 50
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be trained, free of how.
+
+    Args:
+        network: number of layers -> the Hugging Face network of that depth (called on the meta device).
+        batch: number of samples -> batch. num_layers: L. blocks, task: settings of DiffusionBlocks and its objective.
+        train: method -> training settings. pretrained: there are weights to adapt. lora: rank and alpha.
+        train_readout: adapting trains a new readout. command: what every run starts with.
+    """
+
+    network: Callable[[int], Any]
+    batch: Callable[[int], dict[str, Tensor]]
+    num_layers: int
+    blocks: BlocksConfig
+    task: Task
+    train: Callable[[str], TrainingConfig]
+    pretrained: bool
+    lora: tuple[int, int]
+    train_readout: bool
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One row: a method with the options that change its memory."""
+
+    method: str
+    num_blocks: int = 1
+    checkpointing: bool = False
+    accumulation: int = 1
+
+    @property
+    def label(self) -> str:
+        extra = " + checkpointing" if self.checkpointing and self.method != "checkpointing" else ""
+        return self.method + extra
+
+
+def from_recipe(recipe: Recipe, name: str) -> Workload:
+    """The workload of a recipe, from its text alone: neither data nor weights are loaded (a pretrained network's
+    config is). name: what the command line called it."""
+    classes = count_classes(recipe.data)
+    config = network_config(recipe, classes)
+
+    def network(num_layers: int) -> Any:
+        import transformers
+
+        cut = type(config).from_dict({**config.to_dict(), "num_hidden_layers": num_layers})
+        cut._attn_implementation = recipe.model.attention
+        return getattr(transformers, config.architectures[0])(cut)
+
+    def batch(samples: int) -> dict[str, Tensor]:
+        import torch
+
+        size = recipe.data.image_size
+        images = torch.zeros(samples, recipe.data.channels, size, size)
+        return {"pixel_values": images, "labels": torch.zeros(samples, dtype=torch.long)}
+
+    return Workload(
+        network=network,
+        batch=batch,
+        num_layers=config.num_hidden_layers,
+        blocks=recipe.blocks,
+        task=recipe.task,
+        train=lambda method: for_method(recipe, method).train,
+        pretrained=bool(recipe.model.pretrained),
+        lora=(recipe.lora.rank, recipe.lora.alpha),
+        train_readout=True,
+        command=f"dblocks train {shlex.quote(name)}",
+    )
+
+
+def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+    """The workload of adapting a Hugging Face model, from its config alone, and its training settings.
+
+    Raises UserError when the config cannot be read or its family is not supported.
+    """
+    config = pretrained_config(name_or_path)
+    sizes = [("model.pretrained", name_or_path), ("data.image_size", config.image_size)]
+    recipe = load_recipe("images", [*sizes, ("data.channels", config.num_channels), *overrides])
+    recipe.train.check()
+    work = from_recipe(recipe, "images")
+    shape = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in sizes)
+    return dataclasses.replace(work, command=f"{work.command} {shape}"), recipe.train
+
+
+def predictor(work: Workload, choice: Choice) -> Predictor:
+    """The predictor of one choice."""
+    train = work.train(choice.method)
+    if choice.checkpointing:
+        train = dataclasses.replace(train, activation_checkpointing=True)
+    spans = split_layers(work.num_layers, choice.num_blocks, _uneven(work, choice))
+    return Predictor(_network(work, choice, spans), work.task, train)
+
+
+def _uneven(work: Workload, choice: Choice) -> list[int] | None:
+    return work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
+
+
+def _network(work: Workload, choice: Choice, spans: list[range]) -> Network:
+    def build(sizes: Sequence[int]) -> BlockModel:
+        total = sum(sizes)
+        if choice.method in ("diffusionblocks", "diffusionblocks-paper"):
+            settings = dataclasses.asdict(work.blocks)
+            shape = {"num_blocks": len(sizes), "layers_per_block": list(sizes), "levels": "log-normal"}
+            return convert(work.network(total), **{**settings, **shape})
+        if choice.method == "exact":
+            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+            parts = take_apart(work.network(total))
+            return BlockCoordinateModel(parts, [range(e - n, e) for e, n in zip(ends, sizes, strict=True)])
+        if choice.method == "lora":
+            return lora_model(work.network(total), *work.lora, train_readout=work.train_readout)
+        parts = take_apart(work.network(total))
+        if choice.method == "last-block":
+            return EndToEndModel(parts, trained_layers=total // choice.num_blocks)
+        return EndToEndModel(parts)
+
+    count = len(spans)
+    if choice.method == "exact":
+        # An inner block keeps a little less than block 1: fewer layers' inputs wait above it.
+        like = [index if index in (0, count - 1) else 1 for index in range(count)]
+        return Network(build=build, batch=work.batch, layers=spans, like=like)
+    if choice.method.startswith("diffusionblocks"):
+        like = [0 if work.blocks.context == "input" else min(index, 1) for index in range(count)]
+        return Network(build=build, batch=work.batch, layers=spans, like=like)
+    depth = len(spans[0]) if choice.method == "shallow" else work.num_layers
+    multiple = choice.num_blocks if choice.method == "last-block" else 1
+    return Network(build=build, batch=work.batch, layers=[range(depth)], multiple=multiple)
+
+
+def default_counts(num_layers: int) -> list[int]:
+    """Numbers of blocks worth a row: the divisors of L between 2 and 12, at most four of them."""
+    divisors = [n for n in range(2, min(num_layers, 12) + 1) if num_layers % n == 0]
+    return divisors if len(divisors) <= 4 else [*divisors[:3], divisors[-1]]
+
+
+def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
+    """The rows of the table."""
+    yield Choice(method="full" if work.pretrained else "end-to-end")
+    yield Choice(method="checkpointing", checkpointing=True)
+    if work.pretrained:
+        yield Choice(method="lora")
+        yield Choice(method="lora", checkpointing=True)
+    for count in counts:
+        if not work.pretrained:
+            yield Choice(method="shallow", num_blocks=count)
+        else:
+            yield Choice(method="last-block", num_blocks=count)
+        yield Choice(method="exact", num_blocks=count)
+        yield Choice(method="diffusionblocks", num_blocks=count)
+        yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
+
+
+def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: int) -> dict[str, Any]:
+    """Rows and, given `memory` in bytes, what fits and a recommendation.
+
+    Returns {"rows": [...], "recommendation": {...} or None, "memory", "usable", "batch_size"}; bytes throughout.
+    """
+    usable = None if memory is None else int(memory * (1 - ALLOWANCE))
+    made = {choice: predictor(work, choice) for choice in choices(work, counts)}
+    rows = []
+    for choice, predicting in made.items():
+        found = predicting.at(batch_size, predicting.config.accumulation)
+        rows.append(_row(work, choice, predicting, found, usable))
+    best = None if usable is None else _recommend(work, made, usable, batch_size)
+    return {"rows": rows, "recommendation": best, "memory": memory, "usable": usable, "batch_size": batch_size}
+
+
+def _row(
+    work: Workload, choice: Choice, predicting: Predictor, found: Prediction, usable: int | None
+) -> dict[str, Any]:
+    training, inference = _layer_evaluations(work, choice)
+    return {
+        "method": choice.label,
+        "num_blocks": choice.num_blocks,
+        "predicted": found.device.as_dict(),
+        "blocks": [block.peak.as_dict() for block in found.blocks],
+        "worst_block": found.worst_block,
+        "host": found.host,
+        "disk": found.disk,
+        "transfer_per_step": found.transfer_per_step,
+        "residency": predicting.config.residency,
+        "layer_evaluations_per_sample": training,
+        "inference_layers": inference,
+        "fits": None if usable is None else found.device.total <= usable,
+        "command": _command(work, choice),
+    }
+
+
+def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
+    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction."""
+    layers, own = work.num_layers, work.num_layers / choice.num_blocks
+    recomputed = 4 / 3 if choice.checkpointing else 1.0
+    if choice.method == "shallow":
+        return own * recomputed, own
+    if choice.method == "last-block":
+        return layers / 3 + own * 2 / 3, layers
+    if choice.method == "exact":
+        count = choice.num_blocks
+        return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
+    if choice.method == "diffusionblocks":
+        heads = choice.num_blocks * work.blocks.head_layers
+        return (layers + heads) * recomputed, layers + heads
+    return layers * recomputed, layers
+
+
+def _command(work: Workload, choice: Choice) -> str:
+    words = [work.command, "--method", choice.method]
+    if choice.num_blocks > 1:
+        words += ["--num-blocks", str(choice.num_blocks)]
+    if choice.checkpointing and choice.method != "checkpointing":
+        words += ["--train.activation-checkpointing", "true"]
+    if choice.accumulation > 1:
+        words += ["--train.accumulation", str(choice.accumulation)]
+    return " ".join(words)
+
+
+REASONS = {
+    "end-to-end": "ordinary training fits, and nothing is better understood",
+    "full": "full fine-tuning fits, and nothing is better understood",
+    "checkpointing": "it trains the whole network exactly, for a third more computation",
+    "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
+    "exact": "it trains the whole network on its own loss, one block's optimizer state at a time",
+    "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
+}
+
+
+def _recommend(work: Workload, made: dict[Choice, Predictor], usable: int, batch_size: int) -> dict[str, Any]:
+    """The first choice that fits, the least departure from ordinary training first."""
+    for choice in sorted(made, key=_preference):
+        predicting = made[choice]
+        for parts in _accumulations(batch_size, predicting.config.accumulation):
+            if predicting.at(batch_size, parts).device.total > usable:
+                continue
+            choice = dataclasses.replace(choice, accumulation=parts)
+            reason = REASONS[choice.method]
+            if parts > predicting.config.accumulation:
+                reason += f"; the batch is cut into {parts} parts"
+            command = _command(work, choice) + f" --batch-size {batch_size}"
+            return {
+                "method": choice.label,
+                "num_blocks": choice.num_blocks,
+                "accumulation": parts,
+                "reason": reason,
+                "predicted": predicting.at(batch_size, parts).device.as_dict(),
+                "largest_batch": predicting.largest_batch(usable, batch_size, parts),
+                "command": command,
+            }
+    least = min(made, key=lambda choice: made[choice].at(1).device.total)
+    need = made[least].at(1).device.total / (1 - ALLOWANCE)
+    return {
+        "method": None,
+        "num_blocks": None,
+        "reason": f"nothing fits, even one sample at a time; the least is {least.label} with {least.num_blocks} blocks, "
+        f"which needs a card of {need / 2**30:.2f} GiB. More blocks, bf16-true or adamw-8bit need less",
+        "command": None,
+    }
+
+
+def _preference(choice: Choice) -> tuple[int, int, int]:
+    order = ("full", "end-to-end", "checkpointing", "lora", "diffusionblocks", "exact", "last-block", "shallow")
+    return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
+
+
+def _accumulations(batch_size: int, at_least: int) -> list[int]:
+    """The given number of parts, then powers of two that divide the batch."""
+    powers = (1 << exponent for exponent in range(1, batch_size.bit_length()))
+    return [at_least, *(n for n in powers if n > at_least and batch_size % n == 0)]
+
+
+def parse_memory(text: str) -> int:
+    """`16GiB`, `24 GB`, `512MiB` -> bytes. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
+    units = {unit.lower(): (unit, size) for unit, size in UNITS.items()}
+    if match and not match[2]:
+        raise UserError(f"memory {text!r} has no unit; write {match[1]}GiB")
+    if not match or match[2].lower() not in units:
+        raise UserError(f"memory {text!r} is not a size; write a number and a unit, such as 16GiB or 24GB")
+    size = float(match[1]) * units[match[2].lower()][1]
+    if not 1 << 20 <= size <= LARGEST:
+        raise UserError(f"memory {text!r} is out of range; cards have between 1MiB and 1024TiB")
+    return int(size)

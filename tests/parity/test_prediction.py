@@ -1,0 +1,100 @@
+"""Predicted memory agrees with what the profiler sees of real steps, and predicting allocates nothing."""
+
+import dataclasses
+
+import pytest
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import diffusionblocks as dblocks
+from diffusionblocks.evaluation.plan import Choice, from_recipe, predictor
+from diffusionblocks.recipes import load_recipe
+from diffusionblocks.training import residency
+from tests.conftest import make_data
+
+
+def profiled_peak(work, choice, monkeypatch):
+    """Highest sum of allocations during one step of every block, after every block has stepped. Mapped files apart."""
+    train = dataclasses.replace(work.train(choice.method), activation_checkpointing=choice.checkpointing)
+    network = predictor(work, choice).network
+    load_file = residency.load_file
+
+    def marked(path):
+        with record_function("map file"):
+            return load_file(path)
+
+    monkeypatch.setattr(residency, "load_file", marked)
+    data = make_data(train.batch_size * 2)
+    batch = data.__getitems__(list(range(train.batch_size)))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        trainer = dblocks.Trainer(network.build([len(s) for s in network.layers]), work.task, data, None, train)
+        for name in ("first", "measured"):
+            with record_function(name):
+                piece = {key: tensor.clone() for key, tensor in batch.items()}
+                for block in range(trainer.model.num_blocks):
+                    with trainer.residency.active(block):
+                        _, context = trainer.block_step(block, piece)
+                    if context is not None:
+                        piece["context"] = context
+    results = found.profiler.kineto_results
+    window = next(e for e in results.events() if e.name() == "measured")
+    current = peak = 0
+    mapped = set()
+    for time, pointer, size, in_map in sorted(allocations(results.experimental_event_tree())):
+        if in_map and size > 0:
+            mapped.add(pointer)
+        elif pointer in mapped and size < 0:
+            mapped.discard(pointer)
+        else:
+            current += size
+            if window.start_ns() <= time <= window.start_ns() + window.duration_ns():
+                peak = max(peak, current)
+    return peak
+
+
+def allocations(events, in_map=False):
+    for event in events:
+        inside = in_map or event.name == "map file"
+        if event.tag == _EventType.Allocation:
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, inside
+        yield from allocations(event.children, inside)
+
+
+def tiny(**overrides):
+    sizes = {"model.hidden_size": 32, "model.num_hidden_layers": 12, "train.batch_size": 8, "train.residency": "disk"}
+    recipe = load_recipe("digits", {**sizes, "train.device": "cpu", "train.branch_at": 0.0, **overrides}.items())
+    return from_recipe(recipe, "digits")
+
+
+@pytest.mark.parametrize(
+    ("choice", "overrides"),
+    [
+        (Choice(method="end-to-end"), {}),  # twelve layers: extrapolated from two and four
+        (Choice(method="checkpointing", checkpointing=True), {"train.ema_decay": 0.9}),
+        (Choice(method="diffusionblocks", num_blocks=3), {}),
+        (Choice(method="diffusionblocks", num_blocks=3), {"train.residency": "device"}),
+        (Choice(method="diffusionblocks", num_blocks=3), {"train.precision": "bf16-true", "train.optimizer": "sgd"}),
+        (Choice(method="diffusionblocks", num_blocks=3), {"train.optimizer": "adafactor", "train.accumulation": 2}),
+        (Choice(method="diffusionblocks", num_blocks=2), {"blocks.context": "features", "blocks.head_layers": 1}),
+        (Choice(method="exact", num_blocks=3), {}),
+        (Choice(method="last-block", num_blocks=3), {"model.num_hidden_layers": 24}),
+    ],
+    ids=lambda value: value.label if isinstance(value, Choice) else "-".join(map(str, value.values())),
+)
+def test_prediction_agrees_with_the_profiler(choice, overrides, monkeypatch):
+    work = tiny(**overrides)
+    if choice.method == "last-block":  # wants a pretrained network; its memory does not depend on the weights
+        work = dataclasses.replace(work, train=lambda method: tiny(**overrides).train("end-to-end"))
+    found = predictor(work, choice)
+    predicted = found.at(8, found.config.accumulation).device.total
+    assert predicted == pytest.approx(profiled_peak(work, choice, monkeypatch), rel=0.03)
+
+
+def test_predicting_allocates_no_weights():
+    work = tiny(**{"model.hidden_size": 2048, "model.num_attention_heads": 16, "model.intermediate_size": 8192})
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        predicted = predictor(work, Choice(method="diffusionblocks", num_blocks=3)).at(8)
+    events = found.profiler.kineto_results.events()
+    taken = sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
+    assert predicted.device.total > 1 << 30
+    assert taken < 1 << 25
