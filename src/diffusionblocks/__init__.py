@@ -24,6 +24,8 @@ _EXPORTS = {
     "LogNormal": "diffusionblocks.noise",
     "Information": "diffusionblocks.noise",
     "MaskingSchedule": "diffusionblocks.noise",
+    "BlockCoordinateModel": "diffusionblocks.coordinate",
+    "CausalLM": "diffusionblocks.tasks",
     "Classification": "diffusionblocks.tasks",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",

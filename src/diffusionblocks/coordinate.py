@@ -21,8 +21,11 @@ from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Par
 class BlockCoordinateModel(EndToEndModel):
     """The ordinary network whose layers are grouped into blocks that are trained in turn on the ordinary loss.
 
+    Block 0 also owns the stem and the last block the readout. Where these two share a parameter (tied embeddings), no
+    block could own it alone: both are then shared parts, and frozen.
+
     Args:
-        parts: from an adapter. layers: how the layers are split; block 0 also owns the stem, the last one the readout.
+        parts: from an adapter. layers: how the layers are split.
     """
 
     def __init__(self, parts: Parts, layers: Sequence[range]) -> None:
@@ -32,22 +35,27 @@ class BlockCoordinateModel(EndToEndModel):
         self.blocks = nn.ModuleList(
             Block(
                 [parts.layers[i] for i in span],
-                stem=parts.stem if index == 0 else None,
-                readout=parts.readout if index == last else None,
+                stem=parts.stem if index == 0 and not parts.tied else None,
+                readout=parts.readout if index == last and not parts.tied else None,
             )
             for index, span in enumerate(layers)
         )
-        self.shared = nn.ModuleDict()
+        self.shared = nn.ModuleDict({"stem": parts.stem, "readout": parts.readout} if parts.tied else {})
+        self.shared.requires_grad_(False)
         self.layers = list(layers)
 
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
-        """batch of the stem's inputs -> logits [N, V], with a graph through block `active` (None: as torch says)."""
+        """batch of the stem's inputs -> logits, with a graph through block `active` (None: as torch says)."""
+        hidden = self.hidden(batch, active)
+        if active in (None, self.num_blocks - 1):
+            return self.readout(hidden)
+        return checkpoint(self.readout, hidden, use_reentrant=False)
+
+    def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
         if active is not None:
             for index in range(self.num_blocks):
                 self.block(index).requires_grad_(index == active)
-        first, last = self.block(0), self.block(self.num_blocks - 1)
-        assert first.stem is not None and last.readout is not None
-        hidden = first.stem(batch)
+        hidden = self.stem(batch)
         for index in range(self.num_blocks):
             block = self.block(index)
             if active is None or index == active:
@@ -58,9 +66,7 @@ class BlockCoordinateModel(EndToEndModel):
             else:
                 for layer in block.layers:
                     hidden = checkpoint(layer, hidden, use_reentrant=False)
-        if active in (None, self.num_blocks - 1):
-            return last.readout(hidden)
-        return checkpoint(last.readout, hidden, use_reentrant=False)
+        return hidden
 
     def layer_evaluations(self, index: int) -> float:
         """Forward through all layers (a third each), backward with weights in the active ones (two thirds), and

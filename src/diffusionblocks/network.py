@@ -45,7 +45,7 @@ class Parts:
         layers: the residual layers, each forward(hidden) -> hidden.
         layer_norms: attribute paths, inside a layer, of the norms that see the noise level.
         readout: forward(hidden) -> logits [N, V].
-        width: D. num_classes: V.
+        width: D. num_classes: V. tied: stem and readout share a parameter.
         network: the copied network whose submodules the parts are; training the parts trains it. layers_path: where
             its layers are.
     """
@@ -58,6 +58,7 @@ class Parts:
     num_classes: int
     network: Any
     layers_path: str
+    tied: bool = False
 
 
 class DenoiserOutput(NamedTuple):
@@ -214,10 +215,22 @@ class EndToEndModel(BlockModel):
         self._network = (parts.network,)  # in a tuple: its parameters are registered once, through the blocks
 
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
-        """batch of the stem's inputs -> logits [N, V]. active: the block that trains (here there is but one)."""
-        block = self.block(0)
-        assert block.stem is not None and block.readout is not None
-        return block.readout(block("trunk", block.stem(batch)))
+        """batch of the stem's inputs -> logits. active: the block that trains (here there is but one)."""
+        return self.readout(self.hidden(batch, active))
+
+    def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
+        """What the last layer hands to the readout [N, T, D]."""
+        return self.block(0)("trunk", self.stem(batch))
+
+    @property
+    def stem(self) -> nn.Module:
+        own = self.block(0).stem
+        return self.shared["stem"] if own is None else own
+
+    @property
+    def readout(self) -> nn.Module:
+        own = self.block(self.num_blocks - 1).readout
+        return self.shared["readout"] if own is None else own
 
     def layer_evaluations(self, index: int) -> float:
         """Forward through frozen layers counts a third."""

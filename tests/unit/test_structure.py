@@ -13,7 +13,7 @@ ROOT = Path(diffusionblocks.__file__).parent
 LEVELS = [
     {"errors", "seeds"},
     {"noise", "partition", "precondition"},
-    {"conditioning", "config", "targets"},
+    {"conditioning", "config", "targets", "readout"},
     {"network", "coordinate"},
     {"adapters", "samplers", "tasks", "data"},
     {"training", "memory"},

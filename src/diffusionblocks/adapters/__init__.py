@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.adapters.llama import LLAMA
 from diffusionblocks.adapters.vit import DEIT, VIT
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import DiffusionBlocksModel, Parts
 
-ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT)
+ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, LLAMA)
 
 
 def find_adapter(class_name: str) -> Adapter:
@@ -68,6 +69,10 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
 
         unknown = next(name for name in options if name not in BlocksConfig.__dataclass_fields__)
         raise UserError(f"unknown option {unknown!r}{nearest(unknown, BlocksConfig.__dataclass_fields__)}") from None
+    if not find_adapter(type(model).__name__).denoisers:
+        raise UserError(
+            f"{type(model).__name__} cannot be split into denoisers yet; it trains whole: end-to-end, lora, exact, last-block"
+        )
     parts = take_apart(model)
     source = {"class": type(model).__name__, "config": model.config.to_diff_dict()}
     return DiffusionBlocksModel(parts, config, source)

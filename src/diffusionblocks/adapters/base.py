@@ -27,6 +27,9 @@ class Adapter:
         layers: the ModuleList of residual layers.
         layer_norms: norms of a layer that see the noise level.
         readout: modules from the last hidden states to logits; `make_readout` wraps them.
+        make_layer: (model, layer) -> the layer as blocks call it, forward(hidden) -> hidden.
+        denoisers: whether `convert` can make denoisers of it; otherwise it trains whole (end-to-end, lora, exact, ...).
+        tied: two names of what may be one parameter (a language model that reads out with its input embedding).
     """
 
     model_classes: tuple[str, ...]
@@ -36,6 +39,9 @@ class Adapter:
     readout: tuple[str, ...]
     make_stem: Callable[[nn.Module], nn.Module]
     make_readout: Callable[..., nn.Module]
+    make_layer: Callable[[Any, nn.Module], nn.Module] = lambda model, layer: layer
+    tied: tuple[str, str] | None = None
+    denoisers: bool = True
 
     def take_apart(self, model: nn.Module, *, copied: bool = False) -> Parts:
         """Parts of a copy of `model`; the caller's model is not touched (unless it is a copy already)."""
@@ -43,26 +49,28 @@ class Adapter:
         config: Any = model.config
         layers = list(model.get_submodule(self.layers).children())
         owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]
-        check_ownership(model, owned)
+        tied = self.tied is not None and len({id(model.get_parameter(name)) for name in self.tied}) == 1
+        check_ownership(model, owned, shared=model.get_parameter(self.tied[0]) if self.tied and tied else None)
         return Parts(
             stem=self.make_stem(owned[0]),
-            layers=layers,
+            layers=[self.make_layer(model, layer) for layer in layers],
             layer_norms=self.layer_norms,
             readout=self.make_readout(*owned[2:]),
             width=int(config.hidden_size),
-            num_classes=int(config.num_labels),
+            num_classes=int(getattr(config, "vocab_size", None) or config.num_labels),
+            tied=tied,
             network=model,
             layers_path=self.layers,
         )
 
 
-def check_ownership(model: nn.Module, parts: list[nn.Module]) -> None:
-    """Raises UserError unless `parts` hold every parameter of `model` exactly once."""
+def check_ownership(model: nn.Module, parts: list[nn.Module], shared: nn.Parameter | None = None) -> None:
+    """Raises UserError unless `parts` hold every parameter of `model` exactly once (`shared` may be held twice)."""
     names = {id(p): name for name, p in model.named_parameters()}
     seen: set[int] = set()
     for part in parts:
         ids = {id(p) for p in part.parameters()}
-        if twice := seen & ids:
+        if twice := seen & ids - {id(shared)}:
             raise UserError(f"parameter {names[twice.pop()]} belongs to two parts of the adapter's declaration")
         seen |= ids
     if missing := names.keys() - seen:

@@ -14,18 +14,19 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionblocks.adapters import convert, pretrained_config, take_apart
+from diffusionblocks.adapters import convert, find_adapter, pretrained_config, take_apart
 from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.images import count_classes
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.evaluation.run import network_config
-from diffusionblocks.memory.predict import Network, Prediction, Predictor
+from diffusionblocks.memory.predict import Network, Prediction, Predictor, Step, Traces, trace_all
 from diffusionblocks.network import BlockModel, EndToEndModel
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.recipes import SHORT_NAMES, Recipe, load_recipe
+from diffusionblocks.tasks import CausalLM, Classification
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 
@@ -113,6 +114,8 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     Raises UserError when the config cannot be read or its family is not supported.
     """
     config = pretrained_config(name_or_path)
+    if not find_adapter(config.architectures[0]).denoisers:
+        return _language_model(name_or_path, config, overrides)
     sizes = [("model.pretrained", name_or_path), ("data.image_size", config.image_size)]
     recipe = load_recipe("images", [*sizes, ("data.channels", config.num_channels), *overrides])
     recipe.train.check()
@@ -121,48 +124,102 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     return dataclasses.replace(work, command=f"{work.command} {shape}"), recipe.train
 
 
-def predictor(work: Workload, choice: Choice) -> Predictor:
-    """The predictor of one choice."""
+def _language_model(name: str, config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+    """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
+    settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
+    length = settings.pop("sequence_length", min(2048, config.max_position_embeddings))
+    if not isinstance(length, int) or not 2 <= length <= config.max_position_embeddings:
+        raise UserError(f"--sequence-length must be 2 to {config.max_position_embeddings} tokens, got {length!r}")
+    known = {f"train.{field.name}" for field in dataclasses.fields(TrainingConfig)}
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
+    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host", "order": "sequential"}
+    chosen = {key.removeprefix("train."): value for key, value in settings.items()}
+    train = TrainingConfig(**{**defaults, **chosen})
+    train.check()
+
+    def network(num_layers: int) -> Any:
+        import transformers
+
+        content = {**config.to_dict(), "num_hidden_layers": num_layers, "use_cache": False}
+        if content.get("layer_types"):
+            content["layer_types"] = content["layer_types"][:num_layers]
+        cut = type(config).from_dict(content)
+        cut._attn_implementation = "sdpa"
+        return getattr(transformers, config.architectures[0])(cut)
+
+    def batch(samples: int) -> dict[str, Tensor]:
+        import torch
+
+        return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
+
+    def settings_of(method: str) -> TrainingConfig:
+        blocks = method == "exact"
+        return train if blocks else dataclasses.replace(train, residency="device", order="sweep")
+
+    work = Workload(
+        network=network,
+        batch=batch,
+        num_layers=config.num_hidden_layers,
+        blocks=BlocksConfig(),
+        task=CausalLM(),
+        train=settings_of,
+        pretrained=True,
+        lora=(16, 32),
+        train_readout=False,
+        command="",
+    )
+    return work, train
+
+
+def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
+    """The predictor of one choice. traces: shared by the choices of one workload."""
     train = work.train(choice.method)
     if choice.checkpointing:
         train = dataclasses.replace(train, activation_checkpointing=True)
-    spans = split_layers(work.num_layers, choice.num_blocks, _uneven(work, choice))
-    return Predictor(_network(work, choice, spans), work.task, train)
+    uneven = work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
+    sizes = [len(span) for span in split_layers(work.num_layers, choice.num_blocks, uneven)]
+    return Predictor(_network(work, choice, sizes), work.task, train, traces)
 
 
-def _uneven(work: Workload, choice: Choice) -> list[int] | None:
-    return work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
+def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
+    method = "diffusionblocks" if choice.method.startswith("diffusionblocks") else choice.method
+    kind = method if method in _BUILDERS else "end-to-end"
+    build, count = _BUILDERS[kind], len(sizes)
+    if kind == "diffusionblocks":
+        first = Step((sizes[0],))
+        later = [first if work.blocks.context == "input" else Step((1, size), 1) for size in sizes[1:]]
+        steps = [first, *later]
+    elif kind == "exact":  # layers after the active block keep their inputs, layers before it keep nothing
+        after = [sum(sizes[index + 1 :]) for index in range(count)]
+        steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
+        steps[0], steps[-1] = Step((sizes[0], after[0])), Step((1, sizes[-1]), 1)
+        steps = steps if count > 1 else [Step((sizes[0],))]
+    elif kind == "last-block":
+        steps = [Step((work.num_layers - sizes[-1], sizes[-1]))]
+    else:
+        steps = [Step((sizes[0] if method == "shallow" else work.num_layers,))]
+    return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps)
 
 
-def _network(work: Workload, choice: Choice, spans: list[range]) -> Network:
-    def build(sizes: Sequence[int]) -> BlockModel:
-        total = sum(sizes)
-        if choice.method in ("diffusionblocks", "diffusionblocks-paper"):
-            settings = dataclasses.asdict(work.blocks)
-            shape = {"num_blocks": len(sizes), "layers_per_block": list(sizes), "levels": "log-normal"}
-            return convert(work.network(total), **{**settings, **shape})
-        if choice.method == "exact":
-            ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-            parts = take_apart(work.network(total))
-            return BlockCoordinateModel(parts, [range(e - n, e) for e, n in zip(ends, sizes, strict=True)])
-        if choice.method == "lora":
-            return lora_model(work.network(total), *work.lora, train_readout=work.train_readout)
-        parts = take_apart(work.network(total))
-        if choice.method == "last-block":
-            return EndToEndModel(parts, trained_layers=total // choice.num_blocks)
-        return EndToEndModel(parts)
+def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
+    shape = {"num_blocks": len(sizes), "layers_per_block": list(sizes), "levels": "log-normal"}
+    return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})
 
-    count = len(spans)
-    if choice.method == "exact":
-        # An inner block keeps a little less than block 1: fewer layers' inputs wait above it.
-        like = [index if index in (0, count - 1) else 1 for index in range(count)]
-        return Network(build=build, batch=work.batch, layers=spans, like=like)
-    if choice.method.startswith("diffusionblocks"):
-        like = [0 if work.blocks.context == "input" else min(index, 1) for index in range(count)]
-        return Network(build=build, batch=work.batch, layers=spans, like=like)
-    depth = len(spans[0]) if choice.method == "shallow" else work.num_layers
-    multiple = choice.num_blocks if choice.method == "last-block" else 1
-    return Network(build=build, batch=work.batch, layers=[range(depth)], multiple=multiple)
+
+def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
+    spans = split_layers(sum(sizes), len(sizes), list(sizes))
+    return BlockCoordinateModel(take_apart(work.network(sum(sizes))), spans)
+
+
+_BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {
+    "diffusionblocks": _denoisers,
+    "exact": _coordinate,
+    "lora": lambda work, sizes: lora_model(work.network(sum(sizes)), *work.lora, train_readout=work.train_readout),
+    "last-block": lambda work, sizes: EndToEndModel(take_apart(work.network(sum(sizes))), trained_layers=sizes[-1]),
+    "end-to-end": lambda work, sizes: EndToEndModel(take_apart(work.network(sum(sizes)))),
+}
 
 
 def default_counts(num_layers: int) -> list[int]:
@@ -184,8 +241,9 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
         else:
             yield Choice(method="last-block", num_blocks=count)
         yield Choice(method="exact", num_blocks=count)
-        yield Choice(method="diffusionblocks", num_blocks=count)
-        yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
+        if isinstance(work.task, Classification):
+            yield Choice(method="diffusionblocks", num_blocks=count)
+            yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 
 
 def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: int) -> dict[str, Any]:
@@ -194,12 +252,14 @@ def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: 
     Returns {"rows": [...], "recommendation": {...} or None, "memory", "usable", "batch_size"}; bytes throughout.
     """
     usable = None if memory is None else int(memory * (1 - ALLOWANCE))
-    made = {choice: predictor(work, choice) for choice in choices(work, counts)}
+    traces: Traces = {}
+    made = {choice: predictor(work, choice, traces) for choice in choices(work, counts)}
+    trace_all(made.values(), traces, batch_size)
     rows = []
     for choice, predicting in made.items():
         found = predicting.at(batch_size, predicting.config.accumulation)
         rows.append(_row(work, choice, predicting, found, usable))
-    best = None if usable is None else _recommend(work, made, usable, batch_size)
+    best = None if usable is None else _recommend(work, made, traces, usable, batch_size)
     return {"rows": rows, "recommendation": best, "memory": memory, "usable": usable, "batch_size": batch_size}
 
 
@@ -241,7 +301,9 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     return layers * recomputed, layers
 
 
-def _command(work: Workload, choice: Choice) -> str:
+def _command(work: Workload, choice: Choice) -> str | None:
+    if not work.command:  # there is no recipe for it: from Python, with Trainer
+        return None
     words = [work.command, "--method", choice.method]
     if choice.num_blocks > 1:
         words += ["--num-blocks", str(choice.num_blocks)]
@@ -262,18 +324,22 @@ REASONS = {
 }
 
 
-def _recommend(work: Workload, made: dict[Choice, Predictor], usable: int, batch_size: int) -> dict[str, Any]:
+def _recommend(
+    work: Workload, made: dict[Choice, Predictor], traces: Traces, usable: int, batch_size: int
+) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
     for choice in sorted(made, key=_preference):
         predicting = made[choice]
         for parts in _accumulations(batch_size, predicting.config.accumulation):
             if predicting.at(batch_size, parts).device.total > usable:
                 continue
+            trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
             reason = REASONS[choice.method]
             if parts > predicting.config.accumulation:
                 reason += f"; the batch is cut into {parts} parts"
-            command = _command(work, choice) + f" --batch-size {batch_size}"
+            command = _command(work, choice)
+            command = f"{command} --batch-size {batch_size}" if command else None
             return {
                 "method": choice.label,
                 "num_blocks": choice.num_blocks,

@@ -4,22 +4,26 @@ Model, optimizers and batch are fake tensors (shapes and types, no storage), so 
 laptop. MemTracker counts what every operation of `Trainer.block_step` would allocate, in the steady state: a first update
 has created the optimizer state.
 
-A residual network repeats one layer, so in every phase of a step the peak is c0 + c1 n in the layers n of a block. Deep
-blocks are therefore traced at two small depths. The peak is the maximum over phases of what each phase comes to; it is
-never interpolated across phases.
+A residual network repeats one layer, so in every phase of a step the peak is linear in the layers of the active block and
+in those around it. Numbers of layers above `FULL` are therefore traced at two small values. The peak is the maximum over
+phases of what each phase comes to; it is never interpolated across phases.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
@@ -33,8 +37,19 @@ from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.trainer import Trainer
 
-SHORT = (2, 4)  # layers per block of the two short traces
-FULL = 6  # blocks of up to this many layers are traced as they are
+SHORT = (2, 4)  # numbers of layers of the short traces
+LARGEST_BATCH = 1 << 20
+FULL = 4  # up to this many layers are traced as they are
+
+
+class Step(NamedTuple):
+    """A step of one block: the layers of the blocks of a network that shows what happens in it, and which one steps.
+
+    The network need not be the whole one: blocks that have no part in the step's memory are left out or one layer deep.
+    """
+
+    sizes: tuple[int, ...]
+    block: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +57,18 @@ class Network:
     """What is to be trained.
 
     Args:
+        kind: networks of one kind have the same `build`, so they share traces.
         build: layers per block -> model (called on the meta device: weights get no storage).
         batch: number of samples -> batch of that size, as the training data would give it.
-        layers: how the layers are split; one range = an end-to-end method.
-        like: per block, the block that is traced in its place (itself where nothing is said).
+        steps: one per block.
         alike: all layers have the same shape, so that depth can be extrapolated.
-        multiple: depths of short traces are multiples of this (where the build divides the layers once more).
     """
 
+    kind: str
     build: Callable[[Sequence[int]], BlockModel]
     batch: Callable[[int], dict[str, Tensor]]
-    layers: Sequence[range]
-    like: Sequence[int] = ()
+    steps: Sequence[Step]
     alike: bool = True
-    multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,14 @@ class BlockPrediction:
 
     phases: dict[str, Bytes]
     state: Bytes
+
+    def plus(self, other: BlockPrediction, origin: BlockPrediction, factor: float) -> BlockPrediction:
+        """self + factor * (other - origin), phase by phase."""
+        phases = {
+            name: point + (other.phases[name] + origin.phases[name] * -1) * factor
+            for name, point in self.phases.items()
+        }
+        return BlockPrediction(phases, self.state + (other.state + origin.state * -1) * factor)
 
     @property
     def peak(self) -> Bytes:
@@ -90,30 +111,36 @@ class Prediction:
         return max(range(len(self.blocks)), key=lambda index: self.blocks[index].peak.total)
 
 
+Traces = dict[tuple[Any, ...], BlockPrediction]
+
+
 class Predictor:
-    """Predicts one method on one network. Traces are kept, so asking again is cheap.
+    """Predicts one method on one network.
 
     Args:
         network: what is trained. task: its objective. config: how; batch size and accumulation are arguments of `at`.
+        traces: made so far for this task and these batches; several predictors may share them.
     """
 
-    def __init__(self, network: Network, task: Task, config: TrainingConfig) -> None:
+    def __init__(self, network: Network, task: Task, config: TrainingConfig, traces: Traces | None = None) -> None:
         self.network, self.task, self.config = network, task, config
-        depths = {len(span) for span in network.layers}
-        self._depths = [depth * network.multiple for depth in SHORT]
-        self._short = network.alike and len(depths) == 1 and depths.pop() > FULL * network.multiple
-        self._traces: dict[tuple[int, int, int, bool], BlockPrediction] = {}
+        self._traces: Traces = {} if traces is None else traces
+        memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
+        self._kind = (network.kind, *(getattr(config, name) for name in memory))
 
     def at(self, batch_size: int, accumulation: int = 1) -> Prediction:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
-        count, samples = len(self.network.layers), batch_size // accumulation
-        blocks = tuple(self._block(index, samples, accumulation > 1) for index in range(count))
+        samples = batch_size // accumulation
+        return self._combine([self._block(step, samples, accumulation > 1) for step in self.network.steps])
+
+    def _combine(self, blocks: Sequence[BlockPrediction]) -> Prediction:
+        count = len(blocks)
         whole = sum((block.state for block in blocks), Bytes())
         parked = self.config.residency != "device" and count > 1
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
         away = round(whole.total) if parked else 0
         return Prediction(
-            blocks=blocks,
+            blocks=tuple(blocks),
             device=max(peaks, key=lambda peak: peak.total),
             host=away if self.config.residency == "host" else 0,
             disk=away if self.config.residency == "disk" else 0,
@@ -121,59 +148,72 @@ class Predictor:
         )
 
     def largest_batch(self, limit: float, start: int = 1, accumulation: int = 1) -> int:
-        """The largest batch size whose peak is at most `limit` bytes, to within 5 %; 0 when none is.
+        """The largest batch size whose peak is at most `limit` bytes, a multiple of `accumulation`; 0 when none is.
 
-        Args:
-            start: where to look first. accumulation: the result is a multiple of it.
+        Every phase of a step is close to linear in the batch: the answer is read off two predictions and confirmed by
+        one of its own (reduced by a twentieth until it holds).
         """
+        first = max(1, start // accumulation)
+        one, two = self.at(first * accumulation, accumulation), self.at(2 * first * accumulation, accumulation)
 
-        def peak(parts: int) -> float:
-            return self.at(parts * accumulation, accumulation).device.total
+        def peak(samples: int) -> float:
+            factor = samples / first - 1
+            pairs = zip(one.blocks, two.blocks, strict=True)
+            return self._combine([a.plus(b, a, factor) for a, b in pairs]).device.total
 
-        low, high = 0, max(1, start // accumulation)
-        while peak(high) <= limit and high < 1 << 20:
+        low, high = 0, 1
+        while high < LARGEST_BATCH and peak(high) <= limit:
             low, high = high, high * 2
-        while low == 0 and high > 1:
-            half = high // 2
-            low, high = (half, high) if peak(half) <= limit else (0, half)
-        while low and high - low > max(1, low // 20):
-            # The peak is nearly linear in the batch, so a chord points close to the border; each trace moves one end.
-            chord = low + (high - low) * (limit - peak(low)) / (peak(high) - peak(low))
-            guess = min(max(int(chord), low + 1), high - 1)
-            if peak(guess) <= limit:
-                low = guess
-                step = min(low + max(1, low // 20), high)
-                low, high = (low, step) if peak(step) > limit else (step, high)
-            else:
-                high = guess
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if peak(middle) <= limit else (low, middle)
+        while low and self.at(low * accumulation, accumulation).device.total > limit:
+            low = low * 19 // 20
         return low * accumulation
 
-    def _block(self, index: int, samples: int, accumulate: bool) -> BlockPrediction:
-        like = self.network.like[index] if self.network.like else index
-        if not self._short:
-            return self._trace(like, 0, samples, accumulate)
-        first, second = (self._trace(like, depth, samples, accumulate) for depth in self._depths)
-        low, high = self._depths
-        share = (len(self.network.layers[index]) - low) / (high - low)
+    def _block(self, step: Step, samples: int, accumulate: bool) -> BlockPrediction:
+        """Linear in every number of layers that is too large to trace."""
+        origin, *others = (self._trace(part, samples, accumulate) for part in self._parts(step))
+        result = origin
+        for other, i in zip(others, self._large(step), strict=True):
+            result = result.plus(other, origin, (step.sizes[i] - SHORT[0]) / (SHORT[1] - SHORT[0]))
+        return result
 
-        def extend(a: Bytes, b: Bytes) -> Bytes:
-            return a * (1 - share) + b * share
+    def _large(self, step: Step) -> list[int]:
+        return [i for i, size in enumerate(step.sizes) if size > FULL and self.network.alike]
 
-        phases = {name: extend(point, second.phases[name]) for name, point in first.phases.items()}
-        return BlockPrediction(phases, extend(first.state, second.state))
+    def _parts(self, step: Step) -> list[Step]:
+        """The steps to be traced for one: itself with small numbers of layers, and with each of them a little larger."""
+        large = self._large(step)
+        base = [SHORT[0] if i in large else size for i, size in enumerate(step.sizes)]
+        grown = [[SHORT[1] if i == j else size for j, size in enumerate(base)] for i in large]
+        return [Step(tuple(sizes), step.block) for sizes in (base, *grown)]
 
-    def _trace(self, index: int, depth: int, samples: int, accumulate: bool) -> BlockPrediction:
-        key = (index, depth, samples, accumulate)
+    def missing(self, batch_size: int, accumulation: int = 1) -> dict[tuple[Any, ...], Callable[[], BlockPrediction]]:
+        """The traces that `at` would have to make, by key."""
+        samples, accumulate = batch_size // accumulation, accumulation > 1
+        found: dict[tuple[Any, ...], Callable[[], BlockPrediction]] = {}
+        for part in (part for step in self.network.steps for part in self._parts(step)):
+            key = (*self._kind, part, samples, accumulate)
+            if key not in self._traces:
+                found[key] = partial(self._made, part, samples, accumulate)
+        return found
+
+    def _trace(self, step: Step, samples: int, accumulate: bool) -> BlockPrediction:
+        key = (*self._kind, step, samples, accumulate)
         if key not in self._traces:
-            with torch.device("meta"):
-                model = self.network.build([depth or len(span) for span in self.network.layers])
-            if self.config.precision == "bf16-true":
-                model.to(torch.bfloat16)
-            numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
-            with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers:
-                warnings.simplefilter("ignore")
-                self._traces[key] = self._run(model, index, samples, accumulate)
+            self._traces[key] = self._made(step, samples, accumulate)
         return self._traces[key]
+
+    def _made(self, step: Step, samples: int, accumulate: bool) -> BlockPrediction:
+        with torch.device("meta"):
+            model = self.network.build(step.sizes)
+        if self.config.precision == "bf16-true":
+            model.to(torch.bfloat16)
+        numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers:
+            warnings.simplefilter("ignore")
+            return self._run(model, step.block, samples, accumulate)
 
     def _run(self, model: BlockModel, index: int, samples: int, accumulate: bool) -> BlockPrediction:
         parts = 2 if accumulate else 1
@@ -188,14 +228,13 @@ class Predictor:
             compile=False,
         )
         block = model.block(index)
-        for part in (model if isinstance(model, EndToEndModel) else block, model.shared):
-            part.to_empty(device="cpu")  # fake tensors, as everything that is made from here on; idle blocks stay meta
+        _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
         trainer = Trainer(model, self.task, _Empty(samples * parts), None, config)
         batch = self.network.batch(samples * parts)
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
-            model.block(0).to_empty(device="cpu")
+            _off_meta(model.block(0))
             entering = model.context(batch, 1)  # every border has the same shape
             assert entering is not None
             batch["context"] = entering
@@ -214,12 +253,57 @@ class Predictor:
         return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]))
 
 
+def trace_all(
+    predictors: Iterable[Predictor], traces: Traces, batch_size: int, accumulation: int | None = None
+) -> None:
+    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores.
+
+    Args:
+        traces: the dict that the predictors share. accumulation: None = each predictor's own.
+    """
+    wanted: dict[tuple[Any, ...], Callable[[], BlockPrediction]] = {}
+    for predictor in predictors:
+        wanted |= predictor.missing(batch_size, accumulation or predictor.config.accumulation)
+    cores = min(len(wanted), os.cpu_count() or 1)
+    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+        traces.update({key: make() for key, make in wanted.items()})
+        return
+    _WANTED[:] = wanted.values()  # children inherit it: what builds a network cannot be sent
+    with ProcessPoolExecutor(
+        cores, multiprocessing.get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        traces.update(zip(wanted, pool.map(_make_wanted, range(len(wanted))), strict=True))
+    _WANTED.clear()
+
+
+_WANTED: list[Callable[[], BlockPrediction]] = []
+
+
+def _make_wanted(number: int) -> BlockPrediction:
+    return _WANTED[number]()
+
+
 def state_bytes(state: BlockState) -> Bytes:
     """What `state` keeps between its steps."""
     sizes = {"model": 0, "average": 0, "optimizer": 0}
     for name, tensor in state.tensors().items():
         sizes[name.partition(".")[0]] += tensor.nbytes
     return Bytes(parameters=sizes["model"], optimizer=sizes["optimizer"], activations=sizes["average"])
+
+
+def _off_meta(*modules: nn.Module) -> None:
+    """Replaces meta parameters and buffers by fake ones on the CPU, shared ones by shared ones."""
+    made: dict[int, Tensor] = {}
+    for module in (module for whole in modules for module in whole.modules()):
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                if id(tensor) not in made:
+                    fake = torch.empty_like(tensor, device="cpu")
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+                held[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 class _AnyLevels(Partition):

@@ -67,7 +67,7 @@ def show_plan(found: dict[str, Any]) -> None:
         print(f"{best['method']}{blocks}: {best['reason']}" if best["method"] else best["reason"])
     if best is not None and best["method"]:
         print(f"largest batch that fits: {best['largest_batch']}")
-        print(best["command"])
+        print(best["command"] or "run it from Python with diffusionblocks.Trainer: there is no recipe for it yet")
 
 
 def _console() -> Any:

@@ -1,0 +1,64 @@
+"""Decoders of the Llama family in Hugging Face transformers: Llama (and SmolLM2), Mistral, Qwen2, Qwen3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.readout import TokenReadout
+
+
+class TokenStem(nn.Module):
+    """input_ids [N, T] -> embeddings [N, T, D]."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.embedding = embedding
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.embedding(batch["input_ids"])
+
+
+class CausalLayer(nn.Module):
+    """A decoder layer with positions 0 to T-1 and causal attention: hidden [N, T, D] -> hidden [N, T, D].
+
+    Rotations are computed where they are used: they have no parameters and cost less than keeping them for all layers.
+    """
+
+    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.layer, self._rotary, self._config = layer, (rotary,), config
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        from transformers.masking_utils import create_causal_mask
+
+        (rotary,) = self._rotary
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        mask = create_causal_mask(
+            config=self._config,
+            inputs_embeds=hidden,
+            attention_mask=None,
+            past_key_values=None,
+            position_ids=positions,
+        )
+        return self.layer(
+            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary(hidden, positions)
+        )
+
+
+LLAMA = Adapter(
+    model_classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
+    stem="model.embed_tokens",
+    layers="model.layers",
+    layer_norms=("input_layernorm", "post_attention_layernorm"),
+    readout=("model.norm", "lm_head"),
+    make_stem=TokenStem,
+    make_readout=TokenReadout,
+    make_layer=lambda model, layer: CausalLayer(layer, model.get_submodule("model.rotary_emb"), model.config),
+    tied=("lm_head.weight", "model.embed_tokens.weight"),
+    denoisers=False,
+)
