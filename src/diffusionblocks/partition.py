@@ -42,7 +42,7 @@ class Partition:
         if overlap < 0:
             raise UserError(f"overlap must not be negative, got {overlap}")
         self.levels, self.num_blocks, self.overlap = levels, num_blocks, overlap
-        masses = torch.linspace(0, 1, num_blocks + 1, dtype=torch.float64)
+        masses = torch.linspace(0, 1, num_blocks + 1, dtype=torch.float64, device="cpu")
         # Ascending, exactly [lowest, ..., highest]: the ends are part of the first and last range.
         self.boundaries = levels.level(masses)
         self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
