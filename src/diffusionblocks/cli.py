@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from diffusionblocks import __version__
-from diffusionblocks.errors import RunStopped, UserError, nearest
+from diffusionblocks.errors import OutOfMemory, RunStopped, UserError, nearest
 
 log = logging.getLogger("diffusionblocks")
 
@@ -79,16 +79,34 @@ def _recipes(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _train(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    import torch
+
     from diffusionblocks.evaluation.compare import default_output
     from diffusionblocks.evaluation.run import train
 
     recipe = _recipe(arguments, rest)
     folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "train")
-    summary = train(recipe, folder, resume=arguments.resume == "auto")
+    try:
+        summary = train(recipe, folder, resume=arguments.resume == "auto")
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(_too_large(recipe, arguments.recipe)) from error
     if not arguments.json:
         _print_metrics(summary)
         print(f"run folder: {folder}")
     return summary
+
+
+def _too_large(recipe: Any, name: str) -> str:
+    import torch
+
+    from diffusionblocks.evaluation.plan import explain
+
+    observed, limit = 0.0, 0.0
+    if torch.cuda.is_available():
+        observed, limit = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+        limit *= torch.cuda.get_per_process_memory_fraction()
+        torch.cuda.empty_cache()
+    return explain(recipe, name, observed, limit)
 
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
@@ -270,6 +288,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"dblocks: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OutOfMemory as error:
+        print(f"dblocks: {error}", file=sys.stderr)
+        return 1
     except RunStopped as stopped:
         print(f"dblocks: {stopped}", file=sys.stderr)
         return 130

@@ -14,6 +14,10 @@ class RunStopped(Exception):
     """Ctrl-C during training: the message says where the checkpoint is."""
 
 
+class OutOfMemory(Exception):
+    """The device is full: the message says what was predicted and seen, and what would fit."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name closest to `name`, or the list of known names."""
     known = sorted(known)

@@ -66,7 +66,9 @@ class LogNormal(_GaussianLevels):
         if p_std <= 0:
             raise UserError(f"p_std must be positive, got {p_std}")
         self.p_mean, self.p_std = float(p_mean), float(p_std)
-        self._low, self._high = (self._cdf(torch.tensor(s, dtype=torch.float64, device="cpu")) for s in (sigma_min, sigma_max))
+        self._low, self._high = (
+            self._cdf(torch.tensor(s, dtype=torch.float64, device="cpu")) for s in (sigma_min, sigma_max)
+        )
 
     def _cdf(self, sigma: Tensor) -> Tensor:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def pretrained_config(name_or_path: str) -> Any:
     """
     from transformers import AutoConfig
 
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it announces every retry; the error below says it once
     try:
         config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError) as error:

@@ -26,12 +26,14 @@ from diffusionblocks.memory.predict import Network, Prediction, Predictor, Step,
 from diffusionblocks.network import BlockModel, EndToEndModel
 from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import SHORT_NAMES, Recipe, load_recipe
+from diffusionblocks.report.table import size
 from diffusionblocks.tasks import CausalLM, Classification
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 
 # Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
 ALLOWANCE = 0.08
+BLOCKWISE = ("diffusionblocks", "diffusionblocks-paper", "exact", "last-block", "shallow")  # that depend on num_blocks
 UNITS = {"B": 1} | {p + s: b**e for e, p in enumerate("KMGT", 1) for s, b in (("iB", 1024), ("B", 1000))}
 LARGEST = 1 << 50
 
@@ -304,7 +306,11 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
 def _command(work: Workload, choice: Choice) -> str | None:
     if not work.command:  # there is no recipe for it: from Python, with Trainer
         return None
-    words = [work.command, "--method", choice.method]
+    return f"{work.command} {_flags(choice)}"
+
+
+def _flags(choice: Choice) -> str:
+    words = ["--method", choice.method]
     if choice.num_blocks > 1:
         words += ["--num-blocks", str(choice.num_blocks)]
     if choice.checkpointing and choice.method != "checkpointing":
@@ -330,6 +336,8 @@ def _recommend(
     """The first choice that fits, the least departure from ordinary training first."""
     for choice in sorted(made, key=_preference):
         predicting = made[choice]
+        if not _could_fit(predicting, usable, batch_size):
+            continue
         for parts in _accumulations(batch_size, predicting.config.accumulation):
             if predicting.at(batch_size, parts).device.total > usable:
                 continue
@@ -360,6 +368,15 @@ def _recommend(
     }
 
 
+def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
+    """Whether smaller parts of the batch can help: what is no activation does not shrink with them."""
+    known = predicting.at(batch_size, predicting.config.accumulation)
+    points = (point for block in known.blocks for point in block.phases.values())
+    if max(point.total - point.activations for point in points) > usable:
+        return False
+    return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).device.total <= usable
+
+
 def _preference(choice: Choice) -> tuple[int, int, int]:
     order = ("full", "end-to-end", "checkpointing", "lora", "diffusionblocks", "exact", "last-block", "shallow")
     return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
@@ -369,6 +386,52 @@ def _accumulations(batch_size: int, at_least: int) -> list[int]:
     """The given number of parts, then powers of two that divide the batch."""
     powers = (1 << exponent for exponent in range(1, batch_size.bit_length()))
     return [at_least, *(n for n in powers if n > at_least and batch_size % n == 0)]
+
+
+def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[tuple[str, Prediction]]]:
+    """The prediction of a recipe's own run, and the changes that fit `limit` bytes, cheapest first.
+
+    One of each kind: the batch in smaller parts (costs no computation), recomputed activations (a third more), more
+    blocks (another method, or smaller blocks).
+    """
+    work, parts = from_recipe(recipe, name), recipe.train.accumulation
+    batch_size = recipe.train.batch_size
+    ours = Choice(
+        method=recipe.method,
+        num_blocks=recipe.blocks.num_blocks if recipe.method in BLOCKWISE else 1,
+        checkpointing=recipe.train.activation_checkpointing,
+        accumulation=parts,
+    )
+    smaller = [dataclasses.replace(ours, accumulation=more) for more in _accumulations(batch_size, parts)]
+    recomputed = [] if ours.checkpointing else [dataclasses.replace(choice, checkpointing=True) for choice in smaller]
+    method = ours.method if ours.method in BLOCKWISE else "diffusionblocks"
+    counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
+    split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
+    traces: Traces = {}
+    now = predictor(work, ours, traces).at(batch_size, parts)
+    found: list[tuple[str, Prediction]] = []
+
+    def predict(choice: Choice) -> Prediction:
+        return predictor(work, choice, traces).at(batch_size, choice.accumulation)
+
+    for changes in (smaller[1:], recomputed, split):  # in each, what needs least comes last
+        if changes and predict(changes[-1]).device.total <= limit:
+            best = next(choice for choice in changes if predict(choice).device.total <= limit)
+            found.append((_flags(best), predict(best)))
+    return now, found
+
+
+def explain(recipe: Recipe, name: str, observed: float, limit: float) -> str:
+    """What to print when a run of `recipe` did not fit a device of `limit` bytes."""
+    now, found = cheaper(recipe, name, limit * (1 - ALLOWANCE))
+    lines = [
+        f"out of memory: predicted peak {size(now.device.total)}, observed {size(observed)} of {size(limit)} on the device. "
+        "The last checkpoint is kept; run the same command with one of these changes:"
+    ]
+    lines += [f"  {flags}  (predicted peak {size(p.device.total)})" for flags, p in found]
+    if not found:
+        lines.append("  none of the usual changes would fit; dblocks plan shows all methods")
+    return "\n".join(lines)
 
 
 def parse_memory(text: str) -> int:

@@ -237,7 +237,7 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
     path = folder / "config.yaml"
     if path.is_file() and resume:
         written = build(yaml.safe_load(path.read_text())).as_dict()  # with defaults for keys it did not know
-        difference = _difference(written, recipe.as_dict())
+        difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
         if difference:
             raise UserError(
                 f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
@@ -253,6 +253,12 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+
+
+def _relevant(content: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what it says for other methods than its own."""
+    own = content["methods"].get(content["method"])
+    return {**content, "methods": {content["method"]: own}}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

@@ -34,6 +34,7 @@ from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.partition import Partition
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.residency import units
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.trainer import Trainer
 
@@ -74,10 +75,12 @@ class Network:
 @dataclass(frozen=True)
 class BlockPrediction:
     """One block. phases: the highest point of each phase of its step, shared parts included. state: its parameters,
-    averages and optimizer state, which travel when it is parked."""
+    averages and optimizer state, which travel when it is parked. streamed: the largest piece of weights that visits
+    the device while another block is active (exact mode)."""
 
     phases: dict[str, Bytes]
     state: Bytes
+    streamed: float = 0
 
     def plus(self, other: BlockPrediction, origin: BlockPrediction, factor: float) -> BlockPrediction:
         """self + factor * (other - origin), phase by phase."""
@@ -85,7 +88,8 @@ class BlockPrediction:
             name: point + (other.phases[name] + origin.phases[name] * -1) * factor
             for name, point in self.phases.items()
         }
-        return BlockPrediction(phases, self.state + (other.state + origin.state * -1) * factor)
+        state = self.state + (other.state + origin.state * -1) * factor
+        return BlockPrediction(phases, state, max(self.streamed, other.streamed))
 
     @property
     def peak(self) -> Bytes:
@@ -138,6 +142,12 @@ class Predictor:
         whole = sum((block.state for block in blocks), Bytes())
         parked = self.config.residency != "device" and count > 1
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
+        if parked and self.config.prefetch:  # the next block's state is there as well
+            following = [*blocks[1:], blocks[0]]
+            peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
+        if parked and self.config.device != "cpu":  # the CPU reads idle weights where they are
+            streamed = max(block.streamed for block in blocks)
+            peaks = [peak + Bytes(parameters=streamed) for peak in peaks]
         away = round(whole.total) if parked else 0
         return Prediction(
             blocks=tuple(blocks),
@@ -250,7 +260,9 @@ class Predictor:
         tracker.present([block, model.shared], optimizers, [*batch.values(), *averages], others)
         with tracker:
             trainer.block_step(index, batch)
-        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]))
+        streams = isinstance(model, EndToEndModel) and model.num_blocks > 1
+        pieces = [sum(p.nbytes for p in unit.parameters()) for unit in units(block)] if streams else [0]
+        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces))
 
 
 def trace_all(

@@ -24,7 +24,8 @@ class TrainingConfig:
         order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order) or `sequential`
             (one block to its end, then the next).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
-        residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`.
+        residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
+            next block in while the active one computes (needs room on the device for the state of both).
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
             readout), else 0.
@@ -51,6 +52,7 @@ class TrainingConfig:
     order: str = "sweep"
     visit_steps: int = 1
     residency: str = "device"
+    prefetch: bool = False
     branch_at: float | None = None
     precision: str = "fp32"
     device: str = "auto"

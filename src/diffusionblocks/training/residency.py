@@ -4,7 +4,8 @@ device  everything stays on the device (no saving, no transfers).
 host    idle blocks live in host memory, pinned when there is a GPU; the buffers are allocated once and reused.
 disk    idle blocks live in one safetensors file each, memory-mapped: they cost no memory until they are read.
 
-Gradients of idle blocks do not exist under any residency: a step frees them.
+Gradients of idle blocks do not exist under any residency: a step frees them. `prefetch` brings the next block in while
+the active one computes: on a thread of its own and, on CUDA, a stream of its own. It needs room for the state of both.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from diffusionblocks.training.state import BlockState
+
+_Arrival = tuple[dict[str, Tensor], torch.cuda.Event | None]
 
 
 class Residency:
@@ -36,6 +41,9 @@ class Residency:
     ) -> None:
         self.kind, self.states, self.device = kind, states, device
         self._present = set(range(len(states)))
+        self._coming: dict[int, Future[_Arrival]] = {}
+        self._loader: ThreadPoolExecutor | None = None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._host: dict[tuple[int, str], Tensor] = {}
         self._temporary: tempfile.TemporaryDirectory | None = None
         if kind == "disk":
@@ -45,7 +53,7 @@ class Residency:
             folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         for index in range(len(states)):
-            self._to_device(index)
+            self.states[index].replace(self._load(index, None)[0])
             self.park(index)
 
     def present(self) -> list[int]:
@@ -63,19 +71,42 @@ class Residency:
         yield self.states[index]
 
     def fetch(self, index: int) -> None:
-        """Brings a block to the device."""
-        if index not in self._present:
-            self._to_device(index)
-
-    def _to_device(self, index: int) -> None:
-        copy = self.kind == "disk"  # off the mapped file
-        moved = {
-            name: tensor.to(self.device, copy=copy, non_blocking=True)
-            for name, tensor in self.states[index].tensors().items()
-            if copy or tensor.device != self.device
-        }
-        self.states[index].replace(moved)
+        """Brings a block to the device, or waits for it if it is on its way."""
+        if index in self._present:
+            return
+        coming = self._coming.pop(index, None)
+        tensors, arrived = self._load(index, None) if coming is None else coming.result()
+        if arrived is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrived)
+            for tensor in tensors.values():
+                tensor.record_stream(current)  # so that its memory is not reused too early
+        self.states[index].replace(tensors)
         self._present.add(index)
+
+    def prefetch(self, index: int) -> None:
+        """Starts to bring an idle block to the device; `fetch` takes it over."""
+        if self.kind == "device" or index in self._present or index in self._coming:
+            return
+        if self._loader is None:
+            self._loader = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        self._coming[index] = self._loader.submit(self._load, index, self._stream)
+
+    def settle(self) -> None:
+        """Waits until nothing is being read, before tensors are exchanged."""
+        for coming in self._coming.values():
+            coming.result()
+
+    def _load(self, index: int, stream: torch.cuda.Stream | None) -> _Arrival:
+        """Copies of a block's tensors on the device, and the event after which they are there."""
+        copy = self.kind == "disk"  # off the mapped file
+        with torch.cuda.stream(stream) if stream is not None else nullcontext():
+            tensors = {
+                name: tensor.to(self.device, copy=copy, non_blocking=True)
+                for name, tensor in self.states[index].tensors().items()
+                if copy or tensor.device != self.device
+            }
+            return tensors, None if stream is None else stream.record_event()
 
     def copy(self, source: int, target: int) -> None:
         """Makes block `target` a copy of `source`, which must be present, at the place where it is kept.
@@ -151,17 +182,26 @@ def units(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def borrow_on_call(unit: nn.Module, fetch: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Hooks that put `fetch(weight)` in place of each weight for the length of a forward."""
-    home: list[tuple[Tensor, Tensor]] = []
+    """Hooks that put `fetch(weight)` in place of each weight and buffer for the length of a forward.
+
+    A graph made meanwhile keeps the fetched tensors, not the weights, so its backward pass does not need these.
+    """
+    home: list[tuple[dict[str, Any], str, Tensor]] = []
 
     def bring(module: nn.Module, arguments: object) -> None:
-        for tensor in (*module.parameters(), *module.buffers()):
-            home.append((tensor, tensor.data))
-            tensor.data = fetch(tensor.data)
+        for part in module.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    home.append((part._parameters, name, parameter))
+                    part._parameters[name] = nn.Parameter(fetch(parameter.data), requires_grad=False)
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    home.append((part._buffers, name, buffer))
+                    part._buffers[name] = fetch(buffer)
 
     def send(module: nn.Module, arguments: object, output: object) -> None:
-        for tensor, data in home:
-            tensor.data = data
+        for held, name, tensor in home:
+            held[name] = tensor
         home.clear()
 
     return [unit.register_forward_pre_hook(bring), unit.register_forward_hook(send, always_call=True)]

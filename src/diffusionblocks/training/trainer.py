@@ -12,9 +12,9 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel
@@ -139,21 +140,29 @@ class Trainer:
         total, contexts = torch.zeros((), device=self.device), []
         for micro, piece in enumerate(_pieces(batch, parts)):
             torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
-            with self.accelerator.autocast():
-                loss, context = self.task.step(self.model, index, piece, whole_range=whole_range)
-            self.accelerator.backward(loss / parts)
+            with self._readable():
+                with self.accelerator.autocast():
+                    loss, context = self.task.step(self.model, index, piece, whole_range=whole_range)
+                self.accelerator.backward(loss / parts)
             total += loss.detach() / parts
             contexts.append(context)
         state.step()
         self.shared.step()
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
-    def visit(self, visit: Visit, batches: list[dict[str, Tensor]]) -> list[Tensor]:
-        """All steps of one visit. `batches` gain the context that the next block reads."""
+    def _readable(self) -> AbstractContextManager[None]:
+        """For a model whose steps read idle blocks: lets these visit the device layer by layer."""
+        reads_all = isinstance(self.model, BlockCoordinateModel)
+        return self.residency.borrowed() if reads_all else nullcontext()
+
+    def visit(self, visit: Visit, batches: list[dict[str, Tensor]], upcoming: int | None = None) -> list[Tensor]:
+        """All steps of one visit. `batches` gain the context that the next block reads; `upcoming` is that block."""
         if visit.branch:
             self._branch()
         losses = []
         with self.residency.active(visit.block):
+            if self.config.prefetch and upcoming is not None:
+                self.residency.prefetch(upcoming)
             for batch in batches:
                 self._add_context(visit, batch)
                 loss, context = self.block_step(visit.block, batch, whole_range=visit.whole_range)
@@ -233,11 +242,13 @@ class Trainer:
         numbers = (number for visit in visits if not visit.carried for number in visit.batches)
         loaded = on_device(self.stream.load(numbers), self.device)
         batches: list[dict[str, Tensor]] = []
-        for visit in visits:
+        for visit, following in zip_longest(visits, visits[1:]):
             if not visit.carried:
                 batches = list(islice(loaded, len(visit.batches)))
                 self.progress.samples_seen += len(batches) * self.config.batch_size
-            losses = self.visit(visit, batches)
+            # A branching visit replaces the blocks that are away: nothing may be under way before it.
+            upcoming = None if following is None or following.branch else following.block
+            losses = self.visit(visit, batches, upcoming)
             self.progress.visits += 1
             yield visit, losses
 
@@ -277,6 +288,7 @@ class Trainer:
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
         """The task's metrics on `data`, with the moving averages if there are any."""
         residency = self.residency
+        residency.settle()
         self._swap_averages()
         self.model.eval()
         try:

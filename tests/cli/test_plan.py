@@ -1,0 +1,132 @@
+"""`dblocks plan` as a user calls it."""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+
+from diffusionblocks.cli import main
+from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation.plan import ALLOWANCE, Choice, explain, from_recipe, parse_memory, plan, predictor
+from diffusionblocks.recipes import load_recipe
+
+TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "4", "--batch-size", "8", "--num-blocks", "2"]
+
+
+def run(capsys, *arguments):
+    code = main(["plan", *arguments])
+    return code, capsys.readouterr()
+
+
+def test_rows_recommendation_and_a_command_that_runs(capsys, tmp_path):
+    code, printed = run(capsys, "digits", "--memory", "1GiB", "--json", *TINY)
+    found = json.loads(printed.out)
+    assert code == 0
+    rows = {(row["method"], row["num_blocks"]): row for row in found["rows"]}
+    assert rows["diffusionblocks", 2]["predicted"]["total"] < 0.7 * rows["end-to-end", 1]["predicted"]["total"]
+    for row in found["rows"]:
+        kinds = ("parameters", "gradients", "optimizer", "activations")
+        assert row["predicted"]["total"] == sum(row["predicted"][kind] for kind in kinds)
+        assert row["fits"] is True
+    best = found["recommendation"]
+    assert best["method"] == "end-to-end"
+    assert best["largest_batch"] > 8
+    words = best["command"].split()
+    assert words[:2] == ["dblocks", "train"]
+    short = ["--steps", "1", *TINY[:4], "--output-dir", str(tmp_path / "run")]
+    assert main([*words[1:], *short, "--json"]) == 0
+
+
+def test_the_recommendation_departs_no_further_than_memory_asks():
+    recipe = load_recipe("digits", [("model.num_hidden_layers", 4), ("batch_size", 2)])
+    work = from_recipe(recipe, "digits")
+
+    def need(batch_size, **choice):
+        return int(predictor(work, Choice(**choice)).at(batch_size).device.total / (1 - ALLOWANCE))
+
+    checkpointing = need(1, method="checkpointing", checkpointing=True)
+    blocks = need(1, method="diffusionblocks", num_blocks=4)
+    assert blocks < checkpointing
+    assert plan(work, [4], (blocks + checkpointing) // 2, 2)["recommendation"]["method"] == "diffusionblocks"
+    nothing = plan(work, [4], blocks // 2, 2)["recommendation"]
+    assert nothing["method"] is None
+    assert "nothing fits" in nothing["reason"]
+
+
+def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
+    import torch
+
+    import diffusionblocks as dblocks
+
+    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8)]
+    recipe = load_recipe("digits", [*sizes, ("method", "end-to-end")])
+    text = explain(recipe, "digits", 2e6, 2e6)
+    assert "predicted peak" in text
+    assert "--train.accumulation 2" in text
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(dblocks.Trainer, "fit", full)
+    code = main(["train", "digits", *TINY, "--output-dir", str(tmp_path / "run"), "--method", "end-to-end"])
+    assert code == 1
+    assert "out of memory: predicted peak" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["digits", "--memory", "40"], "no unit; write 40GiB"),
+        (["digits", "--memory", "40 bananas"], "not a size"),
+        (["digits", "--memory", "0GiB"], "out of range"),
+        (["digits", "--memory", "1000000TiB"], "out of range"),
+        (["digits", "--batch-size", "0"], "at least 1"),
+        (["digits", "--num-blocks", "5"], "12 layers do not divide into 5"),
+        (["digits", "--num-blocks", "many"], "separated by commas"),
+        (["digits", "--device", "tpu"], "train.device must be one of"),
+        (["digitz"], "did you mean 'digits'"),
+        ([], "one of the two"),
+        (["--model", "no/such-model"], "offline, pass a local folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments, said, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, printed = run(capsys, *arguments)
+    assert code == 2
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_sizes_are_read_in_both_kinds_of_units():
+    assert parse_memory("16GiB") == 16 << 30
+    assert parse_memory("24 GB") == 24 * 10**9
+    assert parse_memory("512mib") == 512 << 20
+    with pytest.raises(UserError):
+        parse_memory("-1GiB")
+
+
+def test_seventy_billion_parameters_are_planned_without_allocating_them(tmp_path):
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 8192,
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "diffusionblocks.cli", "plan", "--model", str(tmp_path), "--json"]
+    started = time.monotonic()
+    out = subprocess.run([*command, "--num-blocks", "10"], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - started < 120  # 60 s on two free cores (benchmarks); here others may be running
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 << 20  # KiB
+    rows = {row["method"]: row["predicted"] for row in json.loads(out)["rows"]}
+    assert 130 << 30 < rows["full"]["parameters"] < 133 << 30  # 70.6 billion parameters in bf16
+    assert rows["exact"]["total"] < 0.15 * rows["full"]["total"]

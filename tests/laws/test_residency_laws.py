@@ -1,0 +1,144 @@
+"""Moving blocks in and out: nothing grows, the next block arrives meanwhile, and streamed weights give exact gradients."""
+
+import gc
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.adapters import take_apart
+from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.training import residency as module
+from diffusionblocks.training.residency import borrow_on_call, units
+from tests.conftest import config, make_data, make_vit, same, weights
+
+
+def trainer(num_blocks=3, **options):
+    return dblocks.Trainer(
+        dblocks.convert(make_vit(), num_blocks), dblocks.Classification(), make_data(), None, config(**options)
+    )
+
+
+def mapped_files():
+    with open("/proc/self/maps") as lines:
+        return sum("resident-" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_nothing_grows_over_a_thousand_switches(kind, tmp_path):
+    made = trainer(residency=kind, order="random", steps=1)
+    made.fit()
+    home = made.residency
+
+    def switch(times):
+        for number in range(times):
+            with home.active(number % 3):
+                pass
+        gc.collect()
+        tensors = sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+        files = len(os.listdir("/proc/self/fd"))
+        return tensors, files, mapped_files(), len(os.listdir(home.folder)) if home.folder else 0
+
+    before = switch(100)
+    assert switch(1000) == before
+
+
+@pytest.mark.parametrize("order", ["sweep", "sequential", "random"])
+def test_prefetching_changes_nothing(order):
+    plain = trainer(residency="disk", order=order, branch_at=0.25)
+    plain.fit()
+    ahead = trainer(residency="disk", order=order, branch_at=0.25, prefetch=True)
+    ahead.fit()
+    assert same(weights(plain.model), weights(ahead.model))
+
+
+def test_the_next_block_arrives_while_this_one_computes(monkeypatch):
+    load, step = module.Residency._load, dblocks.Trainer.block_step
+    threads = set()
+
+    def slow_load(self, index, stream):
+        threads.add(threading.current_thread().name)
+        time.sleep(0.05)
+        return load(self, index, stream)
+
+    def slow_step(self, *arguments, **options):
+        time.sleep(0.05)
+        return step(self, *arguments, **options)
+
+    seconds = {}
+    for prefetch in (False, True):
+        made = trainer(residency="disk", order="sweep", steps=6, prefetch=prefetch)
+        _ = made.residency
+        with monkeypatch.context() as patch:
+            patch.setattr(module.Residency, "_load", slow_load)
+            patch.setattr(dblocks.Trainer, "block_step", slow_step)
+            started = time.perf_counter()
+            made.fit()
+            seconds[prefetch] = time.perf_counter() - started
+    assert len(threads) == 2
+    assert seconds[False] - seconds[True] > 0.5 * 17 * 0.05  # at least half of the 17 loads are hidden
+
+
+def exact(num_blocks, network, **options):
+    parts = take_apart(network)
+    size = len(parts.layers) // num_blocks
+    model = BlockCoordinateModel(parts, [range(i * size, (i + 1) * size) for i in range(num_blocks)])
+    return dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(**options))
+
+
+def gradients_of_the_whole(network, batch):
+    model = dblocks.EndToEndModel(take_apart(network))
+    model.train()
+    dblocks.Classification().step(model, 0, batch).loss.backward()
+    return {name: p.grad for name, p in model._network[0].named_parameters()}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_exact_mode_has_the_gradients_of_ordinary_training(streamed):
+    """streamed: the weights of idle blocks are unreadable except while their layer is called, as on a GPU."""
+    network, batch = make_vit(), make_data().__getitems__(list(range(8)))
+    wanted = gradients_of_the_whole(network, batch)
+    parts = take_apart(network)
+    model = BlockCoordinateModel(parts, [range(0, 2), range(2, 4), range(4, 6)])
+    model.train()
+    for active in range(3):
+        handles, home = [], []
+        for index in range(3):
+            if streamed and index != active:
+                for unit in units(model.block(index)):
+                    for tensor in unit.parameters():
+                        home.append((tensor, tensor.data))
+                        tensor.data = torch.full_like(tensor.data, float("nan"))
+                    real = {tensor.data_ptr(): data for tensor, data in home}
+                    handles += borrow_on_call(unit, lambda data, real=real: real[data.data_ptr()].clone())
+        dblocks.Classification().step(model, active, batch).loss.backward()
+        for handle in handles:
+            handle.remove()
+        for tensor, data in home:
+            tensor.data = data
+        trained = {name: p.grad for name, p in parts.network.named_parameters() if p.grad is not None}
+        assert trained
+        for name, gradient in trained.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
+        model.zero_grad()
+
+
+def test_exact_mode_trains_only_the_chosen_block_and_saves_an_ordinary_network(tmp_path):
+    made = exact(3, make_vit(), residency="disk", order="sequential", steps=2)
+    before = weights(made.model)
+    batch = made.stream.load([0])
+    with made.residency.active(1):
+        made.block_step(1, next(iter(batch)))
+    after = weights(made.model)
+    changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"1"}
+    made.fit()
+    made.model.save_pretrained(tmp_path)
+    from transformers import ViTForImageClassification
+
+    loaded, images = ViTForImageClassification.from_pretrained(tmp_path), make_data().__getitems__([0, 1])
+    made.model.eval()
+    torch.testing.assert_close(loaded(images["pixel_values"]).logits, made.model(images))
