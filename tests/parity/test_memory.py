@@ -49,3 +49,20 @@ def test_moving_averages_are_counted():
     plain, averaged = peak(whole), peak(whole, ema_decay=0.9)
     parameters = sum(p.nbytes for p in make_vit(hidden_size=64, intermediate_size=256).parameters())
     assert averaged.total - plain.total == pytest.approx(parameters, rel=0.05)
+
+
+def test_a_block_needs_its_share_of_the_layers_and_nothing_of_the_others():
+    """total <= 1.08 x [(4P + A) L/B + shared parts], after every block has stepped. What does not shrink with the
+    layers of a block (stem, readout, input) is read off a network of half the depth."""
+
+    def total(num_layers, num_blocks, **options):
+        network = make_vit(hidden_size=64, intermediate_size=256, num_hidden_layers=num_layers)
+        blocks = dblocks.convert(network, num_blocks)
+        settings = config(residency="disk", batch_size=16, **options)
+        return measure_peak(dblocks.Trainer(blocks, dblocks.Classification(), make_data(), None, settings)).total
+
+    whole, half = total(12, 1), total(6, 1)
+    per_layer = (whole - half) / 6
+    shared = whole - 12 * per_layer
+    for num_blocks in (2, 3, 4, 6):
+        assert total(12, num_blocks) <= 1.08 * (per_layer * 12 / num_blocks + shared)

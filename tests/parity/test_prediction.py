@@ -3,63 +3,22 @@
 import dataclasses
 
 import pytest
-from torch._C._profiler import _EventType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 import diffusionblocks as dblocks
 from diffusionblocks.evaluation.plan import Choice, from_recipe, predictor
+from diffusionblocks.memory import profiled_peak
 from diffusionblocks.recipes import load_recipe
-from diffusionblocks.training import residency
 from tests.conftest import make_data
 
 
-def profiled_peak(work, choice, monkeypatch):
-    """Highest sum of allocations during one step of every block, after every block has stepped. Mapped files apart."""
+def measured(work, choice):
     train = dataclasses.replace(work.train(choice.method), activation_checkpointing=choice.checkpointing)
-    made = predictor(work, choice)
     sizes = [work.num_layers // choice.num_blocks] * choice.num_blocks
     sizes = {"end-to-end": [12], "checkpointing": [12], "last-block": [16, 8]}.get(choice.method, sizes)
-    load_file = residency.load_file
-
-    def marked(path):
-        with record_function("map file"):
-            return load_file(path)
-
-    monkeypatch.setattr(residency, "load_file", marked)
-    data = make_data(train.batch_size * 2)
+    build, data = predictor(work, choice).network.build, make_data(train.batch_size * 2)
     batch = data.__getitems__(list(range(train.batch_size)))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        trainer = dblocks.Trainer(made.network.build(sizes), work.task, data, None, train)
-        for name in ("first", "measured"):
-            with record_function(name):
-                piece = {key: tensor.clone() for key, tensor in batch.items()}
-                for block in range(trainer.model.num_blocks):
-                    with trainer.residency.active(block):
-                        _, context = trainer.block_step(block, piece)
-                    if context is not None:
-                        piece["context"] = context
-    results = found.profiler.kineto_results
-    window = next(e for e in results.events() if e.name() == "measured")
-    current = peak = 0
-    mapped = set()
-    for time, pointer, size, in_map in sorted(allocations(results.experimental_event_tree())):
-        if in_map and size > 0:
-            mapped.add(pointer)
-        elif pointer in mapped and size < 0:
-            mapped.discard(pointer)
-        else:
-            current += size
-            if window.start_ns() <= time <= window.start_ns() + window.duration_ns():
-                peak = max(peak, current)
-    return peak
-
-
-def allocations(events, in_map=False):
-    for event in events:
-        inside = in_map or event.name == "map file"
-        if event.tag == _EventType.Allocation:
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size, inside
-        yield from allocations(event.children, inside)
+    return profiled_peak(lambda: dblocks.Trainer(build(sizes), work.task, data, None, train), batch)
 
 
 def tiny(**overrides):
@@ -83,13 +42,13 @@ def tiny(**overrides):
     ],
     ids=lambda value: value.label if isinstance(value, Choice) else "-".join(map(str, value.values())),
 )
-def test_prediction_agrees_with_the_profiler(choice, overrides, monkeypatch):
+def test_prediction_agrees_with_the_profiler(choice, overrides):
     work = tiny(**overrides)
     if choice.method == "last-block":  # wants a pretrained network; its memory does not depend on the weights
         work = dataclasses.replace(work, train=lambda method: tiny(**overrides).train("end-to-end"))
     found = predictor(work, choice)
     predicted = found.at(8, found.config.accumulation).device.total
-    assert predicted == pytest.approx(profiled_peak(work, choice, monkeypatch), rel=0.03)
+    assert predicted == pytest.approx(measured(work, choice), rel=0.03)
 
 
 def test_predicting_allocates_no_weights():

@@ -1,3 +1,3 @@
-from diffusionblocks.memory.measure import PeakMemory, measure_peak
+from diffusionblocks.memory.measure import PeakMemory, measure_peak, profiled_peak
 
-__all__ = ["PeakMemory", "measure_peak"]
+__all__ = ["PeakMemory", "measure_peak", "profiled_peak"]

@@ -1,0 +1,163 @@
+"""Predicted against measured peak training memory, method by method.
+
+    python benchmarks/memory.py
+
+Every row is measured in a process of its own by torch's profiler, which is not the predictor's instrument, on the CPU:
+one step of every block after every block has stepped, residency disk. Writes benchmarks/results/memory.json and
+docs/memory.png. Finished rows are kept: the same command goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.config import BlocksConfig
+from diffusionblocks.evaluation.plan import Choice, Workload, predictor
+from diffusionblocks.memory import profiled_peak
+from diffusionblocks.tasks import CausalLM, Classification
+from environment import describe
+
+TARGET = Path(__file__).parent / "results" / "memory.json"
+COUNTS = (1, 2, 3, 4, 6)
+
+
+def vit(num_layers: int) -> Any:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = dict(hidden_size=256, num_attention_heads=8, intermediate_size=1024, image_size=32, patch_size=4)
+    return ViTForImageClassification(ViTConfig(num_hidden_layers=num_layers, num_labels=10, **sizes))
+
+
+def llama(num_layers: int) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4, vocab_size=8192)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, **sizes))
+
+
+def images(samples: int) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.zeros(samples, 3, 32, 32), "labels": torch.zeros(samples, dtype=torch.long)}
+
+
+def tokens(samples: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.zeros(samples, 256, dtype=torch.long)}
+
+
+FAMILIES = {"vit": (vit, images, Classification(), 16), "llama": (llama, tokens, CausalLM(), 4)}
+
+
+def rows() -> Iterator[dict[str, Any]]:
+    """What is measured: family, method, blocks, and the settings that differ from the defaults."""
+    for family in FAMILIES:
+        whole = {"family": family, "num_blocks": 1, "train": {}, "blocks": {}}
+        for method in ("end-to-end", "checkpointing", "lora"):
+            yield {**whole, "method": method}
+        for method in ("shallow", "last-block"):
+            yield {**whole, "method": method, "num_blocks": 3}
+        for count in COUNTS:
+            yield {**whole, "method": "exact", "num_blocks": count}
+            if family == "vit":
+                yield {**whole, "method": "diffusionblocks", "num_blocks": count}
+                yield {**whole, "method": "diffusionblocks", "num_blocks": count, "blocks": {"context": "features"}}
+                recomputed = {"activation_checkpointing": True}
+                yield {**whole, "method": "diffusionblocks", "num_blocks": count, "train": recomputed}
+    for train in ({"precision": "bf16"}, {"precision": "bf16-true"}, {"optimizer": "sgd"}, {"accumulation": 2}):
+        yield {"family": "vit", "method": "end-to-end", "num_blocks": 1, "train": train, "blocks": {}}
+    settings = ({"residency": "device"}, {"optimizer": "adafactor"}, {"optimizer": "adamw-8bit"}, {"ema_decay": 0.99})
+    for train in (*settings, {"precision": "bf16"}, {"precision": "bf16-true"}, {"accumulation": 4}):
+        yield {"family": "vit", "method": "diffusionblocks", "num_blocks": 3, "train": train, "blocks": {}}
+
+
+def run(row: dict[str, Any]) -> dict[str, Any]:
+    """Predicts and measures one row."""
+    network, batch, task, samples = FAMILIES[row["family"]]
+    train = {"batch_size": samples, "residency": "disk", "device": "cpu", "branch_at": 0.0, **row["train"]}
+    settings = dblocks.TrainingConfig(**train)
+    work = Workload(
+        network=network,
+        batch=batch,
+        num_layers=12,
+        blocks=BlocksConfig(**row["blocks"]),
+        task=task,
+        train=lambda method: settings,
+        pretrained=False,
+        lora=(16, 32),
+        train_readout=row["family"] == "vit",
+        command="",
+    )
+    recomputed = row["method"] == "checkpointing" or settings.activation_checkpointing
+    choice = Choice(method=row["method"], num_blocks=row["num_blocks"], checkpointing=recomputed)
+    made = predictor(work, choice)
+    predicted = made.at(samples, settings.accumulation)
+    settings = dataclasses.replace(settings, activation_checkpointing=recomputed)
+    size = 12 // row["num_blocks"]
+    whole = {
+        "end-to-end": [12],
+        "checkpointing": [12],
+        "lora": [12],
+        "shallow": [size],
+        "last-block": [12 - size, size],
+    }
+    sizes = whole.get(row["method"], [size] * row["num_blocks"])
+    data = [{name: tensor[0] for name, tensor in batch(1).items()}] * samples
+    measured = profiled_peak(
+        lambda: dblocks.Trainer(made.network.build(sizes), task, data, None, settings),  # type: ignore[arg-type]
+        batch(samples),
+    )
+    total = predicted.device.total
+    return {**row, "predicted": predicted.device.as_dict(), "measured": measured, "error": total / measured - 1}
+
+
+def plot(results: list[dict[str, Any]]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.2, 4.6))
+    for family, marker in (("vit", "o"), ("llama", "s")):
+        for method in dict.fromkeys(row["method"] for row in results):
+            own = [row for row in results if row["family"] == family and row["method"] == method]
+            color = f"C{list(dict.fromkeys(row['method'] for row in results)).index(method)}"
+            label = method if family == "vit" else None
+            points = [[row["measured"] / 2**20 for row in own], [row["predicted"]["total"] / 2**20 for row in own]]
+            axes.scatter(*points, marker=marker, s=22, color=color, label=label, alpha=0.8)
+    ends = [min(row["measured"] for row in results) / 2**20, max(row["measured"] for row in results) / 2**20]
+    axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="measured by the profiler (MiB)", ylabel="predicted (MiB)")
+    worst = max(abs(row["error"]) for row in results)
+    axes.set_title(f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, squares Llama")
+    axes.legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(Path(__file__).parents[1] / "docs" / "memory.png", dpi=130)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(json.dumps(run(json.loads(sys.argv[1]))))
+        return
+    results = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
+    for row in rows():
+        if any(all(done[key] == value for key, value in row.items()) for done in results):
+            continue
+        out = subprocess.run([sys.executable, __file__, json.dumps(row)], capture_output=True, text=True)
+        if out.returncode:
+            raise SystemExit(out.stderr)
+        results.append(json.loads(out.stdout.splitlines()[-1]))
+        TARGET.write_text(json.dumps({"environment": describe(), "rows": results}, indent=1) + "\n")
+        print(f"{row} {results[-1]['measured'] / 2**20:.1f} MiB, error {results[-1]['error']:+.2%}", flush=True)
+    plot(results)
+    print(TARGET)
+
+
+if __name__ == "__main__":
+    main()
