@@ -159,7 +159,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.recipes import load_recipe
     from diffusionblocks.report import table
 
-    memory = parse_memory(arguments.memory) if arguments.memory else None
+    memory = parse_memory(arguments.memory) if arguments.memory else _card()
     if bool(arguments.recipe) == bool(arguments.model):
         raise UserError("plan needs a recipe or --model NAME_OR_PATH (one of the two)")
     overrides = _overrides(rest)
@@ -176,6 +176,13 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     if not arguments.json:
         table.show_plan(found)
     return found
+
+
+def _card() -> int | None:
+    """Memory of the GPU here, None without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
 
 
 def _numbers(text: str) -> list[int]:
@@ -240,7 +247,9 @@ def _build_parser(settings: str) -> argparse.ArgumentParser:
     added["compare"].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
     added["plan"].add_argument("recipe", metavar="RECIPE_OR_YAML", nargs="?", help="a built-in recipe or a YAML file")
     added["plan"].add_argument("--model", metavar="NAME_OR_PATH", help="a Hugging Face model instead of a recipe")
-    added["plan"].add_argument("--memory", metavar="SIZE", help="the card's memory, such as 16GiB")
+    added["plan"].add_argument(
+        "--memory", metavar="SIZE", help="the card's memory, such as 16GiB (default: the GPU here)"
+    )
     added["plan"].add_argument("--num-blocks", metavar="B,B,...", help="numbers of blocks (default: some divisors)")
     added["plan"].add_argument("--preset", help="'paper', or a preset of the recipe")
     for name in ("evaluate", "sample"):

@@ -62,14 +62,14 @@ class Network:
         build: layers per block -> model (called on the meta device: weights get no storage).
         batch: number of samples -> batch of that size, as the training data would give it.
         steps: one per block.
-        alike: all layers have the same shape, so that depth can be extrapolated.
+
+    All layers have the same shape in every supported family, so depth can be extrapolated.
     """
 
     kind: str
     build: Callable[[Sequence[int]], BlockModel]
     batch: Callable[[int], dict[str, Tensor]]
     steps: Sequence[Step]
-    alike: bool = True
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class Predictor:
         return result
 
     def _large(self, step: Step) -> list[int]:
-        return [i for i, size in enumerate(step.sizes) if size > FULL and self.network.alike]
+        return [i for i, size in enumerate(step.sizes) if size > FULL]
 
     def _parts(self, step: Step) -> list[Step]:
         """The steps to be traced for one: itself with small numbers of layers, and with each of them a little larger."""
@@ -253,7 +253,8 @@ class Predictor:
             for parameter in state.parameters.values():
                 parameter.grad = torch.empty_like(parameter)
             state.step()
-        tracker = PhaseTracker(block.layers[len(block.layers) // 2 - 1] if len(block.layers) > 1 else None)
+        trained = [layer for layer in block.layers if any(p.requires_grad for p in layer.parameters())]
+        tracker = PhaseTracker(trained[len(trained) // 2 - 1] if len(trained) > 1 else None)
         averages = [tensor for state in owners for tensor in state.average.values()]
         others = [model.block(i) for i in range(model.num_blocks) if i != index and isinstance(model, EndToEndModel)]
         optimizers = [state.optimizer for state in owners]

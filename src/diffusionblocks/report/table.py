@@ -49,10 +49,10 @@ def show_plan(found: dict[str, Any]) -> None:
     if found["memory"]:
         title += f"; {size(found['usable'])} of {size(found['memory'])} are usable"
     table = Table(title=title, title_justify="left")
-    heads = ["method", "blocks", "peak", *KINDS, "host or disk", "transfer per step"]
-    heads += ["layer evaluations", "inference layers", *(["fits"] if found["memory"] else [])]
+    heads = ["method", "blocks", "peak", *KINDS, "host or disk", "moved per step"]
+    heads += ["layers, training", "layers, inference", *(["fits"] if found["memory"] else [])]
     for head in heads:
-        table.add_column(head, justify="left" if head == "method" else "right")
+        table.add_column(head, justify="left" if head == "method" else "right", no_wrap=head == "method")
     for row in found["rows"]:
         sizes = row["predicted"]
         away = size(row["host"] or row["disk"]) if row["host"] or row["disk"] else ""
