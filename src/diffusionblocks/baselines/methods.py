@@ -19,11 +19,13 @@ from diffusionblocks.training.order import branch_steps, resolve_branch
 
 @dataclass(frozen=True)
 class Method:
-    """description: one line. prepare: the recipe as this method runs it. build: its model from a network."""
+    """description: one line. prepare: the recipe as this method runs it. build: its model from a network. adapts: it
+    needs a pretrained network."""
 
     description: str
     prepare: Callable[[Recipe], Recipe]
     build: Callable[[Recipe, Any], BlockModel]
+    adapts: bool = False
 
 
 def _unchanged(recipe: Recipe) -> Recipe:
@@ -68,14 +70,6 @@ def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
     return BlockCoordinateModel(parts, split_layers(len(parts.layers), **_split(recipe)))
 
 
-def _pretrained(recipe: Recipe) -> Recipe:
-    if not recipe.model.pretrained:
-        raise UserError(
-            f"the method {recipe.method} adapts a pretrained network: set model.pretrained to its name or folder"
-        )
-    return _one_block(recipe)
-
-
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
     return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True)
 
@@ -98,9 +92,9 @@ METHODS: dict[str, Method] = {
     "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _unchanged, _blocks_model),
     "diffusionblocks-paper": Method("B blocks with the paper's settings (preset paper)", _paper, _blocks_model),
     "exact": Method("block-coordinate: the ordinary loss, one block's parameters at a time", _exact, _exact_model),
-    "full": Method("fine-tunes all of a pretrained network", _pretrained, _end_to_end_model),
-    "lora": Method("low-rank adaptation of a pretrained network (peft)", _pretrained, _lora_model),
-    "last-block": Method("trains the last L/B layers of a pretrained network", _pretrained, _last_block_model),
+    "full": Method("fine-tunes all of a pretrained network", _one_block, _end_to_end_model, True),
+    "lora": Method("low-rank adaptation of a pretrained network (peft)", _one_block, _lora_model, True),
+    "last-block": Method("trains the last L/B layers of a pretrained network", _one_block, _last_block_model, True),
 }
 
 
@@ -114,6 +108,8 @@ def find_method(name: str) -> Method:
 def for_method(recipe: Recipe, name: str) -> Recipe:
     """The recipe as method `name` runs it: with the recipe's own changes for that method, then the method's."""
     method = find_method(name)
+    if method.adapts and not recipe.model.pretrained:
+        raise UserError(f"the method {name} adapts a pretrained network: set model.pretrained to its name or folder")
     own = recipe.methods.get(name, {})
     recipe = build(merge(recipe.as_dict(), own)) if own else recipe
     return method.prepare(dataclasses.replace(recipe, method=name))
