@@ -170,7 +170,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
             overrides.append(("preset", arguments.preset))
         recipe = load_recipe(arguments.recipe, overrides)
         recipe.train.check()
-        work, train = from_recipe(recipe, arguments.recipe), recipe.train
+        work, train = from_recipe(recipe, arguments.recipe, overrides), recipe.train
     counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default_counts(work.num_layers)
     found = plan(work, counts, memory, train.batch_size)
     if not arguments.json:

@@ -36,7 +36,8 @@ def test_rows_recommendation_and_a_command_that_runs(capsys, tmp_path):
     assert best["largest_batch"] > 8
     words = best["command"].split()
     assert words[:2] == ["dblocks", "train"]
-    short = ["--steps", "1", *TINY[:4], "--output-dir", str(tmp_path / "run")]
+    assert "--model.hidden-size 32 --model.num-hidden-layers 4" in best["command"]  # the run that was planned
+    short = ["--steps", "1", "--output-dir", str(tmp_path / "run")]
     assert main([*words[1:], *short, "--json"]) == 0
 
 
@@ -54,6 +55,13 @@ def test_the_recommendation_departs_no_further_than_memory_asks():
     nothing = plan(work, [4], blocks // 2, 2)["recommendation"]
     assert nothing["method"] is None
     assert "nothing fits" in nothing["reason"]
+
+
+def test_an_uneven_split_is_planned_block_by_block():
+    sizes = [("model.num_hidden_layers", 4), ("num_blocks", 2), ("blocks.layers_per_block", [1, 3]), ("batch_size", 8)]
+    work = from_recipe(load_recipe("digits", sizes), "digits")
+    blocks = predictor(work, Choice(method="diffusionblocks", num_blocks=2)).at(8).blocks
+    assert blocks[1].peak.total > 1.5 * blocks[0].peak.total
 
 
 def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):

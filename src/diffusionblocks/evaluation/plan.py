@@ -36,6 +36,7 @@ ALLOWANCE = 0.08
 BLOCKWISE = ("diffusionblocks", "diffusionblocks-paper", "exact", "last-block", "shallow")  # that depend on num_blocks
 UNITS = {"B": 1} | {p + s: b**e for e, p in enumerate("KMGT", 1) for s, b in (("iB", 1024), ("B", 1000))}
 LARGEST = 1 << 50
+PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +77,11 @@ class Choice:
         return self.method + extra
 
 
-def from_recipe(recipe: Recipe, name: str) -> Workload:
+def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Workload:
     """The workload of a recipe, from its text alone: neither data nor weights are loaded (a pretrained network's
-    config is). name: what the command line called it."""
+    config is). name, overrides: what the command line called it and changed in it, for the command to repeat."""
+    kept = [(key, value) for key, value in overrides if SHORT_NAMES.get(key, key) not in PLANNED]
+    flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(str(value)))]
     classes = count_classes(recipe.data)
     config = network_config(recipe, classes)
 
@@ -106,7 +109,7 @@ def from_recipe(recipe: Recipe, name: str) -> Workload:
         pretrained=bool(recipe.model.pretrained),
         lora=(recipe.lora.rank, recipe.lora.alpha),
         train_readout=True,
-        command=f"dblocks train {shlex.quote(name)}",
+        command=" ".join(["dblocks train", shlex.quote(name), *flags]),
     )
 
 
@@ -117,16 +120,15 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     """
     config = pretrained_config(name_or_path)
     if not find_adapter(config.architectures[0]).denoisers:
-        return _language_model(name_or_path, config, overrides)
+        return _language_model(config, overrides)
     sizes = [("model.pretrained", name_or_path), ("data.image_size", config.image_size)]
-    recipe = load_recipe("images", [*sizes, ("data.channels", config.num_channels), *overrides])
+    overrides = [*sizes, ("data.channels", config.num_channels), *overrides]
+    recipe = load_recipe("images", overrides)
     recipe.train.check()
-    work = from_recipe(recipe, "images")
-    shape = " ".join(f"--{key.replace('_', '-')} {shlex.quote(str(value))}" for key, value in sizes)
-    return dataclasses.replace(work, command=f"{work.command} {shape}"), recipe.train
+    return from_recipe(recipe, "images", overrides), recipe.train
 
 
-def _language_model(name: str, config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
     """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
     settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
     length = settings.pop("sequence_length", min(2048, config.max_position_embeddings))
@@ -190,9 +192,8 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
     kind = method if method in _BUILDERS else "end-to-end"
     build, count = _BUILDERS[kind], len(sizes)
     if kind == "diffusionblocks":
-        first = Step((sizes[0],))
-        later = [first if work.blocks.context == "input" else Step((1, size), 1) for size in sizes[1:]]
-        steps = [first, *later]
+        alone = work.blocks.context == "input"
+        steps = [Step((size,)) if alone or index == 0 else Step((1, size), 1) for index, size in enumerate(sizes)]
     elif kind == "exact":  # layers after the active block keep their inputs, layers before it keep nothing
         after = [sum(sizes[index + 1 :]) for index in range(count)]
         steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
