@@ -85,13 +85,6 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
     classes = count_classes(recipe.data)
     config = network_config(recipe, classes)
 
-    def network(num_layers: int) -> Any:
-        import transformers
-
-        cut = type(config).from_dict({**config.to_dict(), "num_hidden_layers": num_layers})
-        cut._attn_implementation = recipe.model.attention
-        return getattr(transformers, config.architectures[0])(cut)
-
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
 
@@ -100,7 +93,7 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         return {"pixel_values": images, "labels": torch.zeros(samples, dtype=torch.long)}
 
     return Workload(
-        network=network,
+        network=lambda num_layers: _cut(config, num_layers, recipe.model.attention),
         batch=batch,
         num_layers=config.num_hidden_layers,
         blocks=recipe.blocks,
@@ -143,16 +136,6 @@ def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[
     train = TrainingConfig(**{**defaults, **chosen})
     train.check()
 
-    def network(num_layers: int) -> Any:
-        import transformers
-
-        content = {**config.to_dict(), "num_hidden_layers": num_layers, "use_cache": False}
-        if content.get("layer_types"):
-            content["layer_types"] = content["layer_types"][:num_layers]
-        cut = type(config).from_dict(content)
-        cut._attn_implementation = "sdpa"
-        return getattr(transformers, config.architectures[0])(cut)
-
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
 
@@ -163,7 +146,7 @@ def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[
         return train if blocks else dataclasses.replace(train, residency="device", order="sweep")
 
     work = Workload(
-        network=network,
+        network=lambda num_layers: _cut(config, num_layers, "sdpa"),
         batch=batch,
         num_layers=config.num_hidden_layers,
         blocks=BlocksConfig(),
@@ -175,6 +158,18 @@ def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[
         command="",
     )
     return work, train
+
+
+def _cut(config: Any, num_layers: int, attention: str) -> Any:
+    """A new network of `config` with another number of layers."""
+    import transformers
+
+    content = {**config.to_dict(), "num_hidden_layers": num_layers}
+    if content.get("layer_types"):
+        content["layer_types"] = content["layer_types"][:num_layers]
+    cut = type(config).from_dict(content)
+    cut._attn_implementation = attention
+    return getattr(transformers, config.architectures[0])(cut)
 
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
