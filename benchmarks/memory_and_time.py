@@ -26,14 +26,14 @@ from diffusionblocks.adapters import take_apart
 from diffusionblocks.data.images import ImageData
 from diffusionblocks.memory import measure_peak
 from diffusionblocks.network import BlockModel
-from diffusionblocks.recipes import PRESETS
+from diffusionblocks.recipes import PAPER as PAPERS
 from environment import describe
 
 REGIMES = {
     "activations dominate": {"hidden_size": 256, "num_attention_heads": 8, "batch_size": 64},
     "parameters dominate": {"hidden_size": 1024, "num_attention_heads": 16, "batch_size": 1},
 }
-PAPER = dict(PRESETS["paper"]["blocks"])
+PAPER = dict(PAPERS["classification"]["blocks"])
 ROUNDS = 7
 
 

@@ -36,6 +36,14 @@ def make_deit(**changes) -> DeiTForImageClassification:
     return DeiTForImageClassification(DeiTConfig(**{**SIZES, **changes}))
 
 
+def make_dit(**changes):
+    from diffusers import DiTTransformer2DModel
+
+    torch.manual_seed(0)
+    sizes = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=6, sample_size=8, patch_size=2)
+    return DiTTransformer2DModel(**{**sizes, "num_embeds_ada_norm": 4, **changes})
+
+
 def make_data(count: int = 48, num_labels: int = 4) -> ImageData:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(count) % num_labels

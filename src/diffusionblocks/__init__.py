@@ -27,6 +27,7 @@ _EXPORTS = {
     "BlockCoordinateModel": "diffusionblocks.coordinate",
     "CausalLM": "diffusionblocks.tasks",
     "Classification": "diffusionblocks.tasks",
+    "ImageGeneration": "diffusionblocks.tasks",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",
     "DataConfig": "diffusionblocks.data.images",

@@ -1,4 +1,4 @@
-"""The command line: `dblocks recipes | train | evaluate | sample | compare | plan | report`.
+"""The command line: `dblocks recipes | train | evaluate | sample | compare | plan | export | report`.
 
 Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted.
 """
@@ -23,6 +23,8 @@ log = logging.getLogger("diffusionblocks")
 
 
 class _Parser(argparse.ArgumentParser):
+    commands: dict[str, argparse.ArgumentParser]
+
     def error(self, message: str) -> Any:
         if "invalid choice" in message and "COMMAND" in message:
             name = message.split("invalid choice: ")[1].split(" (")[0].strip("'")
@@ -121,10 +123,50 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import load_run
-    from diffusionblocks.evaluation.sample import predictions
+    from diffusionblocks.tasks import ImageGeneration
 
     _none(rest)
-    found = {"predictions": predictions(load_run(Path(arguments.run_dir)), arguments.num)}
+    run = load_run(Path(arguments.run_dir))
+    if isinstance(run.recipe.task, ImageGeneration):
+        return _sample_images(arguments, run)
+    for name in ("class", "guidance", "steps", "sampler", "grid", "seed"):
+        if getattr(arguments, name) is not None:
+            raise UserError(f"--{name} is for image generation; this run classifies")
+    return _sample_labels(arguments, run)
+
+
+def _sample_images(arguments: argparse.Namespace, run: Any) -> Any:
+    from diffusionblocks.evaluation.generation import sample_to_file
+
+    output = Path(arguments.output) if arguments.output else Path(arguments.run_dir) / "samples.png"
+    wanted = {"guidance": arguments.guidance, "sampling_steps": arguments.steps}
+    wanted |= {"sampler": arguments.sampler, "grid": arguments.grid}
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    chosen = getattr(arguments, "class")
+    classes = _classes(chosen, run.data.classes) if chosen else []
+    found = sample_to_file(run, arguments.num, output, classes=classes, seed=arguments.seed or 0, **settings)
+    if not arguments.json:
+        print(f"{found['num']} images in {found['seconds']:.1f} s: {found['output']}")
+    return found
+
+
+def _classes(text: str, names: Sequence[str]) -> list[int]:
+    """`3`, `cat` or `3,cat` -> numbers of classes. A name that looks like a number is a number."""
+    found = []
+    for part in text.split(","):
+        if part.strip().lstrip("-").isdigit():
+            found.append(int(part))
+        elif part.strip() in names:
+            found.append(names.index(part.strip()))
+        else:
+            raise UserError(f"unknown class {part.strip()!r}{nearest(part.strip(), names)}")
+    return found
+
+
+def _sample_labels(arguments: argparse.Namespace, run: Any) -> Any:
+    from diffusionblocks.evaluation.sample import predictions
+
+    found = {"predictions": predictions(run, arguments.num)}
     if arguments.output:
         Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n")
     if not arguments.json:
@@ -192,6 +234,17 @@ def _numbers(text: str) -> list[int]:
         raise UserError(f"--num-blocks takes numbers separated by commas, such as 2,3,4; got {text!r}") from None
 
 
+def _export(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.evaluation.run import export_block
+
+    _none(rest)
+    output = Path(arguments.output) if arguments.output else None
+    path = export_block(Path(arguments.run_dir), arguments.block, output)
+    if not arguments.json:
+        print(f"block {arguments.block}: {path}")
+    return {"block": arguments.block, "output": str(path)}
+
+
 def _report(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.report.page import write_report
 
@@ -218,14 +271,30 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
     "recipes": (_recipes, "list built-in recipes"),
     "train": (_train, "train a recipe; the same command again resumes it"),
     "evaluate": (_evaluate, "evaluate a trained run on its test split"),
-    "sample": (_sample, "predictions of a trained run"),
+    "sample": (_sample, "images of a trained run (PNG grid or .npz), or predictions of a classifier"),
     "compare": (_compare, "train several methods on one recipe and print one table"),
     "plan": (_plan, "predict the memory of every method, and what fits a card"),
+    "export": (_export, "write the weights of one block of a trained run"),
     "report": (_report, "one self-contained HTML page from run folders"),
 }
 
 
-def _build_parser(settings: str) -> argparse.ArgumentParser:
+def _joined(argv: list[str], commands: dict[str, argparse.ArgumentParser]) -> list[str]:
+    """Settings that the command's parser does not know, as --key=value: it would take their values for positional ones."""
+    known = commands[argv[0]]._option_string_actions if argv[0] in commands else {}
+    joined: list[str] = []
+    takes = False
+    for token in argv:
+        if takes and not token.startswith("--"):
+            joined[-1] += f"={token}"
+            takes = False
+            continue
+        joined.append(token)
+        takes = token.startswith("--") and "=" not in token and token not in known
+    return joined
+
+
+def _build_parser(settings: str) -> _Parser:
     parser = _Parser(prog="dblocks", description="Train deep networks block by block. See also: dblocks COMMAND --help")
     parser.add_argument("--version", action="version", version=f"dblocks {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
@@ -252,12 +321,23 @@ def _build_parser(settings: str) -> argparse.ArgumentParser:
     )
     added["plan"].add_argument("--num-blocks", metavar="B,B,...", help="numbers of blocks (default: some divisors)")
     added["plan"].add_argument("--preset", help="'paper', or a preset of the recipe")
-    for name in ("evaluate", "sample"):
+    added["export"].add_argument("--block", type=int, required=True, help="number of the block")
+    for name in ("evaluate", "sample", "export"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
-    added["sample"].add_argument("--num", type=int, default=16, help="how many test samples (default 16)")
-    for name in ("sample", "report"):
+    sampling = added["sample"]
+    sampling.add_argument("--num", type=int, default=16, help="how many images, or test samples (default 16)")
+    sampling.add_argument(
+        "--class", metavar="CLASS,...", help="classes to generate, by number or name (default: all in turn)"
+    )
+    sampling.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the recipe's)")
+    sampling.add_argument("--steps", type=int, help="sampling steps (default: the recipe's)")
+    sampling.add_argument("--sampler", help="euler, heun, dpm-solver++ or churn (default: the recipe's)")
+    sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
+    sampling.add_argument("--seed", type=int, help="of the noise (default 0)")
+    for name in ("sample", "report", "export"):
         added[name].add_argument("--output", metavar="FILE")
     added["report"].add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
+    parser.commands = added
     return parser
 
 
@@ -289,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv:
             parser.print_help()
             return 0
-        arguments, rest = parser.parse_known_args(argv)
+        arguments, rest = parser.parse_known_args(_joined(argv, parser.commands))
         result = COMMANDS[arguments.command][0](arguments, rest)
         if arguments.json:
             print(json.dumps(result))

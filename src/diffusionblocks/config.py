@@ -13,7 +13,7 @@ from diffusionblocks.noise import Information, LevelDistribution, LogNormal
 
 @dataclass(kw_only=True)
 class BlocksConfig:
-    """The defaults are the project's for classification; the recipes' preset `paper` gives the paper's.
+    """The defaults are the project's; the recipes' preset `paper` gives the paper's.
 
     Args:
         num_blocks: B, the one dial.
@@ -25,7 +25,9 @@ class BlocksConfig:
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own).
-        levels: `information` (equal shares of nats) or `log-normal` ([DB]).
+        levels: `information` (equal shares of nats; labels only) or `log-normal` ([DB]); `auto` = information for labels,
+            log-normal for images.
+        borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma (their ablation).
         least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
         sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
@@ -41,7 +43,8 @@ class BlocksConfig:
     readout: str = "bayes"
     target_table: str = "fixed"
     shared: str = "copies"
-    levels: str = "information"
+    levels: str = "auto"
+    borders: str = "equal-mass"
     p_mean: float = -1.2
     p_std: float = 1.2
     sigma_min: float = 0.002
@@ -57,12 +60,29 @@ class BlocksConfig:
         "readout": ("bayes", "linear"),
         "target_table": ("fixed", "trained"),
         "shared": ("trained", "frozen", "copies"),
-        "levels": ("information", "log-normal"),
+        "levels": ("auto", "information", "log-normal"),
+        "borders": ("equal-mass", "uniform"),
     }
+    # What only makes sense where a label is the target and the network reads something else.
+    LABEL_ONLY: ClassVar[tuple[str, ...]] = (
+        "target_entry",
+        "readout",
+        "target_table",
+        "least_hidden",
+        "condition_width",
+        "head_layers",
+        "context",
+    )
 
-    def check(self) -> None:
-        """Raises UserError for an unknown choice or a combination that has no meaning."""
+    def check(self, target: str = "label") -> None:
+        """Raises UserError for an unknown choice or a combination that has no meaning for what is denoised."""
         check_choices("blocks", self, self.CHOICES)
+        if target == "image":
+            for name in self.LABEL_ONLY:
+                if getattr(self, name) != getattr(BlocksConfig, name):
+                    raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises images")
+            if self.levels == "information":
+                raise UserError("blocks.levels information needs a discrete target; images take log-normal")
         if self.head_layers and self.context != "features":
             raise UserError(
                 "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
@@ -83,8 +103,10 @@ class BlocksConfig:
         alike = len({len(span) for span in layers}) == 1
         return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
 
-    def distribution(self, table: Tensor) -> LevelDistribution:
-        if self.levels == "information":
+    def distribution(self, table: Tensor | None = None) -> LevelDistribution:
+        """Of noise levels; `table` [V, D] holds the embeddings of a discrete target."""
+        if self.levels == "information" or (self.levels == "auto" and table is not None):
+            assert table is not None
             return Information(
                 table, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
             )

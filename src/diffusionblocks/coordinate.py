@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Parts
 
 
@@ -30,6 +31,10 @@ class BlockCoordinateModel(EndToEndModel):
 
     def __init__(self, parts: Parts, layers: Sequence[range]) -> None:
         BlockModel.__init__(self)
+        if parts.target == "image":
+            raise UserError(
+                "exact cannot train a DiT: its readout reads the embedding of the first layer, so no block owns that alone"
+            )
         self._remember(parts)
         last = len(layers) - 1
         self.blocks = nn.ModuleList(

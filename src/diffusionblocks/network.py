@@ -2,22 +2,16 @@
 
 `BlockModel` is what the trainer sees: blocks that own parameters, and shared parts. Two kinds exist:
 `DiffusionBlocksModel`, whose blocks are denoisers for one noise range each, and `EndToEndModel`, the ordinary
-network as one block. Both are built from the `Parts` that an adapter finds in a Hugging Face model.
+network as one block. Both are built from the `Parts` that an adapter finds in a Hugging Face model. What a denoiser
+estimates (a label, an image) is the subject of the package `denoisers`.
 
-Context (what a block reads of the clean input x):
-    input     every block reads the stem's output and the noisy target enters at its first token ([DB]).
-    features  block b starts from the clean stream that leaves block b-1, detached; no gradient crosses the
-              border. The noisy target enters after the block's trunk: in its head layers, if any, and in the
-              readout.
-
-Shapes: N batch, T positions, D width, V classes, C condition width, B blocks.
+Shapes: N batch, T positions, D width, V classes, B blocks.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusionblocks.conditioning import ConditionedLayer, LevelEmbedding
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
+from diffusionblocks.noise import LevelDistribution
 from diffusionblocks.partition import Partition, split_layers
-from diffusionblocks.precondition import coefficients
-from diffusionblocks.targets import CategoricalTarget, add_noise, label_table
 
 Batch = Mapping[str, Tensor]
 
@@ -41,117 +33,77 @@ class Parts:
     """What an adapter finds in a foreign network. All modules are copies that the blocks may keep.
 
     Args:
-        stem: forward(batch) -> hidden [N, T, D]; `first_position` [1, 1, D] is added to a token put in first place.
-        layers: the residual layers, each forward(hidden) -> hidden.
-        layer_norms: attribute paths, inside a layer, of the norms that see the noise level.
-        readout: forward(hidden) -> logits [N, V].
+        target: what denoisers made of the network estimate: `label`, `image`, or `none` (it can only be trained whole).
+        stem: forward(batch) -> hidden [N, T, D].
+        layers: the residual layers, each forward(hidden) -> hidden, or forward(hidden, condition) where the network has
+            conditions of its own (`image`).
+        layer_norms: attribute paths, inside a layer, of the norms that see the noise level; empty where layers see it
+            by themselves.
+        readout: forward(hidden) -> logits [N, V], or forward(hidden, condition) -> image [N, channels, height, width].
         width: D. num_classes: V. tied: stem and readout share a parameter.
+        sample_shape: of a denoised image (channels, height, width).
         network: the copied network whose submodules the parts are; training the parts trains it. layers_path: where
-            its layers are.
+            its layers are. depth_key: the entry of its config that counts them.
     """
 
+    target: str
     stem: Any
     layers: list[nn.Module]
     layer_norms: tuple[str, ...]
-    readout: nn.Module
+    readout: Any
     width: int
     num_classes: int
     network: Any
     layers_path: str
+    depth_key: str
     tied: bool = False
+    sample_shape: tuple[int, int, int] = (0, 0, 0)
 
 
 class DenoiserOutput(NamedTuple):
     """What a block makes of a noisy target.
 
-    raw: the network's own logits [N, V]; with a Bayes readout these are log p(v | x) up to a constant.
-    logits: of p(v | x, z) [N, V]. estimate: D(z) [N, D]. context: clean stream for the next block [N, T, D] (features
-    context) or None. loss: mean cross-entropy when the batch has labels, else None.
+    estimate: D(z), shaped like z. raw: the network's own output: logits [N, V] for labels (with a Bayes readout these are
+    log p(v | x) up to a constant), F of [EDM] eq. 7 for images. logits: of p(v | x, z) [N, V], labels only. context: clean
+    stream for the next block [N, T, D] (features context). loss: mean loss when the batch has the clean target.
     """
 
-    raw: Tensor
-    logits: Tensor
     estimate: Tensor
-    context: Tensor | None
-    loss: Tensor | None
-
-
-class TargetEntry(nn.Module):
-    """Puts the scaled noisy target c_in z [N, D] into the first token of the stream [N, T, D]."""
-
-    def __init__(self, kind: str, width: int) -> None:
-        super().__init__()
-        self.kind = kind
-        if kind == "add":
-            self.projection = nn.Linear(width, width, bias=False)
-            nn.init.zeros_(self.projection.weight)
-
-    def forward(self, hidden: Tensor, scaled_target: Tensor, first_position: Tensor | None) -> Tensor:
-        if self.kind == "none":
-            return hidden
-        token = scaled_target.to(hidden.dtype)[:, None]
-        if self.kind == "add":
-            token = hidden[:, :1] + self.projection(token)
-        elif first_position is not None:
-            token = token + first_position.to(hidden)
-        return torch.cat([token, hidden[:, 1:]], dim=1)
+    raw: Tensor
+    logits: Tensor | None = None
+    context: Tensor | None = None
+    loss: Tensor | None = None
 
 
 class Block(nn.Module):
-    """Some consecutive layers and what belongs to them alone. Optional parts are None.
-
-    `level` embeds the noise level for conditioned layers; a block without it runs its trunk unconditioned.
-    """
+    """Some consecutive layers and what belongs to them alone. Optional parts are None."""
 
     def __init__(
-        self,
-        layers: list[nn.Module],
-        *,
-        stem: nn.Module | None = None,
-        level: LevelEmbedding | None = None,
-        entry: TargetEntry | None = None,
-        head: list[nn.Module] | None = None,
-        readout: nn.Module | None = None,
+        self, layers: list[nn.Module], *, stem: nn.Module | None = None, readout: nn.Module | None = None
     ) -> None:
         super().__init__()
-        self.stem, self.level, self.entry, self.readout = stem, level, entry, readout
+        self.stem, self.readout = stem, readout
         self.layers = nn.ModuleList(layers)
-        self.head = nn.ModuleList(head or [])
         self.activation_checkpointing = False
 
-    def run(self, layers: nn.ModuleList, hidden: Tensor, condition: Tensor | None = None) -> Tensor:
+    def run(self, layers: nn.ModuleList, hidden: Tensor, condition: Any = None) -> Tensor:
         """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked."""
+        arguments = () if condition is None else (condition,)
         for layer in layers:
-            arguments = (hidden, condition) if isinstance(layer, ConditionedLayer) else (hidden,)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, *arguments, use_reentrant=False)
+                hidden = checkpoint(layer, hidden, *arguments, use_reentrant=False)
             else:
-                hidden = layer(*arguments)
+                hidden = layer(hidden, *arguments)
         return hidden
 
-    def denoise(
-        self, hidden: Tensor, scaled_target: Tensor, c_noise: Tensor, readout: nn.Module, first: Tensor | None
-    ) -> Tensor:
-        """Input context: stem output [N, T, D] -> raw logits [N, V]."""
-        assert self.entry is not None
-        hidden = self.entry(hidden, scaled_target, first)
-        return readout(self.run(self.layers, hidden, self._condition(c_noise)))
-
-    def _condition(self, c_noise: Tensor) -> Tensor | None:
-        return None if self.level is None else self.level(c_noise)
-
-    def read(self, trunk: Tensor, scaled_target: Tensor, c_noise: Tensor, readout: nn.Module) -> Tensor:
-        """Features context: trunk output [N, T, D] -> raw logits [N, V] through the head, if there is one."""
-        if self.entry is not None:
-            trunk = self.run(self.head, self.entry(trunk, scaled_target, None), self._condition(c_noise))
-        return readout(trunk)
+    @property
+    def depth(self) -> int:
+        """Layers that a sample passes when the block trains on it."""
+        return len(self.layers)
 
     # One entry point for all uses, so that compiling the block (nn.Module.compile) covers them.
     def forward(self, use: str, *arguments: Any) -> Tensor:
-        if use == "denoise":
-            return self.denoise(*arguments)
-        if use == "read":
-            return self.read(*arguments)
+        """use `trunk`: (hidden, condition=None) -> hidden."""
         assert use == "trunk", use
         return self.run(self.layers, *arguments)
 
@@ -186,8 +138,7 @@ class BlockModel(nn.Module):
 
     def layer_evaluations(self, index: int) -> float:
         """Layers that one sample passes when block `index` trains on it (trunk and head)."""
-        block = self.block(index)
-        return len(block.layers) + len(block.head)
+        return self.block(index).depth
 
 
 class EndToEndModel(BlockModel):
@@ -211,7 +162,7 @@ class EndToEndModel(BlockModel):
         self.layers = [range(len(layers))]
 
     def _remember(self, parts: Parts) -> None:
-        self._layers_path = parts.layers_path
+        self._layers_path, self._depth_key = parts.layers_path, parts.depth_key
         self._network = (parts.network,)  # in a tuple: its parameters are registered once, through the blocks
 
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
@@ -243,68 +194,35 @@ class EndToEndModel(BlockModel):
         (network,) = self._network
         if len(network.get_submodule(self._layers_path)) > len(self.layers[0]):
             del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
-            network.config.num_hidden_layers = len(self.layers[0])
+            self._record_depth(network, len(self.layers[0]))
         network.save_pretrained(folder)
+
+    def _record_depth(self, network: Any, depth: int) -> None:
+        setattr(network.config, self._depth_key, depth)
 
 
 class Denoiser(nn.Module):
     """One block as an ordinary module: trainable alone, by any loop.
 
-    Its parameters are the block's and the shared ones. forward(batch, level) reads from `batch` the stem's inputs,
-    and one of `noisy_target` [N, D] and `labels` [N] (then z = table[labels] + level * eps is drawn here). In
-    features context `context` [N, T, D], the detached output of the block before, is needed for every block but
-    the first: `DiffusionBlocksModel.context` computes it.
+    Its parameters are the block's and the shared ones. forward(batch, level) -> DenoiserOutput; what it reads from
+    `batch` depends on the target, and is said by the subclass.
     """
 
-    def __init__(self, index: int, block: Block, shared: nn.ModuleDict, config: BlocksConfig) -> None:
+    def __init__(self, index: int, block: Block, shared: nn.ModuleDict) -> None:
         super().__init__()
-        self.index, self.config = index, config
+        self.index = index
         self.block, self.shared = block, shared
 
-    @property
-    def target(self) -> CategoricalTarget:
-        target = self.shared["target"]
-        assert isinstance(target, CategoricalTarget)
-        return target
-
-    def forward(self, batch: Batch, level: Tensor) -> DenoiserOutput:
-        """level: sigma [N]. Raises UserError when the batch lacks what this block reads."""
-        noisy = batch.get("noisy_target")
-        if noisy is None:
-            if "labels" not in batch:
-                raise UserError("a denoiser's batch needs 'noisy_target' or 'labels'; got " + ", ".join(batch))
-            noisy = add_noise(self.target.clean(batch["labels"]), level)
-        c = coefficients(level.float())
-        scaled = c.input[:, None] * noisy
-        if self.config.context == "input":
-            stem, readout = self._part("stem"), self._part("readout")
-            raw = self.block("denoise", stem(batch), scaled, c.noise, readout, getattr(stem, "first_position", None))
-            context = None
-        else:
-            context = self.trunk(batch)
-            raw = self.block("read", context, scaled, c.noise, self._part("readout"))
-        logits = self.target.logits(raw, noisy, level)
-        loss = self.target.losses(logits, batch["labels"]).mean() if "labels" in batch else None
-        return DenoiserOutput(raw, logits, self.target.estimate(logits), context, loss)
-
-    def trunk(self, batch: Batch) -> Tensor:
-        """Features context: the clean stream that leaves this block [N, T, D]."""
-        hidden = batch.get("context")
-        if self.index == 0:
-            hidden = self._part("stem")(batch)
-        elif hidden is None:
-            raise UserError(
-                f"block {self.index} reads the features of block {self.index - 1}: pass them as batch['context']"
-            )
-        return self.block("trunk", hidden)
-
-    def _part(self, name: str) -> nn.Module:
+    def _part(self, name: str) -> Any:
         own = getattr(self.block, name)
         return self.shared[name] if own is None else own
 
 
 class DiffusionBlocksModel(BlockModel):
-    """B denoisers, one noise range each. Built by `diffusionblocks.convert`.
+    """B denoisers, one noise range each. `diffusionblocks.convert` builds the subclass for a network's target.
+
+    A subclass says how blocks are put together (`_build`), what a denoiser is (`_denoiser`) and which distribution noise
+    levels have (`_levels`).
 
     Args:
         parts: from an adapter. config: how to split and condition.
@@ -313,72 +231,41 @@ class DiffusionBlocksModel(BlockModel):
 
     def __init__(self, parts: Parts, config: BlocksConfig, source: Mapping[str, Any] | None = None) -> None:
         super().__init__()
-        config.check()
+        config.check(parts.target)
         self.config, self.source = config, dict(source or {})
         self.layers = split_layers(len(parts.layers), config.num_blocks, config.layers_per_block)
-        table = label_table(parts.num_classes, parts.width)
-        target = CategoricalTarget(table, trainable=config.target_table == "trained", bayes=config.readout == "bayes")
-        self.partition = Partition(config.distribution(table), config.num_blocks, config.overlap)
-        self.shared = nn.ModuleDict({"target": target})
-        build = self._input_blocks if config.context == "input" else self._feature_blocks
-        self.blocks = nn.ModuleList(build(parts))
+        self.shared = nn.ModuleDict()
+        self.partition = Partition(self._levels(parts), config.num_blocks, config.overlap, config.borders)
+        self.blocks = nn.ModuleList(self._build(parts))
         if config.shared == "frozen":
             self.shared.requires_grad_(False)
         # In a tuple, so that their parameters are registered once, through the blocks.
-        self._denoisers = tuple(Denoiser(i, self.block(i), self.shared, config) for i in range(config.num_blocks))
+        self._denoisers = tuple(self._denoiser(index) for index in range(config.num_blocks))
 
-    def _conditioned(self, layer: nn.Module, parts: Parts) -> nn.Module:
-        if not self.config.condition_width:
-            return layer
-        return ConditionedLayer(layer, parts.layer_norms, parts.width, self.config.condition_width)
+    def _levels(self, parts: Parts) -> LevelDistribution:
+        raise NotImplementedError
 
-    def _level(self) -> LevelEmbedding | None:
-        return LevelEmbedding(self.config.condition_width) if self.config.condition_width else None
+    def _build(self, parts: Parts) -> Iterable[Block]:
+        raise NotImplementedError
 
-    def _input_blocks(self, parts: Parts) -> Iterator[Block]:
-        copies = self.config.shared == "copies"
-        if self.config.target_entry == "replace":
-            parts.stem.drop_first_token()
-        if not copies:
-            self.shared.update({"stem": parts.stem, "readout": parts.readout})
-        for span in self.layers:
-            yield Block(
-                [self._conditioned(parts.layers[i], parts) for i in span],
-                stem=copy.deepcopy(parts.stem) if copies else None,
-                level=self._level(),
-                entry=TargetEntry(self.config.target_entry, parts.width),
-                readout=copy.deepcopy(parts.readout) if copies else None,
-            )
+    def _denoiser(self, index: int) -> Denoiser:
+        raise NotImplementedError
 
-    def _feature_blocks(self, parts: Parts) -> Iterator[Block]:
-        for index, span in enumerate(self.layers):
-            head = [fresh_copy(parts.layers[span[-1]]) for _ in range(self.config.head_layers)]
-            yield Block(
-                [parts.layers[i] for i in span],
-                stem=parts.stem if index == 0 else None,
-                level=self._level() if head else None,
-                entry=TargetEntry(self.config.target_entry, parts.width) if head else None,
-                head=[self._conditioned(layer, parts) for layer in head],
-                readout=copy.deepcopy(parts.readout),
-            )
-
-    def denoiser(self, index: int) -> Denoiser:
+    def denoiser(self, index: int) -> Any:
         """Block `index` as an ordinary module (no copies: its parameters are the model's)."""
         self.block(index)  # checks the index
         return self._denoisers[index]
 
-    @torch.no_grad()
     def context(self, batch: Batch, index: int) -> Tensor | None:
-        """Features context: the clean stream that enters block `index` [N, T, D], computed by the blocks before it.
+        """Features context: the clean stream that enters block `index` [N, T, D]. None where it reads the input."""
+        return None
 
-        None in input context and for block 0.
-        """
-        if self.config.context == "input" or index == 0:
-            return None
-        hidden: Tensor | None = None
-        for before in range(index):
-            hidden = self.denoiser(before).trunk(batch if hidden is None else {**batch, "context": hidden})
-        return hidden
+    def owner_of_shared_parts(self) -> str:
+        return {
+            "trained": "trained by every block's step",
+            "frozen": "frozen",
+            "copies": "each block owns its stem and readout",
+        }[self.config.shared]
 
     def summary(self) -> str:
         """A table: block, layers, noise range, parameters, and who owns the shared parts."""
@@ -397,14 +284,7 @@ class DiffusionBlocksModel(BlockModel):
         rows.append(("shared", ", ".join(self.shared), "", f"{shared:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        owner = {
-            "trained": "trained by every block's step",
-            "frozen": "frozen",
-            "copies": "each block owns its stem and readout",
-        }[self.config.shared]
-        if self.config.context == "features":
-            owner = "block 0 owns the stem, each block its readout"
-        return "\n".join([*lines, f"context: {self.config.context}; shared parts: {owner}"])
+        return "\n".join([*lines, f"context: {self.config.context}; shared parts: {self.owner_of_shared_parts()}"])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes weights as safetensors and everything else as JSON; `diffusionblocks.load` reads them back."""
@@ -416,13 +296,53 @@ class DiffusionBlocksModel(BlockModel):
         description = {"format": 1, "blocks": asdict(self.config), "source": self.source}
         (folder / "diffusionblocks.json").write_text(json.dumps(description, indent=2) + "\n")
 
+    def start_from(self, folder: str | Path) -> None:
+        """Takes over the weights that `save_pretrained` wrote. Raises UserError when they are of another kind of model."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
 
-def fresh_copy(layer: nn.Module) -> nn.Module:
-    """A copy of `layer` with weights drawn anew: normal(0, 0.02) matrices, zero biases, norms left as they are."""
-    layer = copy.deepcopy(layer)
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    return layer
+        path = Path(folder) / "model.safetensors"
+        try:
+            load_model(self, str(path))
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no saved DiffusionBlocks model (model.safetensors is missing)") from None
+        except (RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"the weights in {folder} are of another network or conversion: {reason}") from None
+
+    def save_block(self, index: int, path: str | Path) -> None:
+        """Writes the weights of one block, as safetensors that say what they are; `load_block` reads them back."""
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.block(index).state_dict().items()}
+        span, own = self.layers[index], self.partition.range(index)
+        facts = {
+            "format": "diffusionblocks block 1",
+            "block": str(index),
+            "layers": f"{span[0]}-{span[-1]}",
+            "noise_range": f"{own.low:.6g} to {own.high:.6g}",
+            "blocks": json.dumps(asdict(self.config)),
+            "source": json.dumps(self.source),
+        }
+        save_file(tensors, str(path), metadata=facts)
+
+    def load_block(self, path: str | Path) -> int:
+        """Puts an exported block in its place and returns its index; the others stay as they are.
+
+        Raises UserError when the file is no exported block, or of another network or conversion.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as stream:
+                facts = stream.metadata() or {}
+                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (not a dict)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"cannot read the block {path}: {error}") from None
+        if not facts.get("format", "").startswith("diffusionblocks block"):
+            raise UserError(f"{path} is no exported block; dblocks export writes one")
+        if json.loads(facts["blocks"]) != asdict(self.config) or json.loads(facts["source"]) != self.source:
+            raise UserError(f"{path} is a block of another network, or of one that was split in another way")
+        index = int(facts["block"])
+        self.block(index).load_state_dict(tensors)
+        return index

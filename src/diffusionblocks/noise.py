@@ -38,6 +38,10 @@ class LevelDistribution(ABC):
         margin = overlap * (high - low)
         return max(low - margin, self.lowest), min(high + margin, self.highest)
 
+    def between(self, share: Tensor) -> Tensor:
+        """The levels that lie at a `share` of the distance from lowest to highest. Any shape."""
+        return self.lowest + (self.highest - self.lowest) * share
+
 
 class _GaussianLevels(LevelDistribution):
     """Levels are sigma > 0; lengths of ranges are measured in log sigma ([DB] section 3.3)."""
@@ -50,6 +54,9 @@ class _GaussianLevels(LevelDistribution):
     def widen(self, low: float, high: float, overlap: float) -> tuple[float, float]:
         factor = (high / low) ** overlap
         return max(low / factor, self.lowest), min(high * factor, self.highest)
+
+    def between(self, share: Tensor) -> Tensor:
+        return self.lowest * (self.highest / self.lowest) ** share
 
 
 class LogNormal(_GaussianLevels):

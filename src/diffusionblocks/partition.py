@@ -27,24 +27,27 @@ class NoiseRange(NamedTuple):
 
 
 class Partition:
-    """B noise ranges of equal mass, each widened by `overlap` for training.
+    """B noise ranges, each widened by `overlap` for training.
 
     Args:
         levels: distribution of levels over mass.
         num_blocks: B.
         overlap: gamma of [DB]: a training range grows on both sides by gamma times its length (in log sigma for
             Gaussian noise). Ownership (`block_of`) never overlaps.
+        borders: `equal-mass` ([DB]), or `uniform`: ranges of equal length (in log sigma), the paper's ablation.
     """
 
-    def __init__(self, levels: LevelDistribution, num_blocks: int, overlap: float = 0.05) -> None:
+    def __init__(
+        self, levels: LevelDistribution, num_blocks: int, overlap: float = 0.05, borders: str = "equal-mass"
+    ) -> None:
         if num_blocks < 1:
             raise UserError(f"num_blocks must be at least 1, got {num_blocks}")
         if overlap < 0:
             raise UserError(f"overlap must not be negative, got {overlap}")
         self.levels, self.num_blocks, self.overlap = levels, num_blocks, overlap
-        masses = torch.linspace(0, 1, num_blocks + 1, dtype=torch.float64, device="cpu")
+        shares = torch.linspace(0, 1, num_blocks + 1, dtype=torch.float64, device="cpu")
         # Ascending, exactly [lowest, ..., highest]: the ends are part of the first and last range.
-        self.boundaries = levels.level(masses)
+        self.boundaries = levels.between(shares) if borders == "uniform" else levels.level(shares)
         self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
 
     def block_of(self, level: Tensor) -> Tensor:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.adapters.dit import DIT
 from diffusionblocks.adapters.llama import LLAMA
+from diffusionblocks.adapters.networks import NetworkConfig, network_class, read_config
 from diffusionblocks.adapters.vit import DEIT, VIT
 from diffusionblocks.config import BlocksConfig
+from diffusionblocks.denoisers import BLOCKS
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import DiffusionBlocksModel, Parts
 
-ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, LLAMA)
+ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, LLAMA)
 
 
 def find_adapter(class_name: str) -> Adapter:
@@ -28,23 +30,13 @@ def find_adapter(class_name: str) -> Adapter:
     raise UserError(f"networks of class {class_name} are not supported; supported: {supported}")
 
 
-def pretrained_config(name_or_path: str) -> Any:
-    """The configuration of a pretrained network of a supported class, as transformers reads it (no weights).
+def pretrained_config(name_or_path: str) -> NetworkConfig:
+    """The configuration of a pretrained network of a supported class (no weights).
 
     Raises UserError when it cannot be read or its class is not supported.
     """
-    from transformers import AutoConfig
-
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it announces every retry; the error below says it once
-    try:
-        config = AutoConfig.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load the network {name_or_path!r}: {reason} (offline, pass a local folder)") from None
-    find_adapter((config.architectures or [config.model_type])[0])
-    return config
+    class_name, config = read_config(name_or_path)
+    return NetworkConfig(find_adapter(class_name), class_name, config)
 
 
 def take_apart(model: nn.Module) -> Parts:
@@ -60,7 +52,8 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
     has gives the same logits as before.
 
     Args:
-        model: `transformers.ViTForImageClassification` or another supported class, new or pretrained.
+        model: `transformers.ViTForImageClassification`, `diffusers.DiTTransformer2DModel` or another supported class, new
+            or pretrained.
         num_blocks: B; must divide the number of layers unless `layers_per_block` is given.
         **options: fields of `BlocksConfig` (context, readout, levels, overlap, ...).
 
@@ -73,13 +66,14 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
 
         unknown = next(name for name in options if name not in BlocksConfig.__dataclass_fields__)
         raise UserError(f"unknown option {unknown!r}{nearest(unknown, BlocksConfig.__dataclass_fields__)}") from None
-    if not find_adapter(type(model).__name__).denoisers:
+    if find_adapter(type(model).__name__).target not in BLOCKS:
         raise UserError(
             f"{type(model).__name__} cannot be split into denoisers yet; it trains whole: end-to-end, lora, exact, last-block"
         )
     parts = take_apart(model)
-    source = {"class": type(model).__name__, "config": model.config.to_diff_dict()}
-    return DiffusionBlocksModel(parts, config, source)
+    own = model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
+    source = {"class": type(model).__name__, "config": own}
+    return BLOCKS[parts.target](parts, config, source)
 
 
 def load(folder: str | Path) -> DiffusionBlocksModel:
@@ -93,14 +87,16 @@ def load(folder: str | Path) -> DiffusionBlocksModel:
         raise UserError(f"{folder} holds no saved DiffusionBlocks model (diffusionblocks.json is missing)") from None
     source = description["source"]
     model = build_network(source["class"], source["config"])
-    blocks = DiffusionBlocksModel(take_apart(model), BlocksConfig(**description["blocks"]), source)
+    parts = take_apart(model)
+    blocks = BLOCKS[parts.target](parts, BlocksConfig(**description["blocks"]), source)
     load_model(blocks, str(folder / "model.safetensors"))
     return blocks.eval()
 
 
 def build_network(class_name: str, config: dict[str, Any]) -> nn.Module:
-    """A new transformers network of a supported class from its config as a dict."""
-    import transformers
-
-    model_class = getattr(transformers, class_name)
-    return model_class(model_class.config_class.from_dict(config))
+    """A new network of a supported class from its config as a dict."""
+    adapter = find_adapter(class_name)
+    own = (
+        config if adapter.library == "diffusers" else network_class(class_name, adapter).config_class.from_dict(config)
+    )
+    return NetworkConfig(adapter, class_name, own).build()

@@ -22,14 +22,16 @@ class Adapter:
     """Paths are module paths inside the model; `layer_norms` are paths inside one layer.
 
     Args:
-        model_classes: names of the transformers classes that this declaration fits.
+        model_classes: names of the classes of `library` (transformers or diffusers) that this declaration fits.
+        target: what denoisers made of the network estimate, `label` or `image`; `none` = it can only be trained whole.
         stem: module(s) that turn a batch into the first hidden states; `make_stem` wraps it.
         layers: the ModuleList of residual layers.
-        layer_norms: norms of a layer that see the noise level.
-        readout: modules from the last hidden states to logits; `make_readout` wraps them.
-        make_layer: (model, layer) -> the layer as blocks call it, forward(hidden) -> hidden.
-        denoisers: whether `convert` can make denoisers of it; otherwise it trains whole (end-to-end, lora, exact, ...).
+        layer_norms: norms of a layer that see the noise level; empty where layers see it by themselves.
+        readout: modules from the last hidden states to the output; `make_readout(model, *modules)` wraps them.
+        make_layer: (model, layer) -> the layer as blocks call it.
         tied: two names of what may be one parameter (a language model that reads out with its input embedding).
+        width, num_classes, sample_shape: D, V and the shape of a denoised image, from the network's config.
+        depth_key: the config's entry that counts the layers.
     """
 
     model_classes: tuple[str, ...]
@@ -41,26 +43,33 @@ class Adapter:
     make_readout: Callable[..., nn.Module]
     make_layer: Callable[[Any, nn.Module], nn.Module] = lambda model, layer: layer
     tied: tuple[str, str] | None = None
-    denoisers: bool = True
+    target: str = "label"
+    library: str = "transformers"
+    width: Callable[[Any], int] = lambda config: int(config.hidden_size)
+    num_classes: Callable[[Any], int] = lambda config: int(getattr(config, "vocab_size", None) or config.num_labels)
+    sample_shape: Callable[[Any], tuple[int, int, int]] = lambda config: (0, 0, 0)
+    depth_key: str = "num_hidden_layers"
 
-    def take_apart(self, model: nn.Module, *, copied: bool = False) -> Parts:
+    def take_apart(self, model: Any, *, copied: bool = False) -> Parts:
         """Parts of a copy of `model`; the caller's model is not touched (unless it is a copy already)."""
         model = model if copied else copy.deepcopy(model)
-        config: Any = model.config
         layers = list(model.get_submodule(self.layers).children())
         owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]
         tied = self.tied is not None and len({id(model.get_parameter(name)) for name in self.tied}) == 1
         check_ownership(model, owned, shared=model.get_parameter(self.tied[0]) if self.tied and tied else None)
         return Parts(
+            target=self.target,
             stem=self.make_stem(owned[0]),
             layers=[self.make_layer(model, layer) for layer in layers],
             layer_norms=self.layer_norms,
-            readout=self.make_readout(*owned[2:]),
-            width=int(config.hidden_size),
-            num_classes=int(getattr(config, "vocab_size", None) or config.num_labels),
+            readout=self.make_readout(model, *owned[2:]),
+            width=self.width(model.config),
+            num_classes=self.num_classes(model.config),
+            sample_shape=self.sample_shape(model.config),
             tied=tied,
             network=model,
             layers_path=self.layers,
+            depth_key=self.depth_key,
         )
 
 

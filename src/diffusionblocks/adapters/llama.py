@@ -57,8 +57,8 @@ LLAMA = Adapter(
     layer_norms=("input_layernorm", "post_attention_layernorm"),
     readout=("model.norm", "lm_head"),
     make_stem=TokenStem,
-    make_readout=TokenReadout,
+    make_readout=lambda model, *modules: TokenReadout(*modules),
     make_layer=lambda model, layer: CausalLayer(layer, model.get_submodule("model.rotary_emb"), model.config),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
-    denoisers=False,
+    target="none",
 )

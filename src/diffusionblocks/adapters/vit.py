@@ -53,7 +53,7 @@ def _declare(prefix: str, model_class: str) -> Adapter:
         layer_norms=("layernorm_before", "layernorm_after"),
         readout=(f"{prefix}.layernorm", "classifier"),
         make_stem=ImageStem,
-        make_readout=FirstTokenReadout,
+        make_readout=lambda model, *modules: FirstTokenReadout(*modules),
     )
 
 

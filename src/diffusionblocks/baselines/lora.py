@@ -8,15 +8,18 @@ from typing import Any
 from torch import nn
 
 from diffusionblocks.adapters import find_adapter
+from diffusionblocks.config import BlocksConfig
+from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import EndToEndModel
 
 
-def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool) -> EndToEndModel:
+def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, blocks: BlocksConfig) -> EndToEndModel:
     """A copy of `network` with LoRA on every linear map of its layers.
 
     Args:
         rank, alpha: of the update, alpha / rank * B A. train_readout: train the readout in full (a new classifier).
+        blocks: supplies the distribution of noise levels of a diffusion network.
 
     Raises UserError when peft is missing.
     """
@@ -32,4 +35,4 @@ def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool) -> E
     wrapped = get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=maps, modules_to_save=whole))
     parts = adapter.take_apart(network, copied=True)
     parts.network, parts.layers_path = wrapped, f"base_model.model.{adapter.layers}"
-    return EndToEndModel(parts)
+    return whole_network(parts, blocks)

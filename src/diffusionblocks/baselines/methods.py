@@ -10,10 +10,11 @@ from typing import Any
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
 from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.network import BlockModel, EndToEndModel
+from diffusionblocks.network import BlockModel
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import PRESETS, Recipe, build, merge
+from diffusionblocks.recipes import Recipe, build, merge, preset
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
@@ -43,18 +44,18 @@ def _checkpointing(recipe: Recipe) -> Recipe:
 
 
 def _paper(recipe: Recipe) -> Recipe:
-    content = merge(recipe.as_dict(), PRESETS["paper"])
-    content = merge(content, recipe.presets.get("paper", {}))
+    content = recipe.as_dict()
+    content = merge(content, preset(content, "paper"))
     return build(merge(content, recipe.methods.get("diffusionblocks-paper", {})))
 
 
 def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
-    return EndToEndModel(take_apart(network))
+    return whole_network(take_apart(network), recipe.blocks)
 
 
 def _shallow_model(recipe: Recipe, network: Any) -> BlockModel:
     parts = take_apart(network)
-    return EndToEndModel(parts, len(split_layers(len(parts.layers), **_split(recipe))[0]))
+    return whole_network(parts, recipe.blocks, len(split_layers(len(parts.layers), **_split(recipe))[0]))
 
 
 def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
@@ -71,12 +72,13 @@ def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
 
 
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
-    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True)
+    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True, blocks=recipe.blocks)
 
 
 def _last_block_model(recipe: Recipe, network: Any) -> BlockModel:
     parts = take_apart(network)
-    return EndToEndModel(parts, trained_layers=len(split_layers(len(parts.layers), **_split(recipe))[-1]))
+    trained = len(split_layers(len(parts.layers), **_split(recipe))[-1])
+    return whole_network(parts, recipe.blocks, trained_layers=trained)
 
 
 def _split(recipe: Recipe) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     prepared = for_method(recipe, method)
     steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
     if recipe.model.pretrained:
-        num_layers = pretrained_config(recipe.model.pretrained).num_hidden_layers
+        num_layers = pretrained_config(recipe.model.pretrained).num_layers
     if method in ("end-to-end", "checkpointing", "full", "lora"):
         return steps
     spans = split_layers(num_layers, **_split(recipe))

@@ -5,7 +5,8 @@ Images are held as 8-bit tensors in memory and become floats in [-1, 1] batch by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.seeds import derive
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-MEMORY_LIMIT = 8 << 30  # bytes of decoded images
+MEMORY_LIMIT = 8 << 30  # bytes of decoded images; larger sets are decoded when they are read
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,8 @@ class DataConfig:
         image_key, label_key: columns of a Hugging Face dataset.
         validation_share, test_share: shares of the samples, split by class with `split_seed`; a source with its own
             test split keeps it.
+        vae: name or folder of a diffusers AutoencoderKL; then the network reads latents, which are cached in `cache_dir`
+            (empty = below the user's cache folder). latent_scale: factor to unit variance; 0 = the autoencoder's own.
         augment: any of `shift`, `flip`, `randaugment` (training only; needs the extra [images]).
         skip_unreadable: leave out images that cannot be decoded instead of stopping.
     """
@@ -49,15 +52,54 @@ class DataConfig:
     validation_share: float = 0.1
     test_share: float = 0.3
     split_seed: int = 0
+    vae: str = ""
+    latent_scale: float = 0.0
+    cache_dir: str = ""
     augment: list[str] = field(default_factory=list)
     skip_unreadable: bool = False
+
+
+class LazyImages:
+    """Images that are decoded when they are read: a set that does not fit memory.
+
+    Args:
+        decode: number -> uint8 [channels, size, size]. numbers: of the images held. identity: tells the source apart.
+    """
+
+    def __init__(self, decode: Callable[[int], np.ndarray], numbers: np.ndarray, identity: str) -> None:
+        self.decode, self.numbers, self.identity = decode, numbers, identity
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, rows: Any) -> Tensor:
+        return torch.from_numpy(np.stack([self.decode(int(number)) for number in self.numbers[rows]]))
+
+    def take(self, rows: np.ndarray) -> LazyImages:
+        return LazyImages(self.decode, self.numbers[rows], self.identity)
+
+
+Images = Tensor | LazyImages
 
 
 class ImageData(Dataset):
     """images uint8 [n, channels, height, width] and labels int64 [n] -> dicts pixel_values in [-1, 1], labels."""
 
-    def __init__(self, images: Tensor, labels: Tensor, augmentation: Augmentation | None = None, seed: int = 0) -> None:
+    def __init__(self, images: Images, labels: Tensor, augmentation: Augmentation | None = None, seed: int = 0) -> None:
         self.images, self.labels, self.augmentation, self.seed = images, labels, augmentation, seed
+
+    def pixels(self, rows: list[int]) -> Tensor:
+        """Images by number, uint8 [n, channels, height, width], not augmented."""
+        return self.images[rows]
+
+    def identity(self) -> str:
+        """A hash of the images (of what tells their files apart, where these are read when needed) and labels."""
+        found = hashlib.blake2b(self.labels.numpy().tobytes(), digest_size=16)
+        if isinstance(self.images, LazyImages):
+            found.update(self.images.identity.encode() + self.images.numbers.tobytes())
+        else:
+            found.update(self.images.contiguous().numpy().tobytes())
+        return found.hexdigest()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,21 +109,23 @@ class ImageData(Dataset):
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """A whole batch; its augmentation depends on the run's seed and on which samples meet in the batch."""
-        pixels = self.images[indices].float() / 127.5 - 1
+        pixels = self.pixels(indices).float() / 127.5 - 1
         if self.augmentation is not None:
             pixels = self.augmentation(pixels, derive(self.seed, "augment", *indices))
         return {"pixel_values": pixels, "labels": self.labels[indices]}
 
 
 class ImageSplits(NamedTuple):
-    train: ImageData
-    validation: ImageData
-    test: ImageData
+    """What a network reads: images, or their latents (data/latents.py)."""
+
+    train: Any
+    validation: Any
+    test: Any
     classes: list[str]
 
 
 class _Labelled(NamedTuple):
-    images: Tensor
+    images: Images
     labels: Tensor
 
 
@@ -135,7 +179,12 @@ def _split(data: _Labelled, share: float, seed: int, name: str) -> tuple[_Labell
             f"cannot take {share:g} of {len(data.labels)} images as {name} split by class "
             f"(the smallest class has {counts[counts > 0].min()}): {error}"
         ) from None
-    return _Labelled(data.images[kept], data.labels[kept]), _Labelled(data.images[taken], data.labels[taken])
+    return _rows(data, kept), _rows(data, taken)
+
+
+def _rows(data: _Labelled, rows: np.ndarray) -> _Labelled:
+    images = data.images.take(rows) if isinstance(data.images, LazyImages) else data.images[rows]
+    return _Labelled(images, data.labels[rows])
 
 
 def _digits(config: DataConfig) -> tuple[_Labelled, _Labelled | None, list[str]]:
@@ -191,31 +240,54 @@ def _class_folders(root: Path) -> tuple[Path, list[str], Path | None]:
 
 
 def _read_folder(root: Path, classes: Sequence[str], config: DataConfig) -> _Labelled:
-    images, labels, skipped = [], [], []
+    found = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    ]
+    labels = torch.tensor([label for _, label in found])
+    if _too_many(len(found), config):
+        facts = "\n".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}" for path, _ in found)
+        numbers = np.arange(len(found))
+        images: Images = LazyImages(lambda number: _readable(found[number][0], config), numbers, facts)
+    else:
+        images, labels = _read_all(found, config)
     for label, name in enumerate(classes):
-        files = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        for path in files:
-            try:
-                images.append(_decode(path, config))
-            except (OSError, SyntaxError, ValueError) as error:
-                if not config.skip_unreadable:
-                    raise UserError(
-                        f"cannot read image {path} ({error}); repair or remove it, or pass --data.skip-unreadable"
-                    ) from None
-                skipped.append(path)
-                continue
-            labels.append(label)
-            if len(images) * images[0].nbytes > MEMORY_LIMIT:
-                raise UserError(
-                    f"the images of {root} exceed {MEMORY_LIMIT >> 30} GiB in memory; choose a smaller data.image_size"
-                )
-        if label not in labels[-1:]:
+        if label not in labels:
             raise UserError(f"{root / name} holds no readable PNG or JPEG image")
+    return _Labelled(images, labels)
+
+
+def _too_many(count: int, config: DataConfig) -> bool:
+    """Whether so many decoded images exceed what may be held in memory."""
+    return count * config.channels * config.image_size**2 > MEMORY_LIMIT
+
+
+def _read_all(found: Sequence[tuple[Path, int]], config: DataConfig) -> tuple[Tensor, Tensor]:
+    images, labels, skipped = [], [], []
+    for path, label in found:
+        try:
+            images.append(_readable(path, config))
+            labels.append(label)
+        except UserError:
+            if not config.skip_unreadable:
+                raise
+            skipped.append(path)
     if skipped:
         import logging
 
         logging.getLogger("diffusionblocks").warning("skipped %d unreadable images, first %s", len(skipped), skipped[0])
-    return _Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+    stacked = torch.from_numpy(np.stack(images)) if images else torch.empty(0)
+    return stacked, torch.tensor(labels, dtype=torch.long)
+
+
+def _readable(path: Path, config: DataConfig) -> np.ndarray:
+    try:
+        return _decode(path, config)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(
+            f"cannot read image {path} ({error}); repair or remove it, or pass --data.skip-unreadable (sets that fit memory)"
+        ) from None
 
 
 def _decode(source: Any, config: DataConfig) -> np.ndarray:
@@ -261,8 +333,15 @@ def _huggingface(config: DataConfig) -> tuple[_Labelled, _Labelled | None, list[
 
 
 def _read_rows(rows: Any, config: DataConfig) -> _Labelled:
+    labels = torch.tensor(rows[config.label_key])
+    if _too_many(len(rows), config):
+        numbers = np.arange(len(rows))
+        return _Labelled(
+            LazyImages(lambda number: _decode(rows[number][config.image_key], config), numbers, rows._fingerprint),
+            labels,
+        )
     images = [_decode(image, config) for image in rows[config.image_key]]
-    return _Labelled(torch.from_numpy(np.stack(images)), torch.tensor(rows[config.label_key]))
+    return _Labelled(torch.from_numpy(np.stack(images)), labels)
 
 
 _SOURCES = {"digits": _digits, "mnist": _mnist, "folder": _folder, "huggingface": _huggingface}

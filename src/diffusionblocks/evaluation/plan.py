@@ -14,20 +14,22 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusionblocks.adapters import convert, find_adapter, pretrained_config, take_apart
+from diffusionblocks.adapters import convert, pretrained_config, take_apart
+from diffusionblocks.adapters.networks import NetworkConfig
 from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.images import count_classes
+from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.evaluation.run import network_config
 from diffusionblocks.memory.predict import Network, Prediction, Predictor, Step, Traces, trace_all
-from diffusionblocks.network import BlockModel, EndToEndModel
+from diffusionblocks.network import BlockModel
 from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import SHORT_NAMES, Recipe, load_recipe
+from diffusionblocks.recipes.networks import network_config, sample_shape
 from diffusionblocks.report.table import size
-from diffusionblocks.tasks import CausalLM, Classification
+from diffusionblocks.tasks import CausalLM, ImageGeneration
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 
@@ -88,14 +90,14 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
 
-        size = recipe.data.image_size
-        images = torch.zeros(samples, recipe.data.channels, size, size)
+        channels, size = sample_shape(recipe)
+        images = torch.zeros(samples, channels, size, size)
         return {"pixel_values": images, "labels": torch.zeros(samples, dtype=torch.long)}
 
     return Workload(
-        network=lambda num_layers: _cut(config, num_layers, recipe.model.attention),
+        network=lambda num_layers: config.cut(num_layers).build(),
         batch=batch,
-        num_layers=config.num_hidden_layers,
+        num_layers=config.num_layers,
         blocks=recipe.blocks,
         task=recipe.task,
         train=lambda method: for_method(recipe, method).train,
@@ -112,17 +114,21 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     Raises UserError when the config cannot be read or its family is not supported.
     """
     config = pretrained_config(name_or_path)
-    if not find_adapter(config.architectures[0]).denoisers:
+    if config.adapter.target == "none":
         return _language_model(config, overrides)
-    sizes = [("model.pretrained", name_or_path), ("data.image_size", config.image_size)]
-    overrides = [*sizes, ("data.channels", config.num_channels), *overrides]
-    recipe = load_recipe("images", overrides)
+    name, size, channels = "images", "image_size", "num_channels"
+    if config.adapter.target == "image":
+        name, size, channels = "dit-images", "sample_size", "in_channels"
+    sizes = [("model.pretrained", name_or_path), ("data.image_size", config.get(size))]
+    overrides = [*sizes, ("data.channels", config.get(channels)), *overrides]
+    recipe = load_recipe(name, overrides)
     recipe.train.check()
-    return from_recipe(recipe, "images", overrides), recipe.train
+    return from_recipe(recipe, name, overrides), recipe.train
 
 
-def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+def _language_model(network: NetworkConfig, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
     """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
+    config = network.config
     settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
     length = settings.pop("sequence_length", min(2048, config.max_position_embeddings))
     if not isinstance(length, int) or not 2 <= length <= config.max_position_embeddings:
@@ -146,9 +152,9 @@ def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[
         return train if blocks else dataclasses.replace(train, residency="device", order="sweep")
 
     work = Workload(
-        network=lambda num_layers: _cut(config, num_layers, "sdpa"),
+        network=lambda num_layers: network.cut(num_layers).build(),
         batch=batch,
-        num_layers=config.num_hidden_layers,
+        num_layers=network.num_layers,
         blocks=BlocksConfig(),
         task=CausalLM(),
         train=settings_of,
@@ -158,18 +164,6 @@ def _language_model(config: Any, overrides: Sequence[tuple[str, Any]]) -> tuple[
         command="",
     )
     return work, train
-
-
-def _cut(config: Any, num_layers: int, attention: str) -> Any:
-    """A new network of `config` with another number of layers."""
-    import transformers
-
-    content = {**config.to_dict(), "num_hidden_layers": num_layers}
-    if content.get("layer_types"):
-        content["layer_types"] = content["layer_types"][:num_layers]
-    cut = type(config).from_dict(content)
-    cut._attn_implementation = attention
-    return getattr(transformers, config.architectures[0])(cut)
 
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
@@ -211,12 +205,18 @@ def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
     return BlockCoordinateModel(take_apart(work.network(sum(sizes))), spans)
 
 
+def _whole(work: Workload, num_layers: int, **options: Any) -> BlockModel:
+    return whole_network(take_apart(work.network(num_layers)), work.blocks, **options)
+
+
 _BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {
     "diffusionblocks": _denoisers,
     "exact": _coordinate,
-    "lora": lambda work, sizes: lora_model(work.network(sum(sizes)), *work.lora, train_readout=work.train_readout),
-    "last-block": lambda work, sizes: EndToEndModel(take_apart(work.network(sum(sizes))), trained_layers=sizes[-1]),
-    "end-to-end": lambda work, sizes: EndToEndModel(take_apart(work.network(sum(sizes)))),
+    "lora": lambda work, sizes: lora_model(
+        work.network(sum(sizes)), *work.lora, train_readout=work.train_readout, blocks=work.blocks
+    ),
+    "last-block": lambda work, sizes: _whole(work, sum(sizes), trained_layers=sizes[-1]),
+    "end-to-end": lambda work, sizes: _whole(work, sum(sizes)),
 }
 
 
@@ -238,8 +238,9 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
             yield Choice(method="shallow", num_blocks=count)
         else:
             yield Choice(method="last-block", num_blocks=count)
-        yield Choice(method="exact", num_blocks=count)
-        if isinstance(work.task, Classification):
+        if not isinstance(work.task, ImageGeneration):
+            yield Choice(method="exact", num_blocks=count)
+        if not isinstance(work.task, CausalLM):
             yield Choice(method="diffusionblocks", num_blocks=count)
             yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 
@@ -283,7 +284,8 @@ def _row(
 
 
 def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
-    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction."""
+    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction (for images: one
+    denoising step, which runs one block)."""
     layers, own = work.num_layers, work.num_layers / choice.num_blocks
     recomputed = 4 / 3 if choice.checkpointing else 1.0
     if choice.method == "shallow":
@@ -295,7 +297,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
         return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
     if choice.method == "diffusionblocks":
         heads = choice.num_blocks * work.blocks.head_layers
-        return (layers + heads) * recomputed, layers + heads
+        one_call = own if isinstance(work.task, ImageGeneration) else layers + heads
+        return (layers + heads) * recomputed, one_call
     return layers * recomputed, layers
 
 

@@ -5,6 +5,7 @@ DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -19,14 +20,16 @@ import torch
 import yaml
 
 from diffusionblocks import __version__
-from diffusionblocks.adapters import find_adapter, pretrained_config
 from diffusionblocks.baselines.methods import find_method, for_method
-from diffusionblocks.data.images import ImageSplits, load_images
+from diffusionblocks.data.images import ImageSplits
+from diffusionblocks.data.latents import load_data
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.recipes import Recipe, build
+from diffusionblocks.recipes.networks import TARGETS, build_network, network_config
 from diffusionblocks.seeds import derive
+from diffusionblocks.tasks import ImageGeneration
 from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training.trainer import Progress, Trainer
 
@@ -52,78 +55,57 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
     """
     recipe = for_method(recipe, recipe.method)
     recipe.train.check()
-    recipe.blocks.check()
+    recipe.blocks.check(TARGETS[recipe.task.kind])
     if recipe.evaluate_on not in ("test", "validation"):
         raise UserError(f"evaluate_on must be test or validation, got {recipe.evaluate_on!r}")
-    data = data or load_images(recipe.data, recipe.train.seed)
+    _check_task(recipe)
+    network_config(recipe, 1)  # for what it raises, before any data is read
+    data = data or load_data(recipe.data, recipe.train.seed)
     torch.manual_seed(derive(recipe.train.seed, "weights"))
     network = build_network(recipe, len(data.classes))
     model = find_method(recipe.method).build(recipe, network)
+    if recipe.model.start:
+        _start(model, Path(recipe.model.start))
     trainer = Trainer(model, recipe.task, data.train, data.validation, recipe.train, output_dir=output_dir)
     return Run(recipe, data, model, trainer)
 
 
-def build_network(recipe: Recipe, num_classes: int) -> Any:
-    """The Hugging Face network of a recipe, new (from torch's global generator) or pretrained."""
-    import transformers
+def _check_task(recipe: Recipe) -> None:
+    """Raises UserError for what would only fail when the trained run is evaluated."""
+    task = recipe.task
+    if isinstance(task, ImageGeneration) and task.num_samples:
+        from diffusionblocks.evaluation import features
 
-    config = network_config(recipe, num_classes)
-    model_class = getattr(transformers, config.architectures[0])
-    if recipe.model.pretrained:
-        return model_class.from_pretrained(recipe.model.pretrained, config=config, ignore_mismatched_sizes=True)
-    return model_class(config)
+        least = features.Inception(task.inception).num_features if task.inception else features.WIDTH
+        features.check_number("samples", task.num_samples, least)
 
 
-def network_config(recipe: Recipe, num_classes: int) -> Any:
-    """The transformers config of a recipe's network. Raises UserError for sizes that cannot work together."""
-    import transformers
-
-    settings, data = recipe.model, recipe.data
-    dropout = {"hidden_dropout_prob": settings.dropout, "attention_probs_dropout_prob": settings.dropout}
-    if settings.pretrained:
-        config = pretrained_config(settings.pretrained)
-        if config.image_size != data.image_size or config.num_channels != data.channels:
-            raise UserError(
-                f"{settings.pretrained} reads {config.num_channels} channels of {config.image_size} pixels; "
-                f"set data.channels and data.image_size to match (got {data.channels} and {data.image_size})"
-            )
-        config.update(dropout)
-        config.num_labels = num_classes
-        config._attn_implementation = settings.attention
-        return config
-    find_adapter(settings.model_class)
-    if data.image_size % settings.patch_size:
-        raise UserError(f"data.image_size {data.image_size} is not divisible by model.patch_size {settings.patch_size}")
-    if settings.hidden_size % settings.num_attention_heads:
+def _start(model: BlockModel, folder: Path) -> None:
+    """Weights of a trained run. Raises UserError when they do not fit."""
+    if not isinstance(model, DiffusionBlocksModel):
         raise UserError(
-            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
+            f"model.start is for blocks; a whole network starts from --model.pretrained {folder / 'model'} instead"
         )
-    return getattr(transformers, settings.model_class).config_class(
-        architectures=[settings.model_class],
-        hidden_size=settings.hidden_size,
-        num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.num_attention_heads,
-        intermediate_size=settings.intermediate_size,
-        patch_size=settings.patch_size,
-        image_size=data.image_size,
-        num_channels=data.channels,
-        num_labels=num_classes,
-        attn_implementation=settings.attention,
-        **dropout,
-    )
+    model.start_from(folder / "model" if (folder / "model").is_dir() else folder)
 
 
 def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:
     """Trains (or finishes) a run and returns what summary.json holds. A finished run is not trained again."""
+    fresh = not (output_dir / "config.yaml").is_file()
     _claim(recipe, output_dir, resume)
     summary_path = output_dir / "summary.json"
     if summary_path.is_file():
         log.info("%s is already finished; use --resume never to train it again", output_dir)
         return json.loads(summary_path.read_text())
     with _collected_warnings() as messages:
-        run = prepare(recipe, output_dir)
+        try:
+            run = prepare(recipe, output_dir)
+        except UserError:
+            if fresh:
+                _unclaim(output_dir)
+            raise
         progress = run.trainer.fit(resume=resume)
-        metrics = run.trainer.evaluate(_evaluation_data(run))
+        metrics = _measure(run)
         memory = (
             _throwaway_peak(recipe, run.data) if run.trainer.device.type != "cuda" else _cuda_peak(recipe, run.data)
         )
@@ -140,6 +122,7 @@ def load_run(folder: Path) -> Run:
     if not config.is_file():
         raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
     recipe = build(yaml.safe_load(config.read_text()))
+    recipe.model.start = ""  # the checkpoint has everything
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
     run = prepare(recipe)
     if not run.trainer.restore(folder):
@@ -151,11 +134,36 @@ def load_run(folder: Path) -> Run:
 def evaluate(folder: Path) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint on its test split; the run's own summary supplies costs and memory."""
     run = load_run(folder)
-    metrics = run.trainer.evaluate(_evaluation_data(run))
+    metrics = _measure(run)
     summary_path = folder / "summary.json"
     if summary_path.is_file():
         return {**json.loads(summary_path.read_text()), "metrics": _as_dicts(metrics)}
     return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
+
+
+def _measure(run: Run) -> dict[str, Metric]:
+    """The task's metrics, and for generated images those of samples."""
+    split = _evaluation_data(run)
+    metrics = run.trainer.evaluate(split)
+    if isinstance(run.recipe.task, ImageGeneration):
+        from diffusionblocks.evaluation.generation import metrics as of_samples
+
+        with run.trainer.averaged():
+            metrics |= of_samples(run, split)
+    return metrics
+
+
+def export_block(folder: Path, block: int, output: Path | None) -> Path:
+    """Writes the weights of one block of a trained run (averaged, as they are evaluated) and returns the path."""
+    run = load_run(folder)
+    if not isinstance(run.model, DiffusionBlocksModel):
+        raise UserError(f"{folder} is a run of the method {run.recipe.method}, which has no blocks to export")
+    run.trainer.use_averages()
+    run.model.block(block)  # checks
+    path = output or folder / f"block-{block:02d}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run.model.save_block(block, path)
+    return path
 
 
 def _evaluation_data(run: Run) -> Any:
@@ -253,6 +261,13 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
     _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+
+
+def _unclaim(folder: Path) -> None:
+    """Leaves no folder behind for a recipe that cannot run."""
+    (folder / "config.yaml").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:

@@ -110,8 +110,9 @@ def _round(trainer: Trainer, number: int) -> Iterator[tuple[Visit, list[dict[str
     """One visit of one batch per block, in order, batch `number` handed on."""
     stream: BatchStream = trainer.stream
     batches = list(islice(on_device(stream.load([number]), trainer.device), 1))
-    for block in range(trainer.model.num_blocks):
-        yield Visit(block=block, batches=range(number, number + 1), carried=block > 0), batches
+    for block in trainer.trained:
+        follows, handed = block != trainer.trained[0], block - 1 in trainer.trained
+        yield Visit(block=block, batches=range(number, number + 1), carried=follows, handed=handed), batches
 
 
 def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
+from diffusionblocks.denoisers.images import ImageNetwork
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.noise import MaskingSchedule
@@ -239,7 +240,7 @@ class Predictor:
         )
         block = model.block(index)
         _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
-        if isinstance(model, DiffusionBlocksModel):  # levels have no values here, and need none
+        if isinstance(model, DiffusionBlocksModel | ImageNetwork):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
         trainer = Trainer(model, self.task, _Empty(samples * parts), None, config)
         batch = self.network.batch(samples * parts)

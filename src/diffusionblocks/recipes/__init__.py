@@ -18,7 +18,7 @@ import yaml
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.images import DataConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.tasks.classification import Classification
+from diffusionblocks.tasks import Classification, ImageGeneration
 from diffusionblocks.training.config import TrainingConfig
 
 
@@ -27,13 +27,16 @@ class ModelConfig:
     """The network: a new one of `model_class` with these sizes, or a pretrained one.
 
     Args:
-        model_class: a supported transformers class.
+        model_class: a supported class of transformers or diffusers.
         pretrained: Hugging Face name or local folder; then only `dropout` and `attention` of the rest apply.
-        attention: transformers' attention implementation, `sdpa` or `eager`.
+        intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
+        start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
+        attention: the attention implementation, `sdpa` or `eager`.
     """
 
     model_class: str = "ViTForImageClassification"
     pretrained: str = ""
+    start: str = ""
     hidden_size: int = 64
     num_hidden_layers: int = 12
     num_attention_heads: int = 4
@@ -58,6 +61,7 @@ class Recipe:
     Args:
         method: a name of `baselines.METHODS`. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
+        task: `task.kind` chooses between `classification` and `image-generation`.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -70,7 +74,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    task: Classification = field(default_factory=Classification)
+    task: Classification | ImageGeneration = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -79,9 +83,11 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # What the paper describes and its released code does ([DB] sections 3 and 5.1, app. E).
-    "paper": {
+TASKS: dict[str, Any] = {"classification": Classification, "image-generation": ImageGeneration}
+
+# What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
+PAPER: dict[str, dict[str, Any]] = {
+    "classification": {
         "blocks": {
             "context": "input",
             "target_entry": "replace",
@@ -97,8 +103,32 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "task": {"sampler": "euler", "decision": "final"},
         "train": {"order": "random", "branch_at": 0.0},
-    }
+    },
+    "image-generation": {
+        "blocks": {"shared": "trained", "levels": "log-normal", "sigma_min": 0.002, "sigma_max": 80.0, "overlap": 0.05},
+        "task": {"sampler": "euler", "sampling_steps": 50, "grid": "rho", "guidance": 2.0, "label_dropout": 0.1},
+        "train": {"order": "random", "branch_at": 0.0},
+    },
 }
+
+
+def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
+    own = content.get("presets", {})
+    general = {"paper": PAPER[task_kind(content)]}
+    if name not in general | own:
+        raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
+    return merge(general.get(name, {}), own.get(name, {}))
+
+
+def task_kind(content: Mapping[str, Any]) -> str:
+    """The kind of task of a recipe's content. Raises UserError for an unknown one."""
+    group = content.get("task")
+    kind = group.get("kind", "classification") if isinstance(group, Mapping) else "classification"
+    if kind not in TASKS:
+        raise UserError(f"unknown task.kind {kind!r}{nearest(str(kind), TASKS)}")
+    return kind
+
 
 SHORT_NAMES = {
     "num_blocks": "blocks.num_blocks",
@@ -127,15 +157,12 @@ def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) ->
     check_keys(content)
     changes: dict[str, Any] = {}
     for key, value in overrides:
-        _set(changes, SHORT_NAMES.get(key, key), value)
-    check_keys(changes)
-    preset = changes.get("preset", content.get("preset", ""))
-    if preset:
-        known = PRESETS | content.get("presets", {})
-        if preset not in known:
-            raise UserError(f"unknown preset {preset!r}{nearest(preset, known)}")
-        content = merge(content, PRESETS.get(preset, {}))
-        content = merge(content, content.get("presets", {}).get(preset, {}))
+        full = SHORT_NAMES.get(key, key)
+        _set(changes, full, _listed(full, value))
+    check_keys(changes, task=task_kind(merge(content, changes)))
+    name = changes.get("preset", content.get("preset", ""))
+    if name:
+        content = merge(content, preset(content, name))
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
     content["methods"] = {name: _without(own, changes) for name, own in content.get("methods", {}).items()}
@@ -148,30 +175,34 @@ def build(content: Mapping[str, Any]) -> Recipe:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--recipe", type=Recipe)
+    parser.add_argument("--task", type=TASKS[task_kind(content)])
+    rest = {key: value for key, value in content.items() if key != "task"}
     try:
-        parsed = parser.parse_object({"recipe": dict(content)})
-        return parser.instantiate_classes(parsed)["recipe"]
+        parsed = parser.parse_object({"recipe": rest, "task": dict(content.get("task", {}))})
+        made = parser.instantiate_classes(parsed)
+        return dataclasses.replace(made["recipe"], task=made["task"])
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
 
 
-def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "") -> None:
-    """Raises UserError at the first key that `kind` does not have, naming the nearest one."""
+def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
+    """Raises UserError at the first key that `kind` does not have, naming the nearest one. task: kind of its task."""
+    task = task or (task_kind(content) if kind is Recipe else "")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in content.items():
         if key not in fields:
             known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
             raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
-        nested = _NESTED.get(key) if kind is Recipe else None
+        nested = {**_NESTED, "task": TASKS[task]}.get(key) if kind is Recipe else None
         if nested is not None:
             if not isinstance(value, Mapping):
                 raise UserError(f"{key} must be a group of keys, got {value!r}")
             check_keys(value, nested, f"{key}.")
         elif kind is Recipe and key in ("presets", "methods"):
             for changes in (value or {}).values():
-                check_keys(changes)
+                check_keys(changes, task=task)
 
 
 _NESTED = {
@@ -179,7 +210,6 @@ _NESTED = {
     "model": ModelConfig,
     "blocks": BlocksConfig,
     "lora": LoraConfig,
-    "task": Classification,
     "train": TrainingConfig,
 }
 
@@ -225,6 +255,16 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{name} must hold keys and values, got {type(content).__name__}")
     return content
+
+
+def _listed(key: str, value: Any) -> Any:
+    """`0,2` or a single value for a key that takes a list -> the list."""
+    group, _, name = key.partition(".")
+    fields = getattr(_NESTED.get(group), "__dataclass_fields__", {})
+    if name not in fields or fields[name].default_factory is not list or isinstance(value, list):
+        return value
+    parts = value.split(",") if isinstance(value, str) else [value]
+    return [yaml.safe_load(part) if isinstance(part, str) else part for part in parts if part != ""]
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:

@@ -37,13 +37,13 @@ def noise_ranges(ranges: Sequence[dict[str, float]]) -> str:
     return _svg(figure)
 
 
-def losses(curves: dict[str, tuple[list[float], list[float]]], num_blocks: int) -> str:
-    """Training loss over layer evaluations, one line per block."""
+def losses(curves: dict[str, tuple[list[float], list[float]]], num_blocks: int, unit: str = "") -> str:
+    """Training loss over layer evaluations, one line per block. unit: what follows the axis's name."""
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
     for name, (x, y) in curves.items():
         axes.plot(x, y, label=f"block {name}", color=block_colour(int(name), num_blocks), linewidth=1.2)
     axes.set_xlabel("layer evaluations")
-    axes.set_ylabel("training loss (nats)")
+    axes.set_ylabel(f"training loss{unit}")
     axes.set_yscale("log")
     if len(curves) > 1:
         axes.legend(frameon=False)
@@ -89,6 +89,35 @@ def samples(images: np.ndarray, captions: Sequence[str], right: Sequence[bool]) 
     for axis, image, caption, good in zip(axes.flat, images, captions, right, strict=False):
         axis.imshow(image, cmap="gray_r", interpolation="nearest")
         axis.set_title(caption, fontsize=7, color="black" if good else "#c0392b")
+    return _svg(figure)
+
+
+def picture(array: np.ndarray) -> str:
+    """One picture [height, width] or [height, width, 3], as it is."""
+    height, width = array.shape[:2]
+    figure, axes = plt.subplots(figsize=(6.4, 6.4 * height / width))
+    axes.axis("off")
+    axes.imshow(array, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    return _svg(figure)
+
+
+def path(steps: Sequence[dict[str, Any]], num_blocks: int) -> str:
+    """From noise to images, one column per step {block, sigma, noisy [rows, height, width(, 3)]}; the bar above a column has
+    the colour of the block that ran."""
+    rows = len(steps[0]["noisy"])
+    figure, axes = plt.subplots(rows, len(steps), figsize=(6.4, 0.35 + 6.4 / len(steps) * rows), squeeze=False)
+    for column, step in enumerate(steps):
+        colour = block_colour(step["block"], num_blocks)
+        axes[0, column].set_title(f"block {step['block']}\n{step['sigma']:.2g}", fontsize=6, color=colour)
+        axes[0, column].axhline(-1.5, color=colour, linewidth=4, clip_on=False)
+        for row in range(rows):
+            axis = axes[row, column]
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for spine in axis.spines.values():
+                spine.set(visible=True, color=colour)
+            axis.imshow(step["noisy"][row], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    figure.subplots_adjust(wspace=0.05, hspace=0.05)
     return _svg(figure)
 
 

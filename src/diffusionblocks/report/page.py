@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusionblocks.data.latents import Autoencoder
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.compare import summarise
+from diffusionblocks.evaluation.generation import generate, grid, to_pixels
 from diffusionblocks.evaluation.run import load_run
 from diffusionblocks.evaluation.sample import predictions
 from diffusionblocks.network import DiffusionBlocksModel
 from diffusionblocks.report import figures, table
+from diffusionblocks.seeds import derive
+from diffusionblocks.tasks import ImageGeneration
 
-SAMPLES = 16
+SAMPLES = 16  # test samples with their predictions
+IMAGES, PATHS, PATH_STEPS = 64, 4, 12  # generated images, those shown on their way, and steps of the way
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -66,10 +71,16 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "heads": heads,
         "rows": rows,
         "note": note,
-        "quality": figures.quality(results, next(iter(results[0]["metrics"]))),
+        "quality": "".join(figures.quality(results, name) for name in _shown(results)),
         "memory": figures.memory(results),
         "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has stepped.",
     }
+
+
+def _shown(results: Sequence[dict[str, Any]]) -> list[str]:
+    """The metrics that get a figure: the first, and for generated images their distance from real ones."""
+    names = list(results[0]["metrics"])
+    return [names[0], *(name for name in ("feature_distance", "fid") if name in names[1:])]
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -88,6 +99,8 @@ def _run(folder: Path) -> dict[str, Any]:
             x.append(entry["layer_evaluations"])
             y.append(loss)
     train = run.recipe.train
+    generates = isinstance(run.recipe.task, ImageGeneration)
+    unit = "" if generates else " (nats)"
     order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
@@ -95,8 +108,8 @@ def _run(folder: Path) -> dict[str, Any]:
         f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, torch {summary['versions']['torch']}",
         "warnings": summary["warnings"],
         "ranges": figures.noise_ranges(ranges) if ranges else "",
-        "losses": figures.losses(curves, summary["num_blocks"]) if curves else "",
-        "samples": _samples(run),
+        "losses": figures.losses(curves, summary["num_blocks"], unit) if curves else "",
+        **(_images(run) if generates else {"samples": _samples(run)}),
     }
 
 
@@ -115,3 +128,27 @@ def _samples(run: Any) -> str:
         for row in rows
     ]
     return figures.samples(np.asarray(array), captions, [row["predicted"] == row["label"] for row in rows])
+
+
+def _images(run: Any) -> dict[str, str]:
+    """A grid of generated images, all classes in turn, and how some of them came out of noise."""
+    names, model, task = run.data.classes, run.model, run.recipe.task
+    steps: list[dict[str, Any]] = []
+
+    def watch(block: int, level: float, z: torch.Tensor, estimate: torch.Tensor) -> None:
+        shown = z / (1 + level)
+        steps.append({"block": block, "sigma": level, "noisy": to_pixels(decode(shown[:PATHS]))})
+
+    decoder = Autoencoder(run.recipe.data) if run.recipe.data.vae else None
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        return latents if decoder is None else decoder.decode(latents.cpu())
+
+    with run.trainer.averaged():
+        labels = torch.arange(IMAGES) % len(names)
+        made = generate(run, labels, quiet=True)
+        end = decode(task.sample(model, labels[:PATHS], seed=derive(0, "samples", 0), watch=watch))
+    chosen = [steps[round(i * (len(steps) - 1) / (PATH_STEPS - 2))] for i in range(PATH_STEPS - 1)]
+    last = {"block": chosen[-1]["block"], "sigma": 0.0, "noisy": to_pixels(end)}
+    columns = [{**step, "noisy": [grid(image[None]) for image in step["noisy"]]} for step in (*chosen, last)]
+    return {"grid": figures.picture(grid(made.images, columns=16)), "path": figures.path(columns, model.num_blocks)}

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
-UNITS = {"accuracy": "%", "validation_loss": "nats"}
+UNITS = {"accuracy": "%", "class_accuracy": "%", "validation_loss": "nats"}
 
 
 def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Heads and cells, one row per result; memory also as a ratio to end-to-end when that is among them."""
     reference = next((r for r in results if r["method"] == "end-to-end"), None)
-    metrics = list(results[0]["metrics"])
-    heads = ["method", "blocks", *(f"{name} ({UNITS.get(name, '')})" for name in metrics)]
+    metrics = [name for name in results[0]["metrics"] if all(name in r["metrics"] for r in results)]
+    metrics = [name for name in metrics if "_block_" not in name]  # each block's own: in summary.json
+    units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}
+    heads = [f"{name} ({units[name]})" if units.get(name) else name for name in metrics]
+    heads = ["method", "blocks", *heads]
     heads += ["layer evaluations", "samples", "seconds", "peak memory"]
     rows = []
     for result in results:

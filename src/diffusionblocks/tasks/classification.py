@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from diffusionblocks.denoisers.labels import LabelBlocks
 from diffusionblocks.errors import check_choices
-from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, DiffusionBlocksModel, EndToEndModel
+from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, EndToEndModel
 from diffusionblocks.precondition import LOSS_WEIGHTS
 from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.categorical import ancestral
@@ -30,6 +31,7 @@ class Classification:
     """Objective and inference of a classifier.
 
     Args:
+        kind: the name of this task in a recipe.
         loss_weight: `none` (right for cross-entropy), `edm`, or `legacy` (what the released code computes).
         label_smoothing: for every method alike.
         sampler: `euler` ([DB]) or `categorical` ancestral sampling.
@@ -39,6 +41,7 @@ class Classification:
             learned about x, none with what the chain told it.
     """
 
+    kind: str = "classification"
     loss_weight: str = "none"
     label_smoothing: float = 0.0
     sampler: str = "categorical"
@@ -46,6 +49,7 @@ class Classification:
     decision: str = "blocks"
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "kind": ("classification",),
         "loss_weight": tuple(LOSS_WEIGHTS),
         "sampler": ("euler", "categorical"),
         "decision": ("final", "blocks"),
@@ -60,14 +64,14 @@ class Classification:
             return StepOutput(
                 cross_entropy(model(batch, block).float(), labels, label_smoothing=self.label_smoothing), None
             )
-        assert isinstance(model, DiffusionBlocksModel)
+        assert isinstance(model, LabelBlocks)
         partition = model.partition
         sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))
         denoiser, sigma = model.denoiser(block), sigma.to(labels.device)
         noisy = add_noise(denoiser.target.clean(labels), sigma)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = denoiser({**inputs, "noisy_target": noisy}, sigma)
-        losses = denoiser.target.losses(output.logits, labels, self.label_smoothing)
+        losses = denoiser.target.losses(_logits(output), labels, self.label_smoothing)
         context = None if output.context is None else output.context.detach()
         return StepOutput(LOSS_WEIGHTS[self.loss_weight](losses, sigma), context)
 
@@ -76,25 +80,26 @@ class Classification:
         """log p(v | x) [N, V] of a batch. The chain's noise depends on `seed` alone."""
         if isinstance(model, EndToEndModel):
             return model(batch).float().log_softmax(-1)
-        assert isinstance(model, DiffusionBlocksModel)
+        assert isinstance(model, LabelBlocks)
         outputs = self.chain(model, batch, torch.Generator().manual_seed(seed))
         if self.decision == "final" or model.config.readout == "linear":
-            return outputs[-1].logits.float().log_softmax(-1)
+            return _logits(outputs[-1]).log_softmax(-1)
         votes = [output.raw.float().log_softmax(-1) for output in outputs]
         return torch.stack(votes).mean(0).log_softmax(-1)
 
-    def levels(self, model: DiffusionBlocksModel) -> list[float]:
+    def levels(self, model: LabelBlocks) -> list[float]:
         """Noise levels of the chain, highest first."""
         grid = grids.equal_mass if model.config.readout == "linear" else grids.equal_mass_tops
         return grid(model.partition.levels, self.sampling_steps or model.num_blocks)
 
-    def chain(self, model: DiffusionBlocksModel, batch: Batch, generator: torch.Generator) -> list[DenoiserOutput]:
-        """The whole denoising chain, one block per step; in features context the clean stream is computed once."""
+    def chain(self, model: LabelBlocks, batch: Batch, generator: torch.Generator) -> list[DenoiserOutput]:
+        """The whole denoising chain, one output per level; in features context the clean stream is computed once."""
         target = model.denoiser(0).target
         levels = self.levels(model)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         count, device = len(next(iter(inputs.values()))), target.rows.device
         entering: dict[int, Tensor] = {}  # features context: the clean stream that enters each block
+        outputs: list[DenoiserOutput] = []
 
         def denoise(z: Tensor, level: float) -> DenoiserOutput:
             block = int(model.partition.block_of(torch.tensor(level)))
@@ -105,11 +110,13 @@ class Classification:
             output = model.denoiser(block)({**inputs, **extra, "noisy_target": z}, sigma)
             if output.context is not None:
                 entering[block + 1] = output.context
+            outputs.append(output)
             return output
 
         z = torch.randn(count, target.rows.shape[1], generator=generator).to(device) * levels[0]
         sampler = euler if self.sampler == "euler" else ancestral(target)
-        return sampler(denoise, z, levels, generator=generator)
+        sampler(denoise, z, [*levels, 0.0], generator=generator)
+        return outputs
 
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
         """`accuracy` in percent and `validation_loss` in nats per sample, with standard errors over samples."""
@@ -122,3 +129,8 @@ class Classification:
             "accuracy": mean_with_error(100.0 * torch.cat(correct)),
             "validation_loss": mean_with_error(torch.cat(losses)),
         }
+
+
+def _logits(output: DenoiserOutput) -> Tensor:
+    assert output.logits is not None
+    return output.logits.float()

@@ -21,6 +21,7 @@ class TrainingConfig:
         schedule: `cosine` to zero or `constant`, after `warmup` and, for cosine, `hold` at the peak (shares of the
             steps).
         max_grad_norm: gradient clipping per block, 0 = off.
+        blocks: train only these; the others, and shared parts, stay as they are. Empty = all.
         order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order) or `sequential`
             (one block to its end, then the next).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
@@ -49,6 +50,7 @@ class TrainingConfig:
     warmup: float = 0.1
     hold: float = 0.0
     max_grad_norm: float = 1.0
+    blocks: list[int] = field(default_factory=list)
     order: str = "sweep"
     visit_steps: int = 1
     residency: str = "device"
@@ -90,5 +92,9 @@ class TrainingConfig:
             raise UserError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if not self.learning_rate > 0:
             raise UserError(f"train.learning_rate must be positive, got {self.learning_rate}")
+        if self.blocks and self.branch_at:
+            raise UserError("train.branch_at trains all blocks as one; with train.blocks set it to 0")
+        if len(set(self.blocks)) < len(self.blocks):
+            raise UserError(f"train.blocks names a block twice: {self.blocks}")
         if len(self.betas) != 2:
             raise UserError(f"train.betas are two numbers, got {self.betas}")

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from diffusionblocks.errors import UserError
 from diffusionblocks.seeds import derive
 from diffusionblocks.training.config import TrainingConfig
 
@@ -23,7 +24,8 @@ class Visit:
     Args:
         block: index of the active block.
         batches: numbers of the batches, one optimizer step each.
-        carried: the batches (and, in features context, their clean streams) are those of the visit before.
+        carried: the batches are those of the visit before. handed: in features context, so are their clean streams: the
+            visit before was to the block before.
         whole_range: train on the levels of all blocks (before branching).
         branch: before this visit, copy block 0 into all blocks.
         border: nothing is carried out of this visit, so a checkpoint may follow it.
@@ -32,27 +34,37 @@ class Visit:
     block: int
     batches: range
     carried: bool = False
+    handed: bool = False
     whole_range: bool = False
     branch: bool = False
     border: bool = True
 
 
 def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
-    """All visits of a run, in order. Block steps add up to num_blocks * steps (rounded where branching divides)."""
+    """All visits of a run, in order. Block steps add up to steps times trained blocks (rounded where branching divides)."""
     shared_steps = branch_steps(config, num_blocks)
     start = 0
     for batches in _groups(0, shared_steps, config.visit_steps):
         yield Visit(block=0, batches=batches, whole_range=True)
         start = batches.stop
-    own_steps = config.steps - shared_steps // num_blocks
-    for index, visit in enumerate(_ORDERS[config.order](start, own_steps, num_blocks, config)):
+    own_steps, blocks = config.steps - shared_steps // num_blocks, trained_blocks(config, num_blocks)
+    for index, visit in enumerate(_ORDERS[config.order](start, own_steps, blocks, config)):
         yield visit if index or not shared_steps else _branching(visit)
+
+
+def trained_blocks(config: TrainingConfig, num_blocks: int) -> list[int]:
+    """The blocks that train, in layer order. Raises UserError for one that does not exist."""
+    for block in config.blocks:
+        if not 0 <= block < num_blocks:
+            raise UserError(f"train.blocks: block {block} does not exist; there are blocks 0 to {num_blocks - 1}")
+    return sorted(config.blocks) or list(range(num_blocks))
 
 
 def resolve_branch(config: TrainingConfig, may_branch: bool) -> TrainingConfig:
     """`config` with `branch_at` decided: what it says, or DEFAULT_BRANCH if blocks may start as copies, else 0."""
     if config.branch_at is not None:
         return config
+    may_branch = may_branch and not config.blocks
     return replace(config, branch_at=DEFAULT_BRANCH if may_branch else 0.0)
 
 
@@ -76,22 +88,24 @@ def _groups(start: int, count: int, size: int) -> Iterator[range]:
         yield range(first, min(first + size, start + count))
 
 
-def _sweep(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
+def _sweep(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
     for batches in _groups(start, steps, config.visit_steps):
-        for block in range(num_blocks):
-            yield Visit(block=block, batches=batches, carried=block > 0, border=block == num_blocks - 1)
+        for block in blocks:
+            follows = block != blocks[0]
+            handed = follows and block - 1 in blocks
+            yield Visit(block=block, batches=batches, carried=follows, handed=handed, border=block == blocks[-1])
 
 
-def _sequential(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
-    for block in range(num_blocks):
+def _sequential(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
+    for block in blocks:
         for batches in _groups(start, steps, config.visit_steps):
             yield Visit(block=block, batches=batches)
 
 
-def _random(start: int, steps: int, num_blocks: int, config: TrainingConfig) -> Iterator[Visit]:
+def _random(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
     generator = random.Random(derive(config.seed, "order"))
-    for batches in _groups(start, steps * num_blocks, config.visit_steps):
-        yield Visit(block=generator.randrange(num_blocks), batches=batches)
+    for batches in _groups(start, steps * len(blocks), config.visit_steps):
+        yield Visit(block=generator.choice(blocks), batches=batches)
 
 
 _ORDERS = {"sweep": _sweep, "sequential": _sequential, "random": _random}

@@ -30,7 +30,7 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.tasks.base import Metric, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.order import Visit, branch_steps, plan, resolve_branch, steps_in_a_life
+from diffusionblocks.training.order import Visit, branch_steps, plan, resolve_branch, steps_in_a_life, trained_blocks
 from diffusionblocks.training.progress import Journal, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
@@ -97,10 +97,13 @@ class Trainer:
             block.activation_checkpointing = self.config.activation_checkpointing
             if self.config.compile:
                 block.compile()
+        self.trained = trained_blocks(self.config, model.num_blocks)
+        if len(self.trained) < model.num_blocks:
+            model.shared.requires_grad_(False)  # the blocks that stay rely on it
         life = steps_in_a_life(self.config, model.num_blocks)
         common = branch_steps(self.config, model.num_blocks)
         self.states = [BlockState(model.block(i), self.config, life, common) for i in range(model.num_blocks)]
-        self.shared = BlockState(model.shared, self.config, self.config.steps * model.num_blocks)
+        self.shared = BlockState(model.shared, self.config, self.config.steps * len(self.trained))
         self.progress = Progress()
         self._residency: Residency | None = None
         self._first_step, self._passed = 0, dict[str, int]()
@@ -175,7 +178,7 @@ class Trainer:
 
     def _add_context(self, visit: Visit, batch: dict[str, Tensor]) -> None:
         """Features of earlier blocks, when the order did not hand them on."""
-        if visit.carried or (context := self.context(visit.block, batch)) is None:
+        if visit.handed or (context := self.context(visit.block, batch)) is None:
             return
         batch["context"] = context
         passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
@@ -206,7 +209,7 @@ class Trainer:
             self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
-        total = self.config.steps * self.model.num_blocks
+        total = self.config.steps * len(self.trained)
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
@@ -287,15 +290,20 @@ class Trainer:
 
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
         """The task's metrics on `data`, with the moving averages if there are any."""
+        with self.averaged():
+            batches = on_device(in_order(data, max(self.config.batch_size, 128)), self.device)
+            return self.task.evaluate(self.model, batches)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model as it is evaluated: moving averages in place, no gradients, every block readable."""
         residency = self.residency
         residency.settle()
         self._swap_averages()
         self.model.eval()
         try:
             with residency.borrowed(), torch.no_grad(), self.accelerator.autocast():
-                return self.task.evaluate(
-                    self.model, on_device(in_order(data, max(self.config.batch_size, 128)), self.device)
-                )
+                yield
         finally:
             self._swap_averages()
 

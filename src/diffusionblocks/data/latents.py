@@ -1,0 +1,221 @@
+"""Images as latents of an autoencoder, encoded once and kept on disk (Rombach et al. 2022, arXiv 2112.10752).
+
+A cache is a folder of shards, safetensors with mean and standard deviation of each image's latent (and of its mirror image),
+and an index with the hash of every shard. Encoding that was interrupted goes on where it stopped; a damaged shard is
+encoded again. The name of the folder is a hash of the images, their size and the autoencoder.
+
+Shapes: n images, v versions (1, or 2 with the mirror image), c channels, s = size of the latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from diffusionblocks.data.images import DataConfig, ImageData, ImageSplits, load_images
+from diffusionblocks.errors import UserError
+from diffusionblocks.precondition import SIGMA_DATA
+from diffusionblocks.seeds import derive
+
+log = logging.getLogger("diffusionblocks")
+SHARD = 1024  # images in a shard
+AT_ONCE = 16  # images through the autoencoder at once
+FITTING = (0.25, 4.0)  # standard deviations of scaled latents that a diffusion model can work with; 1 is meant
+
+
+class Autoencoder:
+    """A diffusers AutoencoderKL by name or folder, with its latents scaled to the standard deviation of EDM's data (0.5).
+
+    Raises UserError when it cannot be loaded or does not fit the images.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        from diffusers import AutoencoderKL
+
+        latent_shape(config)  # checks
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.network: Any = AutoencoderKL.from_pretrained(config.vae).to(self.device).eval()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot load the autoencoder {config.vae!r}: {str(error).splitlines()[0]}") from None
+        self.shift = float(self.network.config.get("shift_factor") or 0.0)
+        self.scale = config.latent_scale or float(self.network.config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """uint8 [n, channels, size, size] -> mean and standard deviation of the scaled latents, fp32 [n, 2, c, s, s]."""
+        found = []
+        for part in images.split(AT_ONCE):
+            latents = self.network.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
+            mean, std = (latents.mean - self.shift) * self.scale, latents.std * self.scale
+            found.append(torch.stack([mean, std], 1).cpu())
+        return torch.cat(found) * SIGMA_DATA
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """[n, c, s, s] -> pixels [n, channels, size, size], about [-1, 1]."""
+        parts = (latents / SIGMA_DATA / self.scale + self.shift).split(AT_ONCE)
+        return torch.cat([self.network.decode(part.to(self.device)).sample.cpu() for part in parts])
+
+
+def latent_shape(config: DataConfig) -> tuple[int, int]:
+    """Channels and size of the latents, from the autoencoder's config alone.
+
+    Raises UserError when it cannot be read or does not fit the images.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("latents need diffusers: pip install 'diffusionblocks[images]'") from None
+    try:
+        own = AutoencoderKL.load_config(config.vae)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"cannot load the autoencoder {config.vae!r}: {reason} (offline, pass a local folder)"
+        ) from None
+    factor = 2 ** (len(own["block_out_channels"]) - 1)
+    if config.image_size % factor:
+        raise UserError(
+            f"the autoencoder {config.vae} makes images {factor} times smaller: data.image_size {config.image_size} must "
+            f"be divisible by {factor}"
+        )
+    if own["in_channels"] != config.channels:
+        raise UserError(
+            f"the autoencoder {config.vae} reads {own['in_channels']} channels; set data.channels to it (got {config.channels})"
+        )
+    return own["latent_channels"], config.image_size // factor
+
+
+class LatentData(Dataset):
+    """Cached latents -> dicts pixel_values [c, s, s] (a draw from the latent's distribution) and labels.
+
+    Args:
+        shards: means and standard deviations, fp16 [n, v, 2, c, s, s] each. source: the images that they were made of.
+    """
+
+    def __init__(self, shards: list[Tensor], source: ImageData, seed: int) -> None:
+        self.shards, self.source, self.seed = shards, source, seed
+        self.labels = source.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """A batch; its draw and its mirror images depend on the run's seed and on which samples meet in the batch."""
+        generator = torch.Generator().manual_seed(derive(self.seed, "latents", *indices))
+        both = torch.stack([self.shards[index // SHARD][index % SHARD] for index in indices]).float()
+        version = torch.randint(both.shape[1], (len(indices),), generator=generator)
+        mean, std = both[torch.arange(len(indices)), version].unbind(1)
+        latents = mean + std * torch.randn(mean.shape, generator=generator)
+        return {"pixel_values": latents, "labels": self.labels[indices]}
+
+
+def load_data(config: DataConfig, seed: int = 0) -> ImageSplits:
+    """The images of a recipe, as latents where it names an autoencoder. See `load_images`."""
+    if not config.vae:
+        return load_images(config, seed)
+    if set(config.augment) - {"flip"}:
+        raise UserError(f"latents can only be augmented by flip, got {', '.join(config.augment)}")
+    latent_shape(config)
+    plain = load_images(_without_augmentation(config), seed)
+    encoder: list[Autoencoder] = []  # loaded when there is something to encode
+
+    def latents(part: ImageData, mirror: bool = False) -> LatentData:
+        return LatentData(_cached(part, config, encoder, mirror=mirror), part, seed)
+
+    train = latents(plain.train, mirror=bool(config.augment))
+    return ImageSplits(train, latents(plain.validation), latents(plain.test), plain.classes)
+
+
+def _without_augmentation(config: DataConfig) -> DataConfig:
+    import dataclasses
+
+    return dataclasses.replace(config, augment=[])
+
+
+def _cached(part: ImageData, config: DataConfig, encoder: list[Autoencoder], *, mirror: bool) -> list[Tensor]:
+    """The shards of one split, encoded where they are missing or damaged."""
+    from safetensors.torch import load_file
+
+    folder = cache_folder(config) / f"latents-{_key(part, config, mirror)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    index_path = folder / "index.json"
+    index: dict[str, str] = json.loads(index_path.read_text()) if index_path.is_file() else {}
+    starts = range(0, len(part), SHARD)
+    missing = []
+    for start in starts:
+        name = f"shard-{start // SHARD:05d}.safetensors"
+        if name in index and _hash(folder / name) == index[name]:
+            continue
+        if name in index:
+            log.warning("the latent cache %s is damaged; it is encoded again", folder / name)
+        missing.append((start, name))
+    for number, (start, name) in enumerate(missing):
+        if not encoder:
+            encoder.append(Autoencoder(config))
+        log.info("encoding images to latents: shard %d of %d", number + 1, len(missing))
+        rows = list(range(start, min(start + SHARD, len(part))))
+        _write(folder / name, _encode(encoder[0], part.pixels(rows), mirror, config))
+        index[name] = _hash(folder / name)
+        partial = index_path.with_suffix(".partial")
+        partial.write_text(json.dumps(index, indent=2) + "\n")
+        partial.replace(index_path)
+    return [load_file(str(folder / f"shard-{start // SHARD:05d}.safetensors"))["latents"] for start in starts]
+
+
+def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConfig) -> Tensor:
+    versions = [encoder.encode(images), *([encoder.encode(images.flip(-1))] if mirror else [])]
+    latents = torch.stack(versions, 1)
+    spread = (latents[:, :, 0].std() / SIGMA_DATA).item()
+    if not FITTING[0] <= spread <= FITTING[1]:
+        raise UserError(
+            f"the latents of {config.vae} have a standard deviation of {spread:.3g} after scaling by {encoder.scale:g}, and "
+            f"it should be about 1: set data.latent_scale to {encoder.scale / max(spread, 1e-9):.4g}"
+        )
+    return latents.half()
+
+
+def _write(path: Path, latents: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    partial = path.with_suffix(".partial")
+    save_file({"latents": latents.contiguous()}, str(partial))
+    os.replace(partial, path)
+
+
+def cache_folder(config: DataConfig) -> Path:
+    """Where caches go: data.cache_dir, else below the user's cache folder."""
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusionblocks"
+
+
+def _key(part: ImageData, config: DataConfig, mirror: bool) -> str:
+    """Of the images, their size, and the autoencoder with its weights."""
+    found = hashlib.blake2b(digest_size=12)
+    for piece in (part.identity(), config.image_size, config.channels, config.latent_scale, mirror, config.vae):
+        found.update(repr(piece).encode())
+    for path in sorted(Path(config.vae).glob("*")) if Path(config.vae).is_dir() else []:
+        if path.suffix in (".json", ".safetensors", ".bin"):
+            found.update(f"{path.name} {_hash(path)}".encode())
+    return found.hexdigest()
+
+
+def _hash(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return "missing"

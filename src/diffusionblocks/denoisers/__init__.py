@@ -1,0 +1,23 @@
+"""What denoisers estimate: labels (labels.py) or images (images.py). The registry maps a network's target to its model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusionblocks.config import BlocksConfig
+from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork
+from diffusionblocks.denoisers.labels import LabelBlocks
+from diffusionblocks.network import DiffusionBlocksModel, EndToEndModel, Parts
+
+BLOCKS: dict[str, type[DiffusionBlocksModel]] = {"label": LabelBlocks, "image": ImageBlocks}
+
+
+def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = None, **options: Any) -> EndToEndModel:
+    """The network as one block, trained as networks of its kind are: a diffusion network as one denoiser of all levels.
+
+    config: supplies the distribution of noise levels, where there is one.
+    """
+    if parts.target == "image":
+        config.check("image")
+        return ImageNetwork(parts, num_layers, levels=config.distribution(), **options)
+    return EndToEndModel(parts, num_layers, **options)

@@ -1,0 +1,179 @@
+"""Distances between sets of images in the features of a network.
+
+The original Inception network makes them FID and KID (Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018, arXiv
+1801.01401). Without its weights a small residual network is trained to classify the recipe's own training images; its
+distances are called feature_distance and kernel_distance, and are comparable only among runs on the same data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
+
+from diffusionblocks.data.images import DataConfig, ImageData
+from diffusionblocks.data.latents import cache_folder
+from diffusionblocks.data.stream import BatchStream
+from diffusionblocks.errors import UserError
+from diffusionblocks.tasks.base import Metric, mean_with_error
+
+log = logging.getLogger("diffusionblocks")
+SIDE = 32  # pixels that the small network reads
+WIDTH = 64  # features
+STEPS, BATCH, RATE = 800, 64, 2e-3
+KERNEL_SUBSET, KERNEL_SUBSETS = 500, 50
+
+
+class Features(nn.Module):
+    """uint8 images [N, channels, height, width] -> features [N, F]. names: of the distances. classes: logits, if it has any."""
+
+    num_features: int
+    names: tuple[str, str]
+
+
+class SmallNetwork(Features):
+    """A residual network of transformers (He et al. 2016) that classifies the recipe's training images."""
+
+    num_features = WIDTH
+    names = ("feature_distance", "kernel_distance")
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        super().__init__()
+        from transformers import ResNetConfig, ResNetForImageClassification
+
+        options: Any = dict(
+            num_channels=channels,
+            embedding_size=32,
+            hidden_sizes=[32, 48, WIDTH],
+            depths=[1, 1, 1],
+            layer_type="basic",
+            num_labels=num_classes,
+        )
+        self.network = ResNetForImageClassification(ResNetConfig(**options))
+
+    def _read(self, images: Tensor) -> Tensor:
+        return interpolate(images.float() / 127.5 - 1, (SIDE, SIDE), mode="bilinear", antialias=images.shape[-1] > SIDE)
+
+    def logits(self, images: Tensor) -> Tensor:
+        return self.network(self._read(images)).logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network.resnet(self._read(images)).pooler_output.flatten(1)
+
+
+class Inception(Features):
+    """The original Inception network from a TorchScript file, as StyleGAN3 and EDM distribute it
+    (inception-2015-12-05.pt), or any scripted network with the same call."""
+
+    names = ("fid", "kid")
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            self.network: Any = torch.jit.load(path, map_location="cpu").eval()
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"task.inception: cannot load {path} as TorchScript ({reason})") from None
+        self.num_features = self.forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(images.expand(-1, 3, -1, -1).contiguous(), return_features=True)
+
+
+def small_network(train: ImageData, config: DataConfig, num_classes: int) -> SmallNetwork:
+    """The feature network of a data set: trained once with a fixed seed, kept in the cache folder."""
+    from safetensors.torch import load_model, save_model
+
+    facts = repr((train.identity(), config.channels, num_classes, SIDE, WIDTH, STEPS, BATCH, RATE))
+    path = cache_folder(config) / f"features-{hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()}.safetensors"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = SmallNetwork(config.channels, num_classes)
+        if not path.is_file():
+            log.info("training the feature network on the recipe's own images (once)")
+            _fit(network, train)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = path.with_suffix(f".{os.getpid()}")
+            save_model(network, str(own))
+            _first_wins(own, path)
+    load_model(network, str(path))
+    return network.eval()
+
+
+def _first_wins(own: Path, path: Path) -> None:
+    """Several runs may train the network at once: all of them use the file that was there first."""
+    try:
+        os.link(own, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(own, path)
+    own.unlink(missing_ok=True)
+
+
+@torch.enable_grad()
+def _fit(network: SmallNetwork, train: ImageData) -> None:
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    stream = BatchStream(train, min(BATCH, len(train)), seed=0)
+    for number in range(STEPS):
+        rows = stream.indices(number)
+        loss = cross_entropy(network.logits(train.pixels(rows)), train.labels[rows])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def check_number(what: str, count: int, num_features: int) -> None:
+    """Raises UserError when so many images do not determine a covariance of the features."""
+    if count <= num_features:
+        raise UserError(
+            f"a distance over {num_features} features needs at least {num_features + 1} {what}, got {count}; set "
+            "task.num_samples higher, or to 0 for no metrics of samples"
+        )
+
+
+@torch.no_grad()
+def distances(features: Features, images: Tensor, reference: Tensor) -> dict[str, Metric]:
+    """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of two sets of uint8 images.
+
+    The kernel distance's standard error is over random subsets. Raises UserError when there are too few images.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.kid import KernelInceptionDistance
+    except ImportError:
+        raise UserError("image metrics need torchmetrics: pip install 'diffusionblocks[images]'") from None
+    check_number("samples", len(images), features.num_features)
+    check_number("reference images", len(reference), features.num_features)
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        frechet: Any = FrechetInceptionDistance(feature=features)
+        subset = min(KERNEL_SUBSET, len(images), len(reference))
+        kernel: Any = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS, subset_size=subset)
+        for metric in (frechet, kernel):
+            for found, real in ((reference, True), (images, False)):
+                for part in found.split(256):
+                    metric.update(part, real=real)
+        mean, deviation = kernel.compute()
+        return {
+            features.names[0]: Metric(frechet.compute().item(), None),
+            features.names[1]: Metric(mean.item(), deviation.item() / KERNEL_SUBSETS**0.5),
+        }
+
+
+@torch.no_grad()
+def class_accuracy(network: SmallNetwork, images: Tensor, labels: Tensor) -> Metric:
+    """Percent of images that the classifier gives their own class."""
+    right = torch.cat([network.logits(part).argmax(1) for part in images.split(256)]) == labels
+    return mean_with_error(100.0 * right)

@@ -1,0 +1,189 @@
+"""Images from a trained run: sample sets, their metrics, and files of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusionblocks.data.images import ImageData
+from diffusionblocks.data.latents import Autoencoder, LatentData
+from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation import features
+from diffusionblocks.likelihood import image_bound
+from diffusionblocks.seeds import derive
+from diffusionblocks.tasks import ImageGeneration
+from diffusionblocks.tasks.base import Metric, mean_with_error
+
+AT_ONCE = 250  # images made together
+
+
+class Samples(NamedTuple):
+    """images: uint8 [N, channels, height, width]. labels [N]. layer_evaluations: forward passes of a layer, in all."""
+
+    images: Tensor
+    labels: Tensor
+    layer_evaluations: int
+    seconds: float
+
+
+def generate(
+    run: Any, labels: Tensor, *, seed: int = 0, task: ImageGeneration | None = None, quiet: bool = False
+) -> Samples:
+    """Images of the given classes [N], in batches, with a progress bar. task: other settings of sampling than the run's."""
+    from rich.progress import track
+
+    task, model, started, layers = task or run.recipe.task, run.model, time.perf_counter(), 0
+
+    def count(block: int, level: float, z: Tensor, estimate: Tensor) -> None:
+        nonlocal layers
+        layers += len(model.block(block).layers) * len(z) * (1 if task.guidance == 1.0 else 2)
+
+    decoder = Autoencoder(run.recipe.data) if run.recipe.data.vae else None
+    found = []
+    starts = range(0, len(labels), AT_ONCE)
+    for start in track(starts, "sampling", disable=quiet or len(starts) < 2, transient=True, console=_console()):
+        part = task.sample(model, labels[start : start + AT_ONCE], seed=derive(seed, "samples", start), watch=count)
+        found.append(to_pixels(part if decoder is None else decoder.decode(part.cpu())))
+    return Samples(torch.cat(found), labels, layers, time.perf_counter() - started)
+
+
+def to_pixels(images: Tensor) -> Tensor:
+    """Values about [-1, 1] -> uint8."""
+    return ((images.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def source(part: Any) -> ImageData:
+    """The images behind a split, whether the network reads them or their latents."""
+    return part.source if isinstance(part, LatentData) else part
+
+
+def metrics(run: Any, split: Any) -> dict[str, Metric]:
+    """Of `task.num_samples` images with the classes of `split` in turn, against the images of `split`.
+
+    `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py), or `fid` and `kid` where the recipe names the
+    Inception network; `bits_per_dimension` for images that are not latents (an upper bound, likelihood.py) and, with
+    several blocks, the share of each block in it.
+    """
+    task, recipe, reference = run.recipe.task, run.recipe, source(split)
+    found: dict[str, Metric] = {}
+    if task.num_samples:
+        small = features.small_network(source(run.data.train), recipe.data, len(run.data.classes))
+        extractor = features.Inception(task.inception) if task.inception else small
+        labels = reference.labels[torch.arange(task.num_samples) % len(reference)]
+        rows = list(range(len(reference)))
+        made = generate(run, labels)
+        found |= features.distances(extractor, made.images, reference.pixels(rows))
+        found["class_accuracy"] = features.class_accuracy(small, made.images, labels)
+    if not recipe.data.vae:
+        found |= bits_per_dimension(run, split)
+    return found
+
+
+@torch.no_grad()
+def bits_per_dimension(run: Any, split: Any) -> dict[str, Metric]:
+    """The bound on the images of a split, given their classes."""
+    model, device = run.model, run.trainer.device
+    totals, shares = [], []
+    for start in range(0, len(split), AT_ONCE):
+        rows = list(range(start, min(start + AT_ONCE, len(split))))
+        batch = {name: tensor.to(device) for name, tensor in split.__getitems__(rows).items()}
+
+        def estimate(block: int, rows: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
+            return model.denoiser(block)({"noisy_target": z, "labels": batch["labels"][rows]}, sigma).estimate  # noqa: B023
+
+        bound = image_bound(
+            estimate,
+            batch["pixel_values"],
+            model.partition,
+            levels_per_block=max(1, 12 // model.partition.num_blocks),
+            generator=torch.Generator().manual_seed(start),
+        )
+        unit = batch["pixel_values"][0].numel() * np.log(2)
+        totals.append(bound.total / unit)
+        shares.append(bound.blocks / unit)
+    found = {"bits_per_dimension": mean_with_error(torch.cat(totals))}
+    if model.partition.num_blocks > 1:
+        found |= {
+            f"bits_block_{block}": mean_with_error(column) for block, column in enumerate(torch.cat(shares).unbind(1))
+        }
+    return found
+
+
+def sample_to_file(
+    run: Any, num: int, output: Path, *, classes: Sequence[int] = (), seed: int = 0, **settings: Any
+) -> dict[str, Any]:
+    """Makes `num` images and writes a PNG grid or an .npz (arr_0 uint8 [N, height, width, 3], arr_1 labels [N]: what the
+    evaluator of ADM, Dhariwal & Nichol 2021, reads).
+
+    Args:
+        classes: taken in turn; all when empty. settings: fields of `ImageGeneration` that differ from the run's.
+
+    Raises UserError for a class that does not exist, guidance without a null class, or an unknown kind of file.
+    """
+    names = run.data.classes
+    if num < 1:
+        raise UserError(f"--num must be at least 1, got {num}")
+    for index in classes:
+        if not 0 <= index < len(names):
+            raise UserError(
+                f"class {index} does not exist: classes are 0 to {len(names) - 1} ({', '.join(names[:12])})"
+            )
+    if output.suffix not in (".png", ".npz"):
+        raise UserError(f"--output must end in .png (a grid) or .npz (the samples), got {output.name!r}")
+    if settings.get("guidance", 1.0) != 1.0 and run.recipe.task.label_dropout == 0:
+        raise UserError("guidance needs a null class, and this run was trained without one (task.label_dropout 0)")
+    task = dataclasses.replace(run.recipe.task, **settings)
+    chosen = torch.tensor(list(classes) or range(len(names)))
+    with run.trainer.averaged():
+        made = generate(run, chosen[torch.arange(num) % len(chosen)], seed=seed, task=task)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix == ".npz":
+        array = made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+        np.savez(output, array, made.labels.numpy())
+    else:
+        write_grid(made.images, output)
+    return {
+        "output": str(output),
+        "num": num,
+        "classes": [names[label] for label in made.labels.tolist()],
+        "sampler": task.sampler,
+        "steps": task.sampling_steps,
+        "guidance": task.guidance,
+        "seed": seed,
+        "layer_evaluations_per_image": made.layer_evaluations / num,
+        "seconds": round(made.seconds, 3),
+    }
+
+
+def grid(images: Tensor, columns: int = 0, gap: int = 1) -> np.ndarray:
+    """uint8 images [N, channels, height, width] -> one picture [height, width] or [height, width, 3]."""
+    count, channels, height, width = images.shape
+    columns = columns or max(1, round(count**0.5))
+    rows = -(-count // columns)
+    canvas = torch.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, dtype=torch.uint8)
+    for index, image in enumerate(images):
+        top, left = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        canvas[top : top + height, left : left + width] = image.permute(1, 2, 0)
+    return (canvas[:, :, 0] if channels == 1 else canvas).numpy()
+
+
+def write_grid(images: Tensor, output: Path, *, at_least: int = 400) -> None:
+    """A PNG of all images, enlarged by a whole factor where it would be smaller than `at_least` pixels."""
+    from PIL import Image
+
+    picture = Image.fromarray(grid(images))
+    factor = max(1, -(-at_least // max(picture.size)))
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(output)

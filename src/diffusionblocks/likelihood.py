@@ -1,0 +1,90 @@
+"""Likelihood of a denoiser as the area under its error curve.
+
+For a target y with finitely many values, z = y + sigma eps and eta = 1 / (2 sigma^2),
+
+    -log p(y) <= integral over eta of E||y - D(z)||^2 d eta        [nats]
+
+with equality for the posterior mean of the model's own p(y) (I-MMSE: Guo, Shamai, Verdu 2005; mismatched case: Verdu 2010;
+continuous-time ELBO: Kingma et al. 2021, arXiv 2107.00630). So every block owns a share of the nats, its noise range's, and
+the shares add up. Outside the range of levels, what is left is added exactly: above, the distance of z from pure noise;
+below, the entropy of a pixel given z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.partition import Partition
+from diffusionblocks.targets import add_noise
+
+GREYS = 256  # values of a pixel, evenly spaced in [-1, 1]
+
+
+class Shares(NamedTuple):
+    """Nats per image [N] each. blocks: of the noise range of each block [N, B]. prior: of the highest level. pixels: of what
+    the lowest level hides."""
+
+    blocks: Tensor
+    prior: Tensor
+    pixels: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.blocks.sum(1) + self.prior + self.pixels
+
+
+def image_bound(
+    estimate: Callable[[int, Tensor, Tensor, Tensor], Tensor],
+    clean: Tensor,
+    partition: Partition,
+    *,
+    levels_per_block: int = 8,
+    generator: torch.Generator | None = None,
+) -> Shares:
+    """Upper bounds of -log p(image) in nats for 8-bit images, unbiased estimates by stratified sampling.
+
+    Args:
+        estimate: (block, rows of the batch, z, sigma) -> D(z) for these rows.
+        clean: images with values k / 127.5 - 1 [N, channels, height, width].
+        partition: who owns which level. levels_per_block: strata in log sigma of each block's range.
+    """
+    count = len(clean)
+    shares = torch.zeros(count, partition.num_blocks, dtype=torch.float64)
+    for block in range(partition.num_blocks):
+        span = partition.range(block)
+        length = math.log(span.high / span.low)
+        for sigma in _strata(span.low, length, count, levels_per_block, generator):
+            sigma = sigma.to(clean.device)
+            noisy = add_noise(clean, sigma, generator=generator)
+            found = estimate(block, torch.arange(count, device=clean.device), noisy, sigma)
+            error = (found - clean).double().square().flatten(1).sum(1)
+            # d eta = sigma^-2 d(log sigma)
+            shares[:, block] += (length / levels_per_block * error / sigma.double() ** 2).cpu()
+    high, low = partition.levels.highest, partition.levels.lowest
+    prior = clean.double().square().flatten(1).sum(1).cpu() / (2 * high**2)  # KL of N(y, high^2) from N(0, high^2)
+    return Shares(shares, prior, _hidden_pixels(clean, low, generator))
+
+
+def _strata(low: float, length: float, count: int, parts: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """`parts` levels for each of `count` samples, one in each part of equal length in log sigma."""
+    for part in range(parts):
+        share = (part + torch.rand(count, generator=generator, dtype=torch.float64)) / parts
+        yield (low * torch.exp(length * share)).float()
+
+
+def _hidden_pixels(clean: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
+    """-log p(y | z) at the lowest level, where each pixel is read off z alone [N]."""
+    values = torch.arange(GREYS, dtype=torch.float64) / ((GREYS - 1) / 2) - 1
+    pixels = clean.cpu().double().flatten(1)
+    noisy = pixels + sigma * torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    nearest = ((pixels + 1) * (GREYS - 1) / 2).round().long()
+    found = []
+    for z, right in zip(noisy, nearest, strict=True):
+        log_p = (-((z[:, None] - values) ** 2) / (2 * sigma**2)).log_softmax(1)
+        found.append(-log_p.gather(1, right[:, None]).sum())
+    return torch.stack(found)

@@ -1,0 +1,159 @@
+"""Image generation: y = the image (or its latent), condition = its class ([DB] section 5.2, [EDM]).
+
+Every method trains with the same loss; a whole network is one denoiser of all noise levels, blocks have a range each.
+
+Shapes: N batch, image [channels, height, width].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork, weighted_error
+from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.network import Batch, BlockModel, DenoiserOutput
+from diffusionblocks.samplers.grids import GRIDS
+from diffusionblocks.samplers.ode import SAMPLERS
+from diffusionblocks.targets import add_noise
+from diffusionblocks.tasks.base import Metric, StepOutput, mean_with_error
+
+
+@dataclass(kw_only=True)
+class ImageGeneration:
+    """Objective, evaluation and sampling of a class-conditional diffusion model.
+
+    Args:
+        kind: the name of this task in a recipe.
+        label_dropout: share of training samples whose class is replaced by the null class, for guidance.
+        sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7) or
+            `equal-mass`.
+        guidance: classifier-free guidance scale; 1 = none ([DB] has 2.0). Other values run every step twice.
+        num_samples: images that the finished run makes for its metrics; 0 = none are made.
+        levels_per_image: noise levels at which validation measures every image.
+        inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
+            trained on the recipe's own images, reported as feature_distance.
+    """
+
+    kind: str = "image-generation"
+    label_dropout: float = 0.1
+    sampler: str = "heun"
+    sampling_steps: int = 18
+    grid: str = "rho"
+    guidance: float = 1.0
+    num_samples: int = 5000
+    levels_per_image: int = 4
+    inception: str = ""
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "kind": ("image-generation",),
+        "sampler": tuple(SAMPLERS),
+        "grid": tuple(GRIDS),
+    }
+
+    def __post_init__(self) -> None:
+        check_choices("task", self, self.CHOICES)
+        if not 0 <= self.label_dropout <= 1:
+            raise UserError(f"task.label_dropout is a share in [0, 1], got {self.label_dropout}")
+        if self.num_samples < 0 or self.levels_per_image < 1:
+            raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
+
+    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+        network, labels = _diffusion(model), batch["labels"]
+        clean, partition = batch["pixel_values"], network.partition
+        sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))
+        sigma = sigma.to(labels.device)
+        dropped = (torch.rand(len(labels)) < self.label_dropout).to(labels.device)
+        labels = torch.where(dropped, torch.full_like(labels, network.num_classes), labels)
+        output = network.denoiser(block)({"noisy_target": add_noise(clean, sigma), "labels": labels}, sigma)
+        return StepOutput(weighted_error(output.estimate, clean, sigma).mean(), None)
+
+    @torch.no_grad()
+    def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
+        """`validation_loss`: EDM-weighted error over the training distribution of noise levels, with its standard error over
+        images; with several blocks also `loss_block_<i>`, over each block's own range.
+
+        Levels are stratified and their noise is seeded, so that every network meets the same noisy images.
+        """
+        network = _diffusion(model)
+        count, partition = self.levels_per_image, network.partition
+        blocks = partition.num_blocks
+        per_image: list[Tensor] = []
+        per_block: list[list[Tensor]] = [[] for _ in range(blocks)]
+        for index, batch in enumerate(batches):
+            generator = torch.Generator().manual_seed(index)
+            clean, labels = batch["pixel_values"], batch["labels"]
+            places = (torch.arange(count) + torch.rand(len(labels), count, generator=generator)) / count
+            errors = torch.empty(len(labels), count)
+            for column in range(count):
+                sigma = partition.levels.level(places[:, column].double())
+                owners = partition.block_of(sigma)
+                noisy = add_noise(clean, sigma.float(), generator=generator)
+                for block in owners.unique().tolist():
+                    mine = (owners == block).to(clean.device)
+                    level = sigma.float().to(clean.device)[mine]
+                    inputs = {"noisy_target": noisy[mine], "labels": labels[mine]}
+                    found = weighted_error(network.denoiser(block)(inputs, level).estimate, clean[mine], level).cpu()
+                    errors[mine.cpu(), column] = found
+                    per_block[block].append(found)
+            per_image.append(errors.mean(1))
+        metrics = {"validation_loss": mean_with_error(torch.cat(per_image))}
+        if blocks > 1:
+            metrics |= {
+                f"loss_block_{i}": mean_with_error(torch.cat(found)) for i, found in enumerate(per_block) if found
+            }
+        return metrics
+
+    def levels(self, model: ImageBlocks | ImageNetwork, steps: int = 0) -> list[float]:
+        """The grid of a whole chain, highest first; it ends with 0."""
+        return [*GRIDS[self.grid](model.partition.levels, steps or self.sampling_steps), 0.0]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: ImageBlocks | ImageNetwork,
+        labels: Tensor,
+        *,
+        seed: int = 0,
+        watch: Callable[[int, float, Tensor, Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Images of the given classes [N] (num_classes = the null class) -> [N, channels, height, width], unclipped.
+
+        One block runs per denoiser call, chosen by `partition.block_of`. Image i depends on `seed`, the order of `labels` and
+        nothing else.
+
+        Args:
+            watch: called as watch(block, level, z, estimate) after every denoiser call.
+        """
+        device = next(iter(model.parameters())).device
+        labels = labels.to(device)
+        null = torch.full_like(labels, model.num_classes)
+
+        def denoise(z: Tensor, level: float) -> DenoiserOutput:
+            block = int(model.partition.block_of(torch.tensor(level, dtype=torch.float64)))
+            sigma = torch.full((len(z),), level, device=device)
+            denoiser = model.denoiser(block)
+            if self.guidance == 1.0:
+                output = denoiser({"noisy_target": z, "labels": labels}, sigma)
+            else:
+                twice = {"noisy_target": torch.cat([z, z]), "labels": torch.cat([labels, null])}
+                both = denoiser(twice, torch.cat([sigma, sigma]))
+                conditional, free = both.estimate.chunk(2)
+                output = both._replace(estimate=torch.lerp(free, conditional, self.guidance))
+            if watch is not None:
+                watch(block, level, z, output.estimate)
+            return output
+
+        levels, generator = self.levels(model), torch.Generator().manual_seed(seed)
+        z = torch.randn(len(labels), *model.sample_shape, generator=generator).to(device) * levels[0]
+        return SAMPLERS[self.sampler](denoise, z, levels, generator=generator)
+
+
+def _diffusion(model: Any) -> Any:
+    if not isinstance(model, ImageBlocks | ImageNetwork):
+        raise UserError(f"the task image-generation needs a diffusion network; got {type(model).__name__}")
+    return model

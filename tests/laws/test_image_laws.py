@@ -1,0 +1,367 @@
+"""Laws of image denoisers: function, borders, levels, labels, likelihood."""
+
+import copy
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
+
+import diffusionblocks as dblocks
+from diffusionblocks.adapters import take_apart
+from diffusionblocks.denoisers import whole_network
+from diffusionblocks.denoisers.images import timestep
+from diffusionblocks.likelihood import image_bound
+from diffusionblocks.network import DenoiserOutput
+from diffusionblocks.noise import LogNormal
+from diffusionblocks.partition import Partition
+from diffusionblocks.precondition import coefficients
+from diffusionblocks.samplers import grids
+from diffusionblocks.samplers.ode import SAMPLERS
+from tests.conftest import config, make_data, make_dit, same, weights
+
+BATCH = make_data(6).__getitems__(list(range(6)))
+LEVELS = torch.tensor([0.01, 0.1, 0.3, 1.0, 5.0, 60.0])
+
+
+def whole(**changes):
+    return whole_network(take_apart(make_dit(**changes)), dblocks.BlocksConfig())
+
+
+def randomised(model):
+    """No weight is zero, so that every path shows."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+# ---------------------------------------------------------------- conversion
+
+
+def test_conversion_keeps_the_network_s_function():
+    network = randomised(make_dit()).eval()
+    before = copy.deepcopy(network.state_dict())
+    z = torch.randn(6, 1, 8, 8)
+    scaled = coefficients(LEVELS).input[:, None, None, None] * z
+    expected = network(scaled, timestep(LEVELS), BATCH["labels"]).sample
+    inputs = {"noisy_target": z, "labels": BATCH["labels"]}
+    for model in (dblocks.convert(network, 1), whole_network(take_apart(network), dblocks.BlocksConfig())):
+        torch.testing.assert_close(model.eval().denoiser(0)(inputs, LEVELS).raw, expected)
+    assert same(before, network.state_dict())
+
+
+def test_blocks_are_the_layers_between_a_stem_and_a_readout():
+    network = randomised(make_dit())
+    blocks = dblocks.convert(network, 3)
+    shallow = copy.deepcopy(network)
+    del shallow.transformer_blocks[:2], shallow.transformer_blocks[2:]
+    # Every block reads out with the embedding of the network's first layer.
+    readout = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
+    z, labels = torch.randn(6, 1, 8, 8), BATCH["labels"]
+    found = blocks.eval().denoiser(1)({"noisy_target": z, "labels": labels}, LEVELS).raw
+    torch.testing.assert_close(blocks.block(1).readout.embedder.state_dict(), readout.state_dict())
+    shallow.transformer_blocks[0].norm1.emb, own = readout, shallow.transformer_blocks[0].norm1.emb
+    hidden = shallow.pos_embed(coefficients(LEVELS).input[:, None, None, None] * z)
+    shallow.transformer_blocks[0].norm1.emb = own
+    for layer in shallow.eval().transformer_blocks:
+        hidden = layer(hidden, timestep=timestep(LEVELS), class_labels=labels)
+    shift, scale = shallow.proj_out_1(torch.nn.functional.silu(readout.eval()(timestep(LEVELS), labels, hidden.dtype)))[
+        :, None
+    ].chunk(2, 2)
+    patches = shallow.proj_out_2(shallow.norm_out(hidden) * (1 + scale) + shift)
+    image = patches.reshape(6, 4, 4, 2, 2, 1).permute(0, 5, 1, 3, 2, 4).reshape(6, 1, 8, 8)
+    torch.testing.assert_close(found, image)
+
+
+@pytest.mark.parametrize("shared", ["copies", "trained", "frozen"])
+def test_every_parameter_has_one_owner_and_no_gradient_crosses_a_border(shared):
+    blocks = dblocks.convert(randomised(make_dit()), 3, shared=shared)
+    owners = blocks.owners()
+    assert set(owners) == {name for name, _ in blocks.named_parameters()}
+    blocks.denoiser(1)(BATCH, LEVELS).loss.backward()
+    touched = {owners[name] for name, p in blocks.named_parameters() if p.grad is not None}
+    assert touched == ({"block 1", "shared"} if shared == "trained" else {"block 1"})
+    own = [p for name, p in blocks.named_parameters() if owners[name] == "block 1"]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in own if p.numel() > 100)
+
+
+def test_a_perfect_network_has_no_loss_and_one_that_knows_the_variance_has_loss_one():
+    blocks = dblocks.convert(make_dit(), 2)
+    with torch.no_grad():
+        for name, p in blocks.named_parameters():
+            if "readout.projection" in name:
+                p.zero_()  # F = 0: D = c_skip z
+    clean = torch.randn(4000, 1, 8, 8) * 0.5
+    level = LogNormal().level(torch.rand(4000))
+    output = blocks.denoiser(0)({"pixel_values": clean, "labels": torch.zeros(4000, dtype=torch.long)}, level)
+    assert output.loss.item() == pytest.approx(1.0, abs=0.02)
+
+
+def test_saved_blocks_and_saved_whole_networks_are_read_back(tmp_path):
+    blocks = dblocks.convert(randomised(make_dit()), 3)
+    blocks.save_pretrained(tmp_path / "blocks")
+    loaded = dblocks.load(tmp_path / "blocks")
+    assert same(weights(blocks), weights(loaded))
+    model = whole_network(take_apart(randomised(make_dit())), dblocks.BlocksConfig(), 2)
+    model.save_pretrained(tmp_path / "whole")
+    network = DiTTransformer2DModel.from_pretrained(tmp_path / "whole").eval()  # without this package
+    assert len(network.transformer_blocks) == 2
+    z = torch.randn(6, 1, 8, 8)
+    c = coefficients(LEVELS[:, None, None, None])
+    raw = network(c.input * z, timestep(LEVELS), BATCH["labels"]).sample
+    inputs = {"noisy_target": z, "labels": BATCH["labels"]}
+    torch.testing.assert_close(model.eval().denoiser(0)(inputs, LEVELS).estimate, c.skip * z + c.out * raw)
+
+
+def test_label_options_and_exact_are_refused_for_images():
+    with pytest.raises(dblocks.UserError, match=r"blocks\.readout is for networks that denoise labels"):
+        dblocks.convert(make_dit(), 3, readout="linear", condition_width=8)
+    with pytest.raises(dblocks.UserError, match="information needs a discrete target"):
+        dblocks.convert(make_dit(), 3, levels="information")
+    with pytest.raises(dblocks.UserError, match="exact cannot train a DiT"):
+        dblocks.BlockCoordinateModel(take_apart(make_dit()), [range(0, 3), range(3, 6)])
+
+
+def test_uniform_borders_are_even_in_log_sigma():
+    ends = Partition(LogNormal(), 4, borders="uniform").boundaries.log()
+    torch.testing.assert_close(ends.diff(), torch.full((4,), math.log(40_000) / 4, dtype=torch.float64))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def test_labels_are_dropped_once_for_all_layers():
+    model = randomised(dblocks.convert(make_dit(), 2)).train()
+    inputs = {"noisy_target": torch.randn(6, 1, 8, 8), "labels": BATCH["labels"]}
+    outputs = [model.denoiser(0)(inputs, LEVELS).raw for _ in range(8)]
+    assert all(torch.equal(outputs[0], other) for other in outputs)  # no layer drops on its own
+    null = {**inputs, "labels": torch.full((6,), 4)}
+    assert not torch.allclose(model.denoiser(0)(null, LEVELS).raw, outputs[0])
+    torch.manual_seed(0)
+    dropped = dblocks.ImageGeneration(label_dropout=1.0).step(model, 0, BATCH).loss
+    torch.manual_seed(0)
+    nulls = {**BATCH, "labels": torch.full((6,), 4)}
+    assert dropped == dblocks.ImageGeneration(label_dropout=0.0).step(model, 0, nulls).loss
+
+
+def test_guidance_moves_away_from_the_unconditional_estimate():
+    model = randomised(dblocks.convert(make_dit(), 2)).eval()
+    labels = torch.tensor([1, 2, 3])
+    null = torch.full((3,), 4)
+
+    def first(guidance, labels):
+        seen = []
+        task = dblocks.ImageGeneration(sampling_steps=2, guidance=guidance)
+        task.sample(model, labels, watch=lambda block, level, z, estimate: seen.append(estimate))
+        return seen[0]
+
+    free, conditional = first(1.0, null), first(1.0, labels)
+    torch.testing.assert_close(first(3.0, labels), free + 3 * (conditional - free))
+
+
+# ---------------------------------------------------------------- sampling
+
+
+class Mixture:
+    """Exact denoiser of a mixture of two Gaussians in two dimensions."""
+
+    means = torch.tensor([[0.6, 0.2], [-0.5, -0.3]], dtype=torch.float64)
+    weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    std = 0.1
+
+    def __call__(self, z, level):
+        total = self.std**2 + level**2
+        logits = self.weights.log() - ((z[:, None] - self.means) ** 2).sum(-1) / (2 * total)
+        share = logits.softmax(-1)
+        posterior = (self.std**2 * z[:, None] + level**2 * self.means) / total
+        return DenoiserOutput((share[..., None] * posterior).sum(1), z)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpm-solver++", 2)])
+def test_samplers_converge_with_their_order_to_the_exact_flow(name, order):
+    levels = LogNormal(sigma_min=0.05, sigma_max=10.0)
+    z = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 10
+    end = SAMPLERS["heun"](Mixture(), z, grids.rho(levels, 3000))
+    steps = [40, 80, 160]
+    errors = [(SAMPLERS[name](Mixture(), z, grids.rho(levels, n + 1)) - end).norm(dim=1).median().log2() for n in steps]
+    slopes = [(a - b).item() for a, b in itertools.pairwise(errors)]
+    assert slopes[-1] == pytest.approx(order, abs=0.3)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+def test_samplers_draw_from_the_distribution(name):
+    z = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 80
+    grid = [*grids.rho(LogNormal(), 60), 0.0]
+    found = SAMPLERS[name](Mixture(), z, grid, generator=torch.Generator().manual_seed(1))
+    first = (found - Mixture.means[0]).norm(dim=1) < (found - Mixture.means[1]).norm(dim=1)
+    assert first.double().mean().item() == pytest.approx(0.3, abs=0.025)
+    spread = (found[first] - Mixture.means[0]).std().item()
+    assert spread == pytest.approx(Mixture.std, abs=0.02)
+
+
+def test_rho_grid_has_the_published_levels():
+    # Karras et al. 2022, eq. 5 with 18 steps, the setting of their CIFAR-10 results.
+    grid = grids.rho(LogNormal(), 18)
+    assert grid[:3] == pytest.approx([80.0, 57.58598, 40.78557], rel=1e-5)
+    assert grid[-2:] == pytest.approx([0.0075280, 0.002], rel=1e-3)
+    assert len(grid) == 18
+
+
+@pytest.mark.parametrize("sampler", list(SAMPLERS))
+def test_one_block_runs_per_call_chosen_by_the_partition(sampler):
+    model, calls = dblocks.convert(make_dit(), 3).eval(), []
+    ran = []
+    for index in range(3):
+        model.block(index).register_forward_hook(lambda *_, index=index: ran.append(index))
+    task = dblocks.ImageGeneration(sampler=sampler, sampling_steps=12)
+    task.sample(model, torch.tensor([0, 1]), watch=lambda block, level, z, estimate: calls.append((block, level)))
+    assert ran == [block for block, _ in calls]
+    assert set(ran) == {0, 1, 2}
+    assert all(int(model.partition.block_of(torch.tensor(level))) == block for block, level in calls)
+    assert max(level for _, level in calls) == 80.0
+    evaluations = {"euler": 12, "dpm-solver++": 12, "heun": 23, "churn": 23}
+    assert len(ran) == evaluations[sampler]
+
+
+def test_samples_depend_on_the_seed_alone():
+    model = randomised(dblocks.convert(make_dit(), 2)).eval()
+    task = dblocks.ImageGeneration(sampler="churn", sampling_steps=4)
+    labels = torch.tensor([0, 1])
+    torch.manual_seed(1)
+    first = task.sample(model, labels, seed=5)
+    torch.manual_seed(2)
+    assert torch.equal(task.sample(model, labels, seed=5), first)
+    assert not torch.allclose(task.sample(model, labels, seed=6), first)
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_validation_loss_is_the_mean_over_the_training_levels_and_blocks_share_it():
+    data = make_data(48)
+    task, batches = dblocks.ImageGeneration(levels_per_image=8), [data.__getitems__(list(range(48)))]
+    model = randomised(dblocks.convert(make_dit(), 2)).eval()
+    found = task.evaluate(model, batches)
+    halves = [found["loss_block_0"].value, found["loss_block_1"].value]
+    assert found["validation_loss"].value == pytest.approx(sum(halves) / 2, rel=0.02)
+    trained = task.step(model, 0, batches[0])
+    assert trained.loss.item() == pytest.approx(halves[0], rel=0.3)
+    assert task.evaluate(model, batches) == found  # its noise is its own
+
+
+@pytest.mark.parametrize("assumed", [[0.5, 0.25, 0.25], [0.1, 0.1, 0.8]])
+def test_likelihood_bound_is_the_cross_entropy_of_an_exact_toy(assumed):
+    """Images of one pixel with three values; the denoiser is the posterior mean under the assumed distribution."""
+    values = torch.tensor([20, 128, 240], dtype=torch.float64) / 127.5 - 1
+    true, prior = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64), torch.tensor(assumed, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    clean = values[torch.multinomial(true, 3000, replacement=True, generator=generator)].reshape(-1, 1, 1, 1)
+
+    def estimate(block, rows, z, sigma):
+        logits = prior.log() - (z.flatten()[:, None] - values) ** 2 / (2 * sigma[:, None].double() ** 2)
+        return (logits.softmax(1) @ values).reshape(z.shape)
+
+    partition = Partition(LogNormal(sigma_min=0.0005), 3)  # fine enough to read every pixel off z
+    found = image_bound(estimate, clean, partition, levels_per_block=60, generator=generator)
+    cross_entropy = -(true * prior.log()).sum().item()
+    error = found.total.std().item() / math.sqrt(3000)
+    assert found.total.mean().item() == pytest.approx(cross_entropy, abs=max(0.03, 3 * error))
+    assert found.blocks.shape == (3000, 3)
+
+
+def test_pixels_hidden_by_a_high_lowest_level_are_paid_for():
+    partition = Partition(LogNormal(sigma_min=1.0), 1)
+    clean = torch.zeros(50, 1, 2, 2) + 1 / 255
+    found = image_bound(lambda block, rows, z, sigma: clean, clean, partition)
+    assert found.pixels.mean().item() > 4 * math.log(256) * 0.8  # next to nothing is read off z
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_training_learns_and_blocks_stay_apart(tmp_path):
+    task, data = dblocks.ImageGeneration(), make_data(48)
+    model = dblocks.convert(make_dit(), 3)
+    before = task.evaluate(model.eval(), [data.__getitems__(list(range(48)))])["validation_loss"].value
+    options = config(steps=60, batch_size=16, learning_rate=3e-3, ema_decay=0.9, order="random")
+    trainer = dblocks.Trainer(model, task, data, data, options)
+    trainer.fit()
+    assert trainer.evaluate(data)["validation_loss"].value < 0.75 * before
+
+
+def test_a_step_of_one_block_leaves_the_others_bit_identical():
+    model = dblocks.convert(make_dit(), 3)
+    trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, config())
+    before = weights(model)
+    with trainer.residency.active(1):
+        trainer.block_step(1, BATCH)
+    changed = {name.split(".")[1] for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"1"}
+
+
+@pytest.mark.parametrize("shared", ["copies", "trained"])
+@pytest.mark.parametrize("order", ["sweep", "random", "sequential"])
+def test_only_the_chosen_blocks_train(order, shared):
+    model = randomised(dblocks.convert(make_dit(), 3, shared=shared))
+    before = weights(model)
+    options = config(steps=3, blocks=[0, 2], order=order, ema_decay=0.5)
+    trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, options)
+    progress = trainer.fit()
+    assert progress.block_steps == 6
+    changed = {name.split(".")[1] for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"0", "2"}
+
+
+def test_wrong_choices_of_blocks_are_refused():
+    model = dblocks.convert(make_dit(), 3)
+    task, data = dblocks.ImageGeneration(), make_data()
+    with pytest.raises(dblocks.UserError, match="block 3 does not exist; there are blocks 0 to 2"):
+        dblocks.Trainer(model, task, data, None, config(blocks=[0, 3]))
+    with pytest.raises(dblocks.UserError, match="names a block twice"):
+        dblocks.Trainer(model, task, data, None, config(blocks=[1, 1]))
+    with pytest.raises(dblocks.UserError, match=r"with train\.blocks set it to 0"):
+        dblocks.Trainer(model, task, data, None, config(blocks=[1], branch_at=0.5))
+
+
+def test_an_exported_block_fits_its_own_model_only(tmp_path):
+    model, other = randomised(dblocks.convert(make_dit(), 3)), dblocks.convert(make_dit(), 3)
+    path = tmp_path / "block.safetensors"
+    model.save_block(1, path)
+    assert same(load_file(str(path)), model.block(1).state_dict())
+    before = weights(other)
+    assert other.load_block(path) == 1
+    changed = {name.split(".")[1] for name, tensor in weights(other).items() if not torch.equal(tensor, before[name])}
+    assert changed == {"1"}
+    with pytest.raises(dblocks.UserError, match="split in another way"):
+        dblocks.convert(make_dit(), 2).load_block(path)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(dblocks.UserError, match="no exported block"):
+        other.load_block(tmp_path / "model.safetensors")
+    with pytest.raises(dblocks.UserError, match="cannot read the block"):
+        other.load_block(tmp_path / "nothing.safetensors")
+
+
+def test_blocks_trained_apart_equal_blocks_trained_together():
+    """Each block alone, as on a machine of its own, gives the weights of the run that trains all."""
+    together = dblocks.convert(make_dit(), 3)
+    dblocks.Trainer(together, dblocks.ImageGeneration(), make_data(), None, config(order="sweep", steps=3)).fit()
+    for index in range(3):
+        alone = dblocks.convert(make_dit(), 3)
+        options = config(order="sweep", steps=3, blocks=[index])
+        dblocks.Trainer(alone, dblocks.ImageGeneration(), make_data(), None, options).fit()
+        assert same(weights(alone.block(index)), weights(together.block(index)))
+
+
+def test_whole_networks_train_and_lora_leaves_the_network_frozen():
+    from diffusionblocks.baselines.lora import lora_model
+
+    model = lora_model(make_dit(), 2, 4, train_readout=False, blocks=dblocks.BlocksConfig())
+    trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, config(steps=2))
+    names = set(trainer.states[0].parameters)
+    assert names and all("lora" in name for name in names)
+    assert np.isfinite(trainer.fit().wall_seconds)
