@@ -23,7 +23,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.plan import Choice, Workload, predictor
 from diffusionblocks.memory import profiled_peak
-from diffusionblocks.tasks import CausalLM, Classification
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration
 from environment import describe
 
 TARGET = Path(__file__).parent / "results" / "memory.json"
@@ -35,6 +35,13 @@ def vit(num_layers: int) -> Any:
 
     sizes = dict(hidden_size=256, num_attention_heads=8, intermediate_size=1024, image_size=32, patch_size=4)
     return ViTForImageClassification(ViTConfig(num_hidden_layers=num_layers, num_labels=10, **sizes))
+
+
+def dit(num_layers: int) -> Any:
+    from diffusers import DiTTransformer2DModel
+
+    sizes = dict(num_attention_heads=8, attention_head_dim=32, in_channels=3, sample_size=32, patch_size=4)
+    return DiTTransformer2DModel(num_layers=num_layers, num_embeds_ada_norm=10, **sizes)
 
 
 def llama(num_layers: int) -> Any:
@@ -52,7 +59,11 @@ def tokens(samples: int) -> dict[str, torch.Tensor]:
     return {"input_ids": torch.zeros(samples, 256, dtype=torch.long)}
 
 
-FAMILIES = {"vit": (vit, images, Classification(), 16), "llama": (llama, tokens, CausalLM(), 4)}
+FAMILIES = {
+    "vit": (vit, images, Classification(), 16),
+    "dit": (dit, images, ImageGeneration(), 16),
+    "llama": (llama, tokens, CausalLM(), 4),
+}
 
 
 def rows() -> Iterator[dict[str, Any]]:
@@ -64,10 +75,12 @@ def rows() -> Iterator[dict[str, Any]]:
         for method in ("shallow", "last-block"):
             yield {**whole, "method": method, "num_blocks": 3}
         for count in COUNTS:
-            yield {**whole, "method": "exact", "num_blocks": count}
+            if family != "dit":
+                yield {**whole, "method": "exact", "num_blocks": count}
             if family == "vit":
-                yield {**whole, "method": "diffusionblocks", "num_blocks": count}
                 yield {**whole, "method": "diffusionblocks", "num_blocks": count, "blocks": {"context": "features"}}
+            if family != "llama":
+                yield {**whole, "method": "diffusionblocks", "num_blocks": count}
                 recomputed = {"activation_checkpointing": True}
                 yield {**whole, "method": "diffusionblocks", "num_blocks": count, "train": recomputed}
     for train in ({"precision": "bf16"}, {"precision": "bf16-true"}, {"optimizer": "sgd"}, {"accumulation": 2}):
@@ -124,7 +137,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
-    for family, marker in (("vit", "o"), ("llama", "s")):
+    for family, marker in (("vit", "o"), ("dit", "^"), ("llama", "s")):
         for method in dict.fromkeys(row["method"] for row in results):
             own = [row for row in results if row["family"] == family and row["method"] == method]
             color = f"C{list(dict.fromkeys(row['method'] for row in results)).index(method)}"
@@ -135,7 +148,9 @@ def plot(results: list[dict[str, Any]]) -> None:
     axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured by the profiler (MiB)", ylabel="predicted (MiB)")
     worst = max(abs(row["error"]) for row in results)
-    axes.set_title(f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, squares Llama")
+    axes.set_title(
+        f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, triangles DiT, squares Llama"
+    )
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(Path(__file__).parents[1] / "docs" / "memory.png", dpi=130)

@@ -17,8 +17,9 @@ def measured(work, choice):
     sizes = [work.num_layers // choice.num_blocks] * choice.num_blocks
     sizes = {"end-to-end": [12], "checkpointing": [12], "last-block": [16, 8]}.get(choice.method, sizes)
     build, data = predictor(work, choice).network.build, make_data(train.batch_size * 2)
-    batch = data.__getitems__(list(range(train.batch_size)))
-    return profiled_peak(lambda: dblocks.Trainer(build(sizes), work.task, data, None, train), batch)
+    return profiled_peak(
+        lambda: dblocks.Trainer(build(sizes), work.task, data, None, train), work.batch(train.batch_size)
+    )
 
 
 def tiny(**overrides):
@@ -47,8 +48,31 @@ def test_prediction_agrees_with_the_profiler(choice, overrides):
     if choice.method == "last-block":  # wants a pretrained network; its memory does not depend on the weights
         work = dataclasses.replace(work, train=lambda method: tiny(**overrides).train("end-to-end"))
     found = predictor(work, choice)
-    predicted = found.at(8, found.config.accumulation).device.total
+    predicted = found.at(found.config.batch_size, found.config.accumulation).device.total
     assert predicted == pytest.approx(measured(work, choice), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        Choice(method="end-to-end"),
+        Choice(method="diffusionblocks", num_blocks=3),
+        Choice(method="diffusionblocks", num_blocks=2, checkpointing=True),
+    ],
+    ids=lambda choice: choice.label,
+)
+def test_prediction_agrees_with_the_profiler_on_a_diffusion_transformer(choice):
+    sizes = {"model.hidden_size": 32, "train.batch_size": 8, "train.device": "cpu", "train.branch_at": 0.0}
+    work = from_recipe(load_recipe("dit-digits", sizes.items()), "dit-digits")
+    predicted = predictor(work, choice).at(8).device.total
+    assert predicted == pytest.approx(measured(work, choice), rel=0.03)
+
+
+def test_all_parts_of_an_accumulated_batch_are_counted():
+    work = tiny()
+    found = predictor(work, Choice(method="end-to-end"))
+    more = found.at(64, 16).device.total - found.at(8, 2).device.total  # parts of four samples
+    assert more == sum(tensor.nbytes for tensor in work.batch(56).values())
 
 
 def test_predicting_allocates_no_weights():

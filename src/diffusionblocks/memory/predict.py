@@ -136,13 +136,20 @@ class Predictor:
     def at(self, batch_size: int, accumulation: int = 1) -> Prediction:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
         samples = batch_size // accumulation
-        return self._combine([self._block(step, samples, accumulation > 1) for step in self.network.steps])
+        blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
+        return self._combine(blocks, self._waiting(samples, accumulation))
 
-    def _combine(self, blocks: Sequence[BlockPrediction]) -> Prediction:
+    def _waiting(self, samples: int, accumulation: int) -> Bytes:
+        """Inputs of the parts of a batch beyond the two that are traced."""
+        one = sum(tensor.nbytes for tensor in self.network.batch(1).values())
+        return Bytes(activations=max(0, accumulation - 2) * samples * one)
+
+    def _combine(self, blocks: Sequence[BlockPrediction], waiting: Bytes) -> Prediction:
         count = len(blocks)
         whole = sum((block.state for block in blocks), Bytes())
         parked = self.config.residency != "device" and count > 1
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
+        peaks = [peak + waiting for peak in peaks]
         if parked and self.config.prefetch:  # the next block's state is there as well
             following = [*blocks[1:], blocks[0]]
             peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
@@ -170,7 +177,8 @@ class Predictor:
         def peak(samples: int) -> float:
             factor = samples / first - 1
             pairs = zip(one.blocks, two.blocks, strict=True)
-            return self._combine([a.plus(b, a, factor) for a, b in pairs]).device.total
+            blocks = [a.plus(b, a, factor) for a, b in pairs]
+            return self._combine(blocks, self._waiting(samples, accumulation)).device.total
 
         low, high = 0, 1
         while high < LARGEST_BATCH and peak(high) <= limit:

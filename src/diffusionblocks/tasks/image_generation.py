@@ -41,8 +41,8 @@ class ImageGeneration:
 
     kind: str = "image-generation"
     label_dropout: float = 0.1
-    sampler: str = "heun"
-    sampling_steps: int = 18
+    sampler: str = "dpm-solver++"
+    sampling_steps: int = 20
     grid: str = "rho"
     guidance: float = 1.0
     num_samples: int = 5000
