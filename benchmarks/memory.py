@@ -21,7 +21,7 @@ import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.evaluation.plan import Choice, Workload, predictor
+from diffusionblocks.evaluation.workload import Choice, Workload, predictor
 from diffusionblocks.memory import profiled_peak
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration
 from environment import describe

@@ -197,7 +197,8 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
-    from diffusionblocks.evaluation.plan import default_counts, for_model, from_recipe, parse_memory, plan
+    from diffusionblocks.evaluation.plan import default_counts, parse_memory, plan
+    from diffusionblocks.evaluation.workload import for_model, from_recipe
     from diffusionblocks.recipes import load_recipe
     from diffusionblocks.report import table
 

@@ -10,7 +10,8 @@ import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.plan import ALLOWANCE, Choice, explain, from_recipe, parse_memory, plan, predictor
+from diffusionblocks.evaluation.plan import ALLOWANCE, explain, parse_memory, plan
+from diffusionblocks.evaluation.workload import Choice, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 
 TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "4", "--batch-size", "8", "--num-blocks", "2"]

@@ -6,7 +6,7 @@ import pytest
 from torch.profiler import ProfilerActivity, profile
 
 import diffusionblocks as dblocks
-from diffusionblocks.evaluation.plan import Choice, from_recipe, predictor
+from diffusionblocks.evaluation.workload import Choice, from_recipe, predictor
 from diffusionblocks.memory import profiled_peak
 from diffusionblocks.recipes import load_recipe
 from tests.conftest import make_data

@@ -1,0 +1,213 @@
+"""What is to be trained, free of how: the networks, batches and settings that predictions of memory are made for."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from diffusionblocks.adapters import convert, pretrained_config, take_apart
+from diffusionblocks.adapters.networks import NetworkConfig
+from diffusionblocks.baselines.lora import lora_model
+from diffusionblocks.baselines.methods import for_method
+from diffusionblocks.config import BlocksConfig
+from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.data.images import count_classes
+from diffusionblocks.denoisers import whole_network
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.memory.predict import Network, Predictor, Step, Traces
+from diffusionblocks.network import BlockModel
+from diffusionblocks.partition import split_layers
+from diffusionblocks.recipes import SHORT_NAMES, Recipe, load_recipe
+from diffusionblocks.recipes.networks import network_config, sample_shape
+from diffusionblocks.tasks import CausalLM
+from diffusionblocks.tasks.base import Task
+from diffusionblocks.training.config import TrainingConfig
+
+PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be trained, free of how.
+
+    Args:
+        network: number of layers -> the Hugging Face network of that depth (called on the meta device).
+        batch: number of samples -> batch. num_layers: L. blocks, task: settings of DiffusionBlocks and its objective.
+        train: method -> training settings. pretrained: there are weights to adapt. lora: rank and alpha.
+        train_readout: adapting trains a new readout. command: what every run starts with.
+    """
+
+    network: Callable[[int], Any]
+    batch: Callable[[int], dict[str, Tensor]]
+    num_layers: int
+    blocks: BlocksConfig
+    task: Task
+    train: Callable[[str], TrainingConfig]
+    pretrained: bool
+    lora: tuple[int, int]
+    train_readout: bool
+    command: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One row: a method with the options that change its memory."""
+
+    method: str
+    num_blocks: int = 1
+    checkpointing: bool = False
+    accumulation: int = 1
+
+    @property
+    def label(self) -> str:
+        extra = " + checkpointing" if self.checkpointing and self.method != "checkpointing" else ""
+        return self.method + extra
+
+
+def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Workload:
+    """The workload of a recipe, from its text alone: neither data nor weights are loaded (a pretrained network's
+    config is). name, overrides: what the command line called it and changed in it, for the command to repeat."""
+    kept = [(key, value) for key, value in overrides if SHORT_NAMES.get(key, key) not in PLANNED]
+    flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(str(value)))]
+    classes = count_classes(recipe.data)
+    config = network_config(recipe, classes)
+
+    def batch(samples: int) -> dict[str, Tensor]:
+        import torch
+
+        channels, size = sample_shape(recipe)
+        images = torch.zeros(samples, channels, size, size)
+        return {"pixel_values": images, "labels": torch.zeros(samples, dtype=torch.long)}
+
+    return Workload(
+        network=lambda num_layers: config.cut(num_layers).build(),
+        batch=batch,
+        num_layers=config.num_layers,
+        blocks=recipe.blocks,
+        task=recipe.task,
+        train=lambda method: for_method(recipe, method).train,
+        pretrained=bool(recipe.model.pretrained),
+        lora=(recipe.lora.rank, recipe.lora.alpha),
+        train_readout=True,
+        command=" ".join(["dblocks train", shlex.quote(name), *flags]),
+    )
+
+
+def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+    """The workload of adapting a Hugging Face model, from its config alone, and its training settings.
+
+    Raises UserError when the config cannot be read or its family is not supported.
+    """
+    config = pretrained_config(name_or_path)
+    if config.adapter.target == "none":
+        return _language_model(config, overrides)
+    name, size, channels = "images", "image_size", "num_channels"
+    if config.adapter.target == "image":
+        name, size, channels = "dit-images", "sample_size", "in_channels"
+    sizes = [("model.pretrained", name_or_path), ("data.image_size", config.get(size))]
+    overrides = [*sizes, ("data.channels", config.get(channels)), *overrides]
+    recipe = load_recipe(name, overrides)
+    recipe.train.check()
+    work = from_recipe(recipe, name, overrides)
+    if config.get(channels) not in (1, 3):  # it reads latents, and its config does not say of which autoencoder
+        work = dataclasses.replace(work, command="")
+    return work, recipe.train
+
+
+def _language_model(network: NetworkConfig, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+    """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
+    config = network.config
+    settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
+    length = settings.pop("sequence_length", min(2048, config.max_position_embeddings))
+    if not isinstance(length, int) or not 2 <= length <= config.max_position_embeddings:
+        raise UserError(f"--sequence-length must be 2 to {config.max_position_embeddings} tokens, got {length!r}")
+    known = {f"train.{field.name}" for field in dataclasses.fields(TrainingConfig)}
+    for key in settings:
+        if key not in known:
+            raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
+    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host", "order": "sequential"}
+    chosen = {key.removeprefix("train."): value for key, value in settings.items()}
+    train = TrainingConfig(**{**defaults, **chosen})
+    train.check()
+
+    def batch(samples: int) -> dict[str, Tensor]:
+        import torch
+
+        return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
+
+    def settings_of(method: str) -> TrainingConfig:
+        blocks = method == "exact"
+        return train if blocks else dataclasses.replace(train, residency="device", order="sweep")
+
+    work = Workload(
+        network=lambda num_layers: network.cut(num_layers).build(),
+        batch=batch,
+        num_layers=network.num_layers,
+        blocks=BlocksConfig(),
+        task=CausalLM(),
+        train=settings_of,
+        pretrained=True,
+        lora=(16, 32),
+        train_readout=False,
+        command="",
+    )
+    return work, train
+
+
+def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
+    """The predictor of one choice. traces: shared by the choices of one workload."""
+    train = work.train(choice.method)
+    if choice.checkpointing:
+        train = dataclasses.replace(train, activation_checkpointing=True)
+    uneven = work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
+    sizes = [len(span) for span in split_layers(work.num_layers, choice.num_blocks, uneven)]
+    return Predictor(_network(work, choice, sizes), work.task, train, traces)
+
+
+def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
+    method = "diffusionblocks" if choice.method.startswith("diffusionblocks") else choice.method
+    kind = method if method in _BUILDERS else "end-to-end"
+    build, count = _BUILDERS[kind], len(sizes)
+    if kind == "diffusionblocks":
+        alone = work.blocks.context == "input"
+        steps = [Step((size,)) if alone or index == 0 else Step((1, size), 1) for index, size in enumerate(sizes)]
+    elif kind == "exact":  # layers after the active block keep their inputs, layers before it keep nothing
+        after = [sum(sizes[index + 1 :]) for index in range(count)]
+        steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
+        steps[0], steps[-1] = Step((sizes[0], after[0])), Step((1, sizes[-1]), 1)
+        steps = steps if count > 1 else [Step((sizes[0],))]
+    elif kind == "last-block":
+        steps = [Step((work.num_layers - sizes[-1], sizes[-1]))]
+    else:
+        steps = [Step((sizes[0] if method == "shallow" else work.num_layers,))]
+    return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps)
+
+
+def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
+    shape = {"num_blocks": len(sizes), "layers_per_block": list(sizes), "levels": "log-normal"}
+    return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})
+
+
+def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
+    spans = split_layers(sum(sizes), len(sizes), list(sizes))
+    return BlockCoordinateModel(take_apart(work.network(sum(sizes))), spans)
+
+
+def _whole(work: Workload, num_layers: int, **options: Any) -> BlockModel:
+    return whole_network(take_apart(work.network(num_layers)), work.blocks, **options)
+
+
+_BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {
+    "diffusionblocks": _denoisers,
+    "exact": _coordinate,
+    "lora": lambda work, sizes: lora_model(
+        work.network(sum(sizes)), *work.lora, train_readout=work.train_readout, blocks=work.blocks
+    ),
+    "last-block": lambda work, sizes: _whole(work, sum(sizes), trained_layers=sizes[-1]),
+    "end-to-end": lambda work, sizes: _whole(work, sum(sizes)),
+}
