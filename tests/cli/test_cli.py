@@ -50,14 +50,18 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
-def test_the_readme_example_runs(monkeypatch, tmp_path):
+def test_the_readme_examples_run(monkeypatch, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    code = readme.split("```python\n")[1].split("```")[0].replace("steps=1500", "steps=4")
+    classify, generate = (
+        part.split("```")[0].replace("steps=1500", "steps=4") for part in readme.split("```python\n")[1:]
+    )
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    exec(code, namespace)
+    exec(classify, namespace)
     assert namespace["trainer"].progress.finished
     assert (tmp_path / "out" / "model.safetensors").is_file()
+    exec(generate, namespace)
+    assert namespace["images"].shape == (10, 1, 8, 8)
 
 
 @pytest.fixture(scope="module")

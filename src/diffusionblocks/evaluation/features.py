@@ -88,7 +88,7 @@ class Inception(Features):
 
 
 def small_network(train: ImageData, config: DataConfig, num_classes: int) -> SmallNetwork:
-    """The feature network of a data set: trained once with a fixed seed, kept in the cache folder."""
+    """The feature network of a data set: trained once with a fixed seed on the CPU, kept in the cache folder."""
     from safetensors.torch import load_model, save_model
 
     facts = repr((train.identity(), config.channels, num_classes, SIDE, WIDTH, STEPS, BATCH, RATE))
@@ -143,7 +143,9 @@ def check_number(what: str, count: int, num_features: int) -> None:
 
 
 @torch.no_grad()
-def distances(features: Features, images: Tensor, reference: Tensor) -> dict[str, Metric]:
+def distances(
+    features: Features, images: Tensor, reference: Tensor, device: torch.device | str = "cpu"
+) -> dict[str, Metric]:
     """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of two sets of uint8 images.
 
     The kernel distance's standard error is over random subsets. Raises UserError when there are too few images.
@@ -161,10 +163,10 @@ def distances(features: Features, images: Tensor, reference: Tensor) -> dict[str
         frechet: Any = FrechetInceptionDistance(feature=features)
         subset = min(KERNEL_SUBSET, len(images), len(reference))
         kernel: Any = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS, subset_size=subset)
-        for metric in (frechet, kernel):
+        for metric in (frechet.to(device), kernel.to(device)):
             for found, real in ((reference, True), (images, False)):
                 for part in found.split(256):
-                    metric.update(part, real=real)
+                    metric.update(part.to(device), real=real)
         mean, deviation = kernel.compute()
         return {
             features.names[0]: Metric(frechet.compute().item(), None),
@@ -175,5 +177,6 @@ def distances(features: Features, images: Tensor, reference: Tensor) -> dict[str
 @torch.no_grad()
 def class_accuracy(network: SmallNetwork, images: Tensor, labels: Tensor) -> Metric:
     """Percent of images that the classifier gives their own class."""
-    right = torch.cat([network.logits(part).argmax(1) for part in images.split(256)]) == labels
+    device = next(network.parameters()).device
+    right = torch.cat([network.logits(part.to(device)).argmax(1).cpu() for part in images.split(256)]) == labels
     return mean_with_error(100.0 * right)

@@ -85,7 +85,7 @@ def metrics(run: Any, split: Any) -> dict[str, Metric]:
         labels = reference.labels[torch.arange(task.num_samples) % len(reference)]
         rows = list(range(len(reference)))
         made = generate(run, labels)
-        found |= features.distances(extractor, made.images, reference.pixels(rows))
+        found |= features.distances(extractor, made.images, reference.pixels(rows), run.trainer.device)
         found["class_accuracy"] = features.class_accuracy(small, made.images, labels)
     if not recipe.data.vae:
         found |= bits_per_dimension(run, split)
