@@ -23,7 +23,7 @@ from diffusionblocks.evaluation.run import load_run
 from environment import describe
 
 RESULTS = Path(__file__).parent / "results"
-METHODS = "end-to-end,shallow,diffusionblocks,diffusionblocks-paper"
+METHODS = "end-to-end,shallow,diffusionblocks"
 SPLITS = [("2", "equal-mass"), ("3", "equal-mass"), ("4", "equal-mass"), ("6", "equal-mass"), ("3", "uniform")]
 
 
@@ -82,11 +82,12 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     folder = Path(arguments.output_dir) / "quality"
     runs = {name: load_run(folder / name / "seed-0") for name in METHODS.split(",") if (folder / name).is_dir()}
+    task = runs["end-to-end"].recipe.task
     labels, times = torch.arange(100) % 10, {name: [] for name in runs}
     for turn in range(6):
         for name, run in runs.items():
             with run.trainer.averaged():
-                seconds = generate(run, labels, seed=turn, quiet=True, task=runs["end-to-end"].recipe.task).seconds
+                seconds = generate(run, labels, seed=turn, quiet=True, task=task).seconds
             if turn:  # the first is a warm-up
                 times[name].append(seconds / len(labels))
     ratios = {
@@ -95,7 +96,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     return {
         "images": len(labels),
-        "sampler": "heun, 18 steps",
+        "sampler": f"{task.sampler}, {task.sampling_steps} steps",
         "seconds_per_image": {name: statistics.median(found) for name, found in times.items()},
         "of_end_to_end": {
             name: {"value": statistics.fmean(found), "stderr": statistics.stdev(found) / len(found) ** 0.5}

@@ -241,6 +241,7 @@ class DiffusionBlocksModel(BlockModel):
             self.shared.requires_grad_(False)
         # In a tuple, so that their parameters are registered once, through the blocks.
         self._denoisers = tuple(self._denoiser(index) for index in range(config.num_blocks))
+        self.one_for_all = False
 
     def _levels(self, parts: Parts) -> LevelDistribution:
         raise NotImplementedError
@@ -252,9 +253,12 @@ class DiffusionBlocksModel(BlockModel):
         raise NotImplementedError
 
     def denoiser(self, index: int) -> Any:
-        """Block `index` as an ordinary module (no copies: its parameters are the model's)."""
+        """Block `index` as an ordinary module (no copies: its parameters are the model's).
+
+        Block 0 for every index while `one_for_all` is set: before branching it is the only one that has learned.
+        """
         self.block(index)  # checks the index
-        return self._denoisers[index]
+        return self._denoisers[0 if self.one_for_all else index]
 
     def context(self, batch: Batch, index: int) -> Tensor | None:
         """Features context: the clean stream that enters block `index` [N, T, D]. None where it reads the input."""

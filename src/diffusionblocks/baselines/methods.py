@@ -46,6 +46,9 @@ def _checkpointing(recipe: Recipe) -> Recipe:
 def _paper(recipe: Recipe) -> Recipe:
     content = recipe.as_dict()
     content = merge(content, preset(content, "paper"))
+    if recipe.task.kind == "image-generation":  # all methods of a comparison draw their samples alike
+        kept = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
+        content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept}})
     return build(merge(content, recipe.methods.get("diffusionblocks-paper", {})))
 
 

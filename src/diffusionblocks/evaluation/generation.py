@@ -49,7 +49,13 @@ def generate(
     found = []
     starts = range(0, len(labels), AT_ONCE)
     for start in track(starts, "sampling", disable=quiet or len(starts) < 2, transient=True, console=_console()):
-        part = task.sample(model, labels[start : start + AT_ONCE], seed=derive(seed, "samples", start), watch=count)
+        part = task.sample(
+            model,
+            labels[start : start + AT_ONCE],
+            seed=derive(seed, "samples", start),
+            device=run.trainer.device,
+            watch=count,
+        )
         found.append(to_pixels(part if decoder is None else decoder.decode(part.cpu())))
     return Samples(torch.cat(found), labels, layers, time.perf_counter() - started)
 
@@ -71,7 +77,7 @@ def source(part: Any) -> ImageData:
 
 
 def metrics(run: Any, split: Any) -> dict[str, Metric]:
-    """Of `task.num_samples` images with the classes of `split` in turn, against the images of `split`.
+    """Of `task.num_samples` images with the classes of `split` in its shares, against the images of `split`.
 
     `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py), or `fid` and `kid` where the recipe names the
     Inception network; `bits_per_dimension` for images that are not latents (an upper bound, likelihood.py) and, with
@@ -82,7 +88,7 @@ def metrics(run: Any, split: Any) -> dict[str, Metric]:
     if task.num_samples:
         small = features.small_network(source(run.data.train), recipe.data, len(run.data.classes))
         extractor = features.Inception(task.inception) if task.inception else small
-        labels = reference.labels[torch.arange(task.num_samples) % len(reference)]
+        labels = reference.labels[torch.arange(task.num_samples) * len(reference) // task.num_samples]
         rows = list(range(len(reference)))
         made = generate(run, labels)
         found |= features.distances(extractor, made.images, reference.pixels(rows), run.trainer.device)
@@ -143,8 +149,6 @@ def sample_to_file(
             )
     if output.suffix not in (".png", ".npz"):
         raise UserError(f"--output must end in .png (a grid) or .npz (the samples), got {output.name!r}")
-    if settings.get("guidance", 1.0) != 1.0 and run.recipe.task.label_dropout == 0:
-        raise UserError("guidance needs a null class, and this run was trained without one (task.label_dropout 0)")
     task = dataclasses.replace(run.recipe.task, **settings)
     chosen = torch.tensor(list(classes) or range(len(names)))
     with run.trainer.averaged():

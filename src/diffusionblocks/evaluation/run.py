@@ -105,11 +105,11 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str,
                 _unclaim(output_dir)
             raise
         progress = run.trainer.fit(resume=resume)
+        _save_model(run, output_dir)
         metrics = _measure(run)
         memory = (
             _throwaway_peak(recipe, run.data) if run.trainer.device.type != "cuda" else _cuda_peak(recipe, run.data)
         )
-        _save_model(run, output_dir)
     summary = _summary(run, progress, metrics, memory, messages)
     _write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(output_dir / "residency", ignore_errors=True)
@@ -185,9 +185,10 @@ def _cuda_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
 
 def _save_model(run: Run, output_dir: Path) -> None:
     """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
-    run.trainer.use_averages()
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel)
+    run.trainer.use_averages()
     run.model.save_pretrained(output_dir / "model")
+    run.trainer.use_averages()  # back
 
 
 def _summary(

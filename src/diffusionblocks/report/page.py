@@ -147,7 +147,9 @@ def _images(run: Any) -> dict[str, str]:
     with run.trainer.averaged():
         labels = torch.arange(IMAGES) % len(names)
         made = generate(run, labels, quiet=True)
-        end = decode(task.sample(model, labels[:PATHS], seed=derive(0, "samples", 0), watch=watch))
+        end = decode(
+            task.sample(model, labels[:PATHS], seed=derive(0, "samples", 0), device=run.trainer.device, watch=watch)
+        )
     chosen = [steps[round(i * (len(steps) - 1) / (PATH_STEPS - 2))] for i in range(PATH_STEPS - 1)]
     last = {"block": chosen[-1]["block"], "sigma": 0.0, "noisy": to_pixels(end)}
     columns = [{**step, "noisy": [grid(image[None]) for image in step["noisy"]]} for step in (*chosen, last)]

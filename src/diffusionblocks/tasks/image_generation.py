@@ -59,6 +59,12 @@ class ImageGeneration:
         check_choices("task", self, self.CHOICES)
         if not 0 <= self.label_dropout <= 1:
             raise UserError(f"task.label_dropout is a share in [0, 1], got {self.label_dropout}")
+        if self.sampling_steps < 1:
+            raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
+        if self.guidance != 1.0 and self.label_dropout == 0:
+            raise UserError(
+                "guidance needs a null class, which training with task.label_dropout 0 never shows the network"
+            )
         if self.num_samples < 0 or self.levels_per_image < 1:
             raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
 
@@ -77,7 +83,7 @@ class ImageGeneration:
         """`validation_loss`: EDM-weighted error over the training distribution of noise levels, with its standard error over
         images; with several blocks also `loss_block_<i>`, over each block's own range.
 
-        Levels are stratified and their noise is seeded, so that every network meets the same noisy images.
+        Levels are stratified and their noise is seeded: with equal batches, every network meets the same noisy images.
         """
         network = _diffusion(model)
         count, partition = self.levels_per_image, network.partition
@@ -119,17 +125,18 @@ class ImageGeneration:
         labels: Tensor,
         *,
         seed: int = 0,
+        device: torch.device | None = None,
         watch: Callable[[int, float, Tensor, Tensor], Any] | None = None,
     ) -> Tensor:
         """Images of the given classes [N] (num_classes = the null class) -> [N, channels, height, width], unclipped.
 
-        One block runs per denoiser call, chosen by `partition.block_of`. Image i depends on `seed`, the order of `labels` and
-        nothing else.
+        One block runs per denoiser call, chosen by `partition.block_of`. The images depend on `seed` and `labels` alone.
 
         Args:
+            device: where to sample; None = where the model's first parameter is.
             watch: called as watch(block, level, z, estimate) after every denoiser call.
         """
-        device = next(iter(model.parameters())).device
+        device = device or next(iter(model.parameters())).device
         labels = labels.to(device)
         null = torch.full_like(labels, model.num_classes)
 

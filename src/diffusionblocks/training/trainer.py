@@ -296,16 +296,22 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model as it is evaluated: moving averages in place, no gradients, every block readable."""
+        """The model as it is evaluated: moving averages in place, no gradients, every block readable, and before branching
+        the one block that learns in place of all."""
         residency = self.residency
         residency.settle()
         self._swap_averages()
         self.model.eval()
+        common = self.progress.block_steps < branch_steps(self.config, self.model.num_blocks)
+        if isinstance(self.model, DiffusionBlocksModel):
+            self.model.one_for_all = common
         try:
             with residency.borrowed(), torch.no_grad(), self.accelerator.autocast():
                 yield
         finally:
             self._swap_averages()
+            if isinstance(self.model, DiffusionBlocksModel):
+                self.model.one_for_all = False
 
     def use_averages(self) -> None:
         """Puts the moving averages in the model's place for good (before saving the finished model)."""
