@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 import diffusionblocks as dblocks
-from diffusionblocks.data import images, latents
+from diffusionblocks.data import latents, sources
 from diffusionblocks.data.latents import Autoencoder, load_data
 from diffusionblocks.evaluation import features, generation
 from tests.conftest import make_data
@@ -117,9 +117,9 @@ def test_sets_too_large_for_memory_are_decoded_when_read(tmp_path, monkeypatch):
             Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(tmp_path / name / f"{i:02d}.png")
     config = dblocks.DataConfig(source="folder", path=str(tmp_path), image_size=8, test_share=0.2)
     whole = dblocks.load_images(config)
-    monkeypatch.setattr(images, "MEMORY_LIMIT", 100)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 100)
     lazy = dblocks.load_images(config)
-    assert isinstance(lazy.train.images, images.LazyImages)
+    assert isinstance(lazy.train.images, sources.LazyImages)
     for part, other in zip(whole[:3], lazy[:3], strict=True):
         rows = list(range(len(part)))
         assert torch.equal(part.pixels(rows), other.pixels(rows))
