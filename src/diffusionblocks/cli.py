@@ -114,8 +114,7 @@ def _too_large(recipe: Any, name: str) -> str:
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import evaluate
 
-    _none(rest)
-    summary = evaluate(Path(arguments.run_dir))
+    summary = evaluate(Path(arguments.run_dir), _overrides(rest))
     if not arguments.json:
         _print_metrics(summary)
     return summary
@@ -125,14 +124,14 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import load_run
     from diffusionblocks.tasks import ImageGeneration
 
-    _none(rest)
-    run = load_run(Path(arguments.run_dir))
+    folder, overrides = Path(arguments.run_dir), _overrides(rest)
+    run = load_run(folder, overrides, with_data=False)
     if isinstance(run.recipe.task, ImageGeneration):
         return _sample_images(arguments, run)
     for name in ("class", "guidance", "steps", "sampler", "grid", "seed"):
         if getattr(arguments, name) is not None:
             raise UserError(f"--{name} is for image generation; this run classifies")
-    return _sample_labels(arguments, run)
+    return _sample_labels(arguments, load_run(folder, overrides))
 
 
 def _sample_images(arguments: argparse.Namespace, run: Any) -> Any:
@@ -238,9 +237,8 @@ def _numbers(text: str) -> list[int]:
 def _export(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import export_block
 
-    _none(rest)
     output = Path(arguments.output) if arguments.output else None
-    path = export_block(Path(arguments.run_dir), arguments.block, output)
+    path = export_block(Path(arguments.run_dir), arguments.block, output, _overrides(rest))
     if not arguments.json:
         print(f"block {arguments.block}: {path}")
     return {"block": arguments.block, "output": str(path)}

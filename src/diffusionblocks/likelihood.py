@@ -62,11 +62,11 @@ def image_bound(
             sigma = sigma.to(clean.device)
             noisy = add_noise(clean, sigma, generator=generator)
             found = estimate(block, torch.arange(count, device=clean.device), noisy, sigma)
-            error = (found - clean).double().square().flatten(1).sum(1)
+            error = (found - clean).cpu().double().square().flatten(1).sum(1)
             # d eta = sigma^-2 d(log sigma)
-            shares[:, block] += (length / levels_per_block * error / sigma.double() ** 2).cpu()
+            shares[:, block] += length / levels_per_block * error / sigma.cpu().double() ** 2
     high, low = partition.levels.highest, partition.levels.lowest
-    prior = clean.double().square().flatten(1).sum(1).cpu() / (2 * high**2)  # KL of N(y, high^2) from N(0, high^2)
+    prior = clean.cpu().double().square().flatten(1).sum(1) / (2 * high**2)  # KL of N(y, high^2) from N(0, high^2)
     return Shares(shares, prior, _hidden_pixels(clean, low, generator))
 
 

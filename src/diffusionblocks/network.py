@@ -326,9 +326,14 @@ class DiffusionBlocksModel(BlockModel):
             "layers": f"{span[0]}-{span[-1]}",
             "noise_range": f"{own.low:.6g} to {own.high:.6g}",
             "blocks": json.dumps(asdict(self.config)),
-            "source": json.dumps(self.source),
+            "source": json.dumps(self._identity()),
         }
         save_file(tensors, str(path), metadata=facts)
+
+    def _identity(self) -> Any:
+        """What the network was made from, as JSON reads it back, without what libraries note for themselves."""
+        config = {key: value for key, value in self.source.get("config", {}).items() if not key.startswith("_")}
+        return json.loads(json.dumps({**self.source, "config": config}))
 
     def load_block(self, path: str | Path) -> int:
         """Puts an exported block in its place and returns its index; the others stay as they are.
@@ -345,7 +350,7 @@ class DiffusionBlocksModel(BlockModel):
             raise UserError(f"cannot read the block {path}: {error}") from None
         if not facts.get("format", "").startswith("diffusionblocks block"):
             raise UserError(f"{path} is no exported block; dblocks export writes one")
-        if json.loads(facts["blocks"]) != asdict(self.config) or json.loads(facts["source"]) != self.source:
+        if json.loads(facts["blocks"]) != asdict(self.config) or json.loads(facts["source"]) != self._identity():
             raise UserError(f"{path} is a block of another network, or of one that was split in another way")
         index = int(facts["block"])
         self.block(index).load_state_dict(tensors)

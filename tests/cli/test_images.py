@@ -44,7 +44,7 @@ def test_a_run_is_summarised_with_the_metrics_of_its_samples(trained, capsys):
     summary = json.loads((trained / "summary.json").read_text())
     assert set(summary) >= SUMMARY_KEYS
     own = {f"{kind}_block_{block}" for kind in ("loss", "bits") for block in range(3)}
-    of_samples = {"feature_distance", "kernel_distance", "class_accuracy"}
+    of_samples = {"feature_distance", "kernel_distance", "class_accuracy", "class_accuracy_real"}
     assert set(summary["metrics"]) == {"validation_loss", "bits_per_dimension"} | own | of_samples
     assert "fid" not in summary["metrics"]
     code, out, _ = run(capsys, "evaluate", trained, "--json")
@@ -52,6 +52,22 @@ def test_a_run_is_summarised_with_the_metrics_of_its_samples(trained, capsys):
     again = json.loads(out)["metrics"]
     for name, metric in summary["metrics"].items():
         assert again[name]["value"] == pytest.approx(metric["value"], rel=1e-4), name
+
+
+def test_a_finished_run_is_evaluated_with_other_samples(trained, capsys):
+    words = ["--task.num-samples", 90, "--task.guidance", 2, "--evaluate-on", "validation", "--device", "cpu"]
+    code, out, err = run(capsys, "evaluate", trained, *words, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["sampling"]["num_samples"], found["sampling"]["guidance"]) == (90, 2)
+    assert found["evaluated_on"] == "validation"
+    assert "train.steps cannot be changed after training" in fails(capsys, "evaluate", trained, "--steps", 5)
+
+
+def test_sampling_and_exporting_need_no_data(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusionblocks.evaluation.run.load_data", lambda *_: pytest.fail("data was read"))
+    assert run(capsys, "sample", trained, "--num", 2, "--output", tmp_path / "x.png")[0] == 0
+    assert run(capsys, "export", trained, "--block", 0, "--output", tmp_path / "x.safetensors")[0] == 0
 
 
 def test_sample_writes_a_grid_and_says_what_it_did(trained, capsys, tmp_path):
@@ -107,10 +123,19 @@ def test_one_block_goes_on_with_new_data_and_the_others_stay_byte_identical(trai
     changed = {name.split(".")[1] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"1"}
     assert run(capsys, "evaluate", tmp_path / "on")[0] == 0
+    words = ["--model.start", trained, "--train.branch-at", 0.5, "--output-dir", tmp_path / "x"]
+    assert "set it to 0" in fails(capsys, "train", "dit-digits", *settings, *words)
     line = fails(capsys, "train", "dit-digits", *settings, "--num-blocks", 2, "--model.start", trained,
                  "--output-dir", tmp_path / "x")  # fmt: skip
     assert "are of another network or conversion" in line
     assert not (tmp_path / "x").exists()
+
+
+def test_all_blocks_go_on_from_what_they_were(trained, settings, capsys, tmp_path):
+    words = ["--model.start", trained, "--train.learning-rate", 1e-12, "--task.num-samples", 0]
+    assert run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "on")[0] == 0
+    before, after = (load_file(str(folder / "model" / "model.safetensors")) for folder in (trained, tmp_path / "on"))
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)  # no branching over them
 
 
 def test_a_comma_separated_list_of_blocks_is_read(trained, settings, capsys, tmp_path):
@@ -154,6 +179,15 @@ def test_a_pretrained_transformer_is_adapted(settings, capsys, tmp_path):
     assert code == 0
     assert json.loads(out)["method"] == "lora"
     assert run(capsys, "train", "dit-digits", *settings, *words, tmp_path / "blocks")[0] == 0
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "dit").rename(tmp_path / "pipeline" / "transformer")  # as in the repository of a pipeline
+    words = ["--model.pretrained", tmp_path / "pipeline", "--task.num-samples", 0]
+    code, _, err = run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "again")
+    assert code == 0, err
+    (tmp_path / "pipeline" / "transformer").rename(tmp_path / "dit")
+    make_dit(in_channels=4).save_pretrained(tmp_path / "latent")
+    words = ["--model.pretrained", tmp_path / "latent", "--output-dir", tmp_path / "no"]
+    assert "reads latents: set data.vae" in fails(capsys, "train", "dit-digits", *settings, *words)
     line = fails(capsys, "train", "digits", "--model.pretrained", tmp_path / "dit", "--output-dir", tmp_path / "no")
     assert "the task classification cannot train a DiTTransformer2DModel" in line
 
@@ -185,6 +219,10 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
         (["--train.blocks", "3"], "block 3 does not exist"),
         (["--task.inception", "/nowhere.pt"], "cannot load /nowhere.pt"),
         (["--task.label-dropout", "1.5"], "is a share in [0, 1]"),
+        (["--task.label-dropout", "0", "--task.guidance", "2"], "guidance needs a null class"),
+        (["--task.sampling-steps", "0"], "at least 1 step"),
+        (["--data.test-share", "0.03"], "needs at least 65 reference images, got 54"),
+        (["--model.hidden-size", "18"], "must be divisible by 4"),
     ],
 )
 def test_mistakes_get_one_clear_line(settings, capsys, tmp_path, arguments, words):

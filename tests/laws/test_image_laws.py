@@ -3,6 +3,9 @@
 import copy
 import itertools
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from diffusionblocks.partition import Partition
 from diffusionblocks.precondition import coefficients
 from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.ode import SAMPLERS
-from tests.conftest import config, make_data, make_dit, same, weights
+from tests.conftest import config, make_data, make_dit, make_vit, same, weights
 
 BATCH = make_data(6).__getitems__(list(range(6)))
 LEVELS = torch.tensor([0.01, 0.1, 0.3, 1.0, 5.0, 60.0])
@@ -284,7 +287,42 @@ def test_pixels_hidden_by_a_high_lowest_level_are_paid_for():
 # ---------------------------------------------------------------- training
 
 
-def test_training_learns_and_blocks_stay_apart(tmp_path):
+def test_before_branching_the_block_that_learns_answers_for_all():
+    task, data = dblocks.ImageGeneration(), make_data(48)
+    model = dblocks.convert(make_dit(), 3)
+    options = config(steps=20, batch_size=16, learning_rate=3e-3, branch_at=0.5)
+    trainer = dblocks.Trainer(model, task, data, data, options)
+    for visit, _ in itertools.islice(trainer._visits(), 20):
+        assert visit.whole_range
+    found = trainer.evaluate(data)
+    with trainer.averaged():
+        assert all(model.denoiser(i) is model.denoiser(0) for i in range(3))
+    assert model.denoiser(1) is not model.denoiser(0)
+    own = task.evaluate(model.eval(), [data.__getitems__(list(range(48)))])  # blocks 1 and 2 have learned nothing
+    assert found["loss_block_2"].value < 0.9 * own["loss_block_2"].value
+
+
+def test_averages_of_bf16_weights_move():
+    model = dblocks.convert(make_dit(), 1)
+    options = config(precision="bf16-true", ema_decay=0.999, steps=400, learning_rate=1e-4)
+    state = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, options).states[0]
+    name, weight = next(iter(state.parameters.items()))
+    state.steps = 10_000
+    state._update_average()
+    with torch.no_grad():
+        weight.add_(1.0)
+    before = state.average[name].clone()
+    for _ in range(3):
+        state._update_average()
+    torch.testing.assert_close(state.average[name] - before, torch.full_like(before, 1 - 0.999**3), rtol=0.2, atol=1e-4)
+    own = weight.data
+    state.swap_average()
+    assert weight.dtype == torch.bfloat16 and weight.data is not own
+    state.swap_average()
+    assert weight.data_ptr() == own.data_ptr()
+
+
+def test_training_learns():
     task, data = dblocks.ImageGeneration(), make_data(48)
     model = dblocks.convert(make_dit(), 3)
     before = task.evaluate(model.eval(), [data.__getitems__(list(range(48)))])["validation_loss"].value
@@ -339,6 +377,17 @@ def test_an_exported_block_fits_its_own_model_only(tmp_path):
     assert changed == {"1"}
     with pytest.raises(dblocks.UserError, match="split in another way"):
         dblocks.convert(make_dit(), 2).load_block(path)
+    code = (
+        "import sys; import diffusionblocks as dblocks; from tests.conftest import make_dit; "
+        "print(dblocks.convert(make_dit(), 3).load_block(sys.argv[1]))"
+    )
+    for seed in "12":  # what diffusers notes in a config depends on the process
+        command = [sys.executable, "-c", code, str(path)]
+        found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONHASHSEED": seed})
+        assert found.stdout.strip() == "1", found.stderr
+    vit = dblocks.convert(make_vit(), 3)
+    vit.save_block(0, tmp_path / "vit.safetensors")
+    assert vit.load_block(tmp_path / "vit.safetensors") == 0
     model.save_pretrained(tmp_path)
     with pytest.raises(dblocks.UserError, match="no exported block"):
         other.load_block(tmp_path / "model.safetensors")

@@ -80,7 +80,12 @@ def test_the_cache_is_used_resumed_and_repaired(options, tmp_path, monkeypatch, 
     assert sum(encoded) == whole + 300
     assert "is damaged; it is encoded again" in caplog.text
     assert torch.equal(first, repaired)
-    index = shard.parent / "index.json"  # an interrupted run: only its first shard is there
+    index = shard.parent / "index.json"
+    index.write_text("{")
+    with caplog.at_level(logging.WARNING):
+        load_data(config)
+    assert "the index of the latent cache" in caplog.text
+    # An interrupted run: only its first shard is there.
     index.write_text(json.dumps(dict(list(json.loads(index.read_text()).items())[:1])))
     encoded.clear()
     load_data(config)
@@ -147,14 +152,29 @@ def test_the_feature_network_is_trained_once_and_tells_sets_apart(quick, tmp_pat
     again = features.small_network(data, config, 4)
     pixels = data.pixels(list(range(400)))
     assert torch.equal(network(pixels), again(pixels))
-    assert features.class_accuracy(network, pixels, data.labels).value > 90
-    same = features.distances(network, pixels[:200], pixels[200:])
-    other = features.distances(network, 255 - pixels[:200], pixels[200:])
+    assert features.right(network, pixels, data.labels).float().mean() > 0.9
+    own, inverted = features.extract(network, pixels), features.extract(network, 255 - pixels)
+    same = features.distances(network.names, own[:200], own[200:])
+    other = features.distances(network.names, inverted[:200], own[200:])
     assert set(same) == {"feature_distance", "kernel_distance"}
     assert same["feature_distance"].value < 0.1 * other["feature_distance"].value
     assert same["kernel_distance"].value < 0.1 * other["kernel_distance"].value
     with pytest.raises(dblocks.UserError, match="needs at least 65 samples, got 64"):
-        features.distances(network, pixels[:64], pixels)
+        features.distances(network.names, own[:64], own)
+    with pytest.raises(dblocks.UserError, match=r"65 reference images, got 64; set task\.num_samples to 0"):
+        features.distances(network.names, own, own[:64])
+
+
+def test_a_damaged_feature_network_is_trained_again(quick, tmp_path, caplog):
+    config = dblocks.DataConfig(cache_dir=str(tmp_path))
+    network = features.small_network(make_data(100), config, 4)
+    (path,) = tmp_path.glob("features-*.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    with caplog.at_level(logging.WARNING):
+        again = features.small_network(make_data(100), config, 4)
+    assert "is damaged; it is trained again" in caplog.text
+    pixels = make_data(100).pixels([0, 1])
+    torch.testing.assert_close(network(pixels), again(pixels))
 
 
 def test_inception_from_a_file_gives_fid_by_its_name(tmp_path):
@@ -167,7 +187,8 @@ def test_inception_from_a_file_gives_fid_by_its_name(tmp_path):
     network = features.Inception(path)
     assert network.num_features == 12
     pixels = torch.randint(0, 255, (60, 3, 8, 8), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    found = features.distances(network, pixels[:30], pixels[30:])
+    own = features.extract(network, pixels)
+    found = features.distances(network.names, own[:30], own[30:])
     assert set(found) == {"fid", "kid"}
     (tmp_path / "broken.pt").write_bytes(b"no")
     with pytest.raises(dblocks.UserError, match="cannot load"):
@@ -175,16 +196,10 @@ def test_inception_from_a_file_gives_fid_by_its_name(tmp_path):
 
 
 def test_frechet_distance_of_gaussians_is_the_formula():
-    class Plain(features.Features):
-        num_features, names = 2, ("feature_distance", "kernel_distance")
-
-        def forward(self, images):
-            return images[:, 0, 0].float()
-
     generator = torch.Generator().manual_seed(0)
-    a = torch.randn(20_000, 1, 1, 2, generator=generator) * torch.tensor([10.0, 4.0]) + 100
-    b = torch.randn(20_000, 1, 1, 2, generator=generator) * torch.tensor([5.0, 4.0]) + torch.tensor([103.0, 96.0])
-    found = features.distances(Plain(), a, b)["feature_distance"].value
+    a = torch.randn(20_000, 2, generator=generator) * torch.tensor([10.0, 4.0]) + 100
+    b = torch.randn(20_000, 2, generator=generator) * torch.tensor([5.0, 4.0]) + torch.tensor([103.0, 96.0])
+    found = features.distances(("feature_distance", "kernel_distance"), a, b)["feature_distance"].value
     assert found == pytest.approx(3**2 + 4**2 + (10 - 5) ** 2, rel=0.06)
 
 
@@ -207,6 +222,8 @@ def test_pixels_are_rounded_and_clipped():
 def test_guidance_without_a_null_class_is_refused(tmp_path):
     task = dblocks.ImageGeneration(label_dropout=0.0)
     run = SimpleNamespace(recipe=SimpleNamespace(task=task), data=SimpleNamespace(classes=["a", "b"]))
+    with pytest.raises(dblocks.UserError, match="guidance needs a null class"):
+        dblocks.ImageGeneration(label_dropout=0.0, guidance=2.0)
     with pytest.raises(dblocks.UserError, match="guidance needs a null class"):
         generation.sample_to_file(run, 4, tmp_path / "x.png", guidance=2.0)
     with pytest.raises(dblocks.UserError, match="class 2 does not exist: classes are 0 to 1"):

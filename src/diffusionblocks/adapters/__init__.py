@@ -35,8 +35,8 @@ def pretrained_config(name_or_path: str) -> NetworkConfig:
 
     Raises UserError when it cannot be read or its class is not supported.
     """
-    class_name, config = read_config(name_or_path)
-    return NetworkConfig(find_adapter(class_name), class_name, config)
+    class_name, config, subfolder = read_config(name_or_path)
+    return NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
 
 
 def take_apart(model: nn.Module) -> Parts:

@@ -6,7 +6,7 @@ import copy
 import importlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from diffusionblocks.errors import UserError
 @dataclass(frozen=True)
 class NetworkConfig:
     """What a network is made from: its class, and the config that its library reads (an object of transformers, a dict for
-    diffusers)."""
+    diffusers). subfolder: of a Hugging Face repository, where the network is."""
 
     adapter: Adapter
     class_name: str
     config: Any
     attention: str = "sdpa"
+    subfolder: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -35,7 +36,7 @@ class NetworkConfig:
         """A copy with other entries."""
         config = copy.deepcopy(self.config)
         config.update(changes)
-        return NetworkConfig(self.adapter, self.class_name, config, self.attention)
+        return replace(self, config=config)
 
     def cut(self, num_layers: int) -> NetworkConfig:
         """A copy with another number of layers."""
@@ -58,7 +59,7 @@ class NetworkConfig:
         model_class = network_class(self.class_name, self.adapter)
         if isinstance(self.config, dict):
             changed = {key: value for key, value in self.config.items() if not key.startswith("_")}
-            options = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False}
+            options = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False, "subfolder": self.subfolder}
             return self._with_attention(model_class.from_pretrained(name_or_path, **options, **changed))
         config = copy.deepcopy(self.config)
         config._attn_implementation = self.attention
@@ -90,17 +91,18 @@ def new_config(adapter: Adapter, class_name: str, settings: dict[str, Any], atte
     return NetworkConfig(adapter, class_name, config, attention)
 
 
-def read_config(name_or_path: str) -> tuple[str, Any]:
-    """Class name and config of a pretrained network, as its library reads it (no weights).
+def read_config(name_or_path: str) -> tuple[str, Any, str | None]:
+    """Class name and config of a pretrained network, as its library reads it (no weights), and its sub-folder.
 
     Raises UserError when there is none.
     """
     logging.getLogger("huggingface_hub").setLevel(
         logging.ERROR
     )  # it announces every retry; the error below says it once
-    local = Path(name_or_path) / "config.json"
-    if local.is_file() and "_class_name" in (content := _json(local)):
-        return content["_class_name"], content
+    for subfolder in (None, "transformer"):
+        local = Path(name_or_path, subfolder or "", "config.json")
+        if local.is_file() and "_class_name" in (content := _json(local)):
+            return content["_class_name"], content, subfolder
     from transformers import AutoConfig
 
     try:
@@ -110,21 +112,21 @@ def read_config(name_or_path: str) -> tuple[str, Any]:
             return found
         reason = str(error).splitlines()[0]
         raise UserError(f"cannot load the network {name_or_path!r}: {reason} (offline, pass a local folder)") from None
-    return (config.architectures or [config.model_type])[0], config
+    return (config.architectures or [config.model_type])[0], config, None
 
 
-def _from_diffusers(name: str) -> tuple[str, Any] | None:
+def _from_diffusers(name: str) -> tuple[str, Any, str | None] | None:
     """A diffusers network by its Hugging Face name: at the top of the repository, or in its folder `transformer`."""
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError:
         return None
-    for folder in (None, "transformer"):
+    for subfolder in (None, "transformer"):
         try:
-            content = DiTTransformer2DModel.load_config(name, subfolder=folder)
+            content = DiTTransformer2DModel.load_config(name, subfolder=subfolder)
         except (OSError, ValueError):
             continue
-        return content["_class_name"], dict(content)
+        return content["_class_name"], dict(content), subfolder
     return None
 
 

@@ -29,8 +29,16 @@ class Method:
     adapts: bool = False
 
 
-def _unchanged(recipe: Recipe) -> Recipe:
-    return recipe
+def _blocks(recipe: Recipe) -> Recipe:
+    """Branching would copy block 0 over the weights that a trained run or a pretrained network brings."""
+    if not (recipe.model.start or recipe.model.pretrained):
+        return recipe
+    if recipe.train.branch_at:
+        raise UserError(
+            "train.branch_at copies block 0 over all others, and with them what model.start or model.pretrained brought; "
+            "set it to 0"
+        )
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0))
 
 
 def _one_block(recipe: Recipe) -> Recipe:
@@ -49,7 +57,7 @@ def _paper(recipe: Recipe) -> Recipe:
     if recipe.task.kind == "image-generation":  # all methods of a comparison draw their samples alike
         kept = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
         content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept}})
-    return build(merge(content, recipe.methods.get("diffusionblocks-paper", {})))
+    return _blocks(build(merge(content, recipe.methods.get("diffusionblocks-paper", {}))))
 
 
 def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
@@ -94,7 +102,7 @@ METHODS: dict[str, Method] = {
         "end to end, activations recomputed in the backward pass", _checkpointing, _end_to_end_model
     ),
     "shallow": Method("the first L/B layers end to end: the same memory as a block", _one_block, _shallow_model),
-    "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _unchanged, _blocks_model),
+    "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _blocks, _blocks_model),
     "diffusionblocks-paper": Method("B blocks with the paper's settings (preset paper)", _paper, _blocks_model),
     "exact": Method("block-coordinate: the ordinary loss, one block's parameters at a time", _exact, _exact_model),
     "full": Method("fine-tunes all of a pretrained network", _one_block, _end_to_end_model, True),

@@ -37,11 +37,12 @@ class Autoencoder:
     Raises UserError when it cannot be loaded or does not fit the images.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, device: str = "auto") -> None:
         from diffusers import AutoencoderKL
 
         latent_shape(config)  # checks
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        cuda = torch.cuda.is_available() and device in ("auto", "cuda")
+        self.device = torch.device("cuda" if cuda else "cpu")
         try:
             self.network: Any = AutoencoderKL.from_pretrained(config.vae).to(self.device).eval()
         except (OSError, ValueError) as error:
@@ -82,6 +83,8 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
         raise UserError(
             f"cannot load the autoencoder {config.vae!r}: {reason} (offline, pass a local folder)"
         ) from None
+    if own.get("_class_name") != "AutoencoderKL":
+        raise UserError(f"data.vae must be an AutoencoderKL of diffusers; {config.vae} is {own.get('_class_name')}")
     factor = 2 ** (len(own["block_out_channels"]) - 1)
     if config.image_size % factor:
         raise UserError(
@@ -122,8 +125,8 @@ class LatentData(Dataset):
         return {"pixel_values": latents, "labels": self.labels[indices]}
 
 
-def load_data(config: DataConfig, seed: int = 0) -> ImageSplits:
-    """The images of a recipe, as latents where it names an autoencoder. See `load_images`."""
+def load_data(config: DataConfig, seed: int = 0, device: str = "auto") -> ImageSplits:
+    """The images of a recipe, as latents where it names an autoencoder (which then runs on `device`). See `load_images`."""
     if not config.vae:
         return load_images(config, seed)
     if set(config.augment) - {"flip"}:
@@ -133,7 +136,7 @@ def load_data(config: DataConfig, seed: int = 0) -> ImageSplits:
     encoder: list[Autoencoder] = []  # loaded when there is something to encode
 
     def latents(part: ImageData, mirror: bool = False) -> LatentData:
-        return LatentData(_cached(part, config, encoder, mirror=mirror), part, seed)
+        return LatentData(_cached(part, config, encoder, device, mirror=mirror), part, seed)
 
     train = latents(plain.train, mirror=bool(config.augment))
     return ImageSplits(train, latents(plain.validation), latents(plain.test), plain.classes)
@@ -145,14 +148,16 @@ def _without_augmentation(config: DataConfig) -> DataConfig:
     return dataclasses.replace(config, augment=[])
 
 
-def _cached(part: ImageData, config: DataConfig, encoder: list[Autoencoder], *, mirror: bool) -> list[Tensor]:
+def _cached(
+    part: ImageData, config: DataConfig, encoder: list[Autoencoder], device: str, *, mirror: bool
+) -> list[Tensor]:
     """The shards of one split, encoded where they are missing or damaged."""
     from safetensors.torch import load_file
 
     folder = cache_folder(config) / f"latents-{_key(part, config, mirror)}"
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / "index.json"
-    index: dict[str, str] = json.loads(index_path.read_text()) if index_path.is_file() else {}
+    index = _read_index(index_path)
     starts = range(0, len(part), SHARD)
     missing = []
     for start in starts:
@@ -164,15 +169,26 @@ def _cached(part: ImageData, config: DataConfig, encoder: list[Autoencoder], *, 
         missing.append((start, name))
     for number, (start, name) in enumerate(missing):
         if not encoder:
-            encoder.append(Autoencoder(config))
+            encoder.append(Autoencoder(config, device))
         log.info("encoding images to latents: shard %d of %d", number + 1, len(missing))
         rows = list(range(start, min(start + SHARD, len(part))))
         _write(folder / name, _encode(encoder[0], part.pixels(rows), mirror, config))
         index[name] = _hash(folder / name)
-        partial = index_path.with_suffix(".partial")
+        partial = index_path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(index, indent=2) + "\n")
         partial.replace(index_path)
     return [load_file(str(folder / f"shard-{start // SHARD:05d}.safetensors"))["latents"] for start in starts]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Hashes of the shards. A damaged index is an empty one."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        log.warning("the index of the latent cache %s is damaged; the images are encoded again", path.parent)
+        return {}
 
 
 def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConfig) -> Tensor:
@@ -190,7 +206,7 @@ def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConf
 def _write(path: Path, latents: Tensor) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}")  # other processes may encode the same images
     save_file({"latents": latents.contiguous()}, str(partial))
     os.replace(partial, path)
 

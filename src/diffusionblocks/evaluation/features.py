@@ -8,6 +8,7 @@ distances are called feature_distance and kernel_distance, and are comparable on
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import logging
 import os
 import warnings
@@ -22,13 +23,14 @@ from diffusionblocks.data.images import DataConfig, ImageData
 from diffusionblocks.data.latents import cache_folder
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
-from diffusionblocks.tasks.base import Metric, mean_with_error
+from diffusionblocks.tasks.base import Metric
 
 log = logging.getLogger("diffusionblocks")
 SIDE = 32  # pixels that the small network reads
 WIDTH = 64  # features
 STEPS, BATCH, RATE = 800, 64, 2e-3
 KERNEL_SUBSET, KERNEL_SUBSETS = 500, 50
+AT_ONCE = 256  # images through a network at once
 
 
 class Features(nn.Module):
@@ -78,10 +80,12 @@ class Inception(Features):
         super().__init__()
         try:
             self.network: Any = torch.jit.load(path, map_location="cpu").eval()
+            self.num_features = self.forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"task.inception: cannot load {path} as TorchScript ({reason})") from None
-        self.num_features = self.forward(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape[1]
+            raise UserError(
+                f"task.inception: cannot load {path} as TorchScript that maps images to features ({reason})"
+            ) from None
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network(images.expand(-1, 3, -1, -1).contiguous(), return_features=True)
@@ -89,22 +93,35 @@ class Inception(Features):
 
 def small_network(train: ImageData, config: DataConfig, num_classes: int) -> SmallNetwork:
     """The feature network of a data set: trained once with a fixed seed on the CPU, kept in the cache folder."""
-    from safetensors.torch import load_model, save_model
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
 
     facts = repr((train.identity(), config.channels, num_classes, SIDE, WIDTH, STEPS, BATCH, RATE))
     path = cache_folder(config) / f"features-{hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()}.safetensors"
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = SmallNetwork(config.channels, num_classes)
-        if not path.is_file():
+        try:
+            load_model(network, str(path))
+        except FileNotFoundError:
             log.info("training the feature network on the recipe's own images (once)")
-            _fit(network, train)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_suffix(f".{os.getpid()}")
-            save_model(network, str(own))
-            _first_wins(own, path)
-    load_model(network, str(path))
+            _fit_and_keep(network, train, path)
+        except (SafetensorError, RuntimeError):
+            log.warning("the feature network %s is damaged; it is trained again", path)
+            path.unlink()
+            _fit_and_keep(network, train, path)
     return network.eval()
+
+
+def _fit_and_keep(network: SmallNetwork, train: ImageData, path: Path) -> None:
+    from safetensors.torch import load_model, save_model
+
+    _fit(network, train)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = path.with_suffix(f".{os.getpid()}")
+    save_model(network, str(own))
+    _first_wins(own, path)
+    load_model(network, str(path))
 
 
 def _first_wins(own: Path, path: Path) -> None:
@@ -133,50 +150,60 @@ def _fit(network: SmallNetwork, train: ImageData) -> None:
         schedule.step()
 
 
-def check_number(what: str, count: int, num_features: int) -> None:
-    """Raises UserError when so many images do not determine a covariance of the features."""
+def check(what: str, count: int, num_features: int) -> None:
+    """Raises UserError when so many images do not determine a covariance of the features, or torchmetrics is missing."""
+    if importlib.util.find_spec("torchmetrics") is None:
+        raise UserError("metrics of samples need torchmetrics: pip install 'diffusionblocks[images]'")
     if count <= num_features:
+        remedy = "set task.num_samples higher, or to 0" if what == "samples" else "set task.num_samples to 0"
         raise UserError(
-            f"a distance over {num_features} features needs at least {num_features + 1} {what}, got {count}; set "
-            "task.num_samples higher, or to 0 for no metrics of samples"
+            f"a distance over {num_features} features needs at least {num_features + 1} {what}, got {count}; "
+            f"{remedy} for no metrics of samples"
         )
 
 
 @torch.no_grad()
-def distances(
-    features: Features, images: Tensor, reference: Tensor, device: torch.device | str = "cpu"
-) -> dict[str, Metric]:
-    """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of two sets of uint8 images.
+def extract(network: Features, images: Tensor) -> Tensor:
+    """uint8 images [N, channels, height, width] -> features [N, F] on the CPU. The network runs where it is."""
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    return torch.cat([network(part.to(device)).cpu() for part in images.split(AT_ONCE)])
+
+
+def distances(names: tuple[str, str], samples: Tensor, reference: Tensor) -> dict[str, Metric]:
+    """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of features [N, F] and [M, F].
 
     Raises UserError when there are too few images.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError:
-        raise UserError("image metrics need torchmetrics: pip install 'diffusionblocks[images]'") from None
-    check_number("samples", len(images), features.num_features)
-    check_number("reference images", len(reference), features.num_features)
+    check("samples", *samples.shape)
+    check("reference images", *reference.shape)
+    from torchmetrics.image.fid import FrechetInceptionDistance
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        frechet: Any = FrechetInceptionDistance(feature=features)
-        subset = min(KERNEL_SUBSET, len(images), len(reference))
-        kernel: Any = KernelInceptionDistance(feature=features, subsets=KERNEL_SUBSETS, subset_size=subset)
-        for metric in (frechet.to(device), kernel.to(device)):
-            for found, real in ((reference, True), (images, False)):
-                for part in found.split(256):
-                    metric.update(part.to(device), real=real)
+        same = _Identity(samples.shape[1])  # the features are there already
+        subset = min(KERNEL_SUBSET, len(samples), len(reference))
+        frechet: Any = FrechetInceptionDistance(feature=same)
+        kernel: Any = KernelInceptionDistance(feature=same, subsets=KERNEL_SUBSETS, subset_size=subset)
+        for metric in (frechet, kernel):
+            metric.update(reference, real=True)
+            metric.update(samples, real=False)
         mean, _ = kernel.compute()  # its deviation is over overlapping subsets: no standard error
-        return {
-            features.names[0]: Metric(frechet.compute().item(), None),
-            features.names[1]: Metric(mean.item(), None),
-        }
+        return {names[0]: Metric(frechet.compute().item(), None), names[1]: Metric(mean.item(), None)}
+
+
+class _Identity(nn.Module):
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
 
 
 @torch.no_grad()
-def class_accuracy(network: SmallNetwork, images: Tensor, labels: Tensor) -> Metric:
-    """Percent of images that the classifier gives their own class."""
+def right(network: SmallNetwork, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether the classifier gives each image its own class, bool [N]."""
     device = next(network.parameters()).device
-    right = torch.cat([network.logits(part.to(device)).argmax(1).cpu() for part in images.split(256)]) == labels
-    return mean_with_error(100.0 * right)
+    return torch.cat([network.logits(part.to(device)).argmax(1).cpu() for part in images.split(AT_ONCE)]) == labels

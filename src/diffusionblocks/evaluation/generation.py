@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,28 +36,36 @@ class Samples(NamedTuple):
 def generate(
     run: Any, labels: Tensor, *, seed: int = 0, task: ImageGeneration | None = None, quiet: bool = False
 ) -> Samples:
-    """Images of the given classes [N], in batches, with a progress bar. task: other settings of sampling than the run's."""
+    """Images of the given classes [N]. task: other settings of sampling than the run's."""
+    parts = list(generated(run, labels, seed=seed, task=task, quiet=quiet))
+    return Samples(
+        images=torch.cat([part.images for part in parts]),
+        labels=labels,
+        layer_evaluations=sum(part.layer_evaluations for part in parts),
+        seconds=sum(part.seconds for part in parts),
+    )
+
+
+def generated(
+    run: Any, labels: Tensor, *, seed: int = 0, task: ImageGeneration | None = None, quiet: bool = False
+) -> Iterator[Samples]:
+    """The same in parts, with a progress bar, for sets that do not fit memory."""
     from rich.progress import track
 
-    task, model, started, layers = task or run.recipe.task, run.model, time.perf_counter(), 0
+    task, model = task or run.recipe.task, run.model
+    passes: list[int] = []
 
     def count(block: int, level: float, z: Tensor, estimate: Tensor) -> None:
-        nonlocal layers
-        layers += len(model.block(block).layers) * len(z) * (1 if task.guidance == 1.0 else 2)
+        passes.append(len(model.block(block).layers) * len(z) * (1 if task.guidance == 1.0 else 2))
 
-    decoder = Autoencoder(run.recipe.data) if run.recipe.data.vae else None
-    found = []
+    decoder = Autoencoder(run.recipe.data, run.recipe.train.device) if run.recipe.data.vae else None
     starts = range(0, len(labels), AT_ONCE)
     for start in track(starts, "sampling", disable=quiet or len(starts) < 2, transient=True, console=_console()):
-        part = task.sample(
-            model,
-            labels[start : start + AT_ONCE],
-            seed=derive(seed, "samples", start),
-            device=run.trainer.device,
-            watch=count,
-        )
-        found.append(to_pixels(part if decoder is None else decoder.decode(part.cpu())))
-    return Samples(torch.cat(found), labels, layers, time.perf_counter() - started)
+        began, part = time.perf_counter(), labels[start : start + AT_ONCE]
+        passes.clear()
+        found = task.sample(model, part, seed=derive(seed, "samples", start), device=run.trainer.device, watch=count)
+        pixels = to_pixels(found if decoder is None else decoder.decode(found.cpu()))
+        yield Samples(pixels, part, sum(passes), time.perf_counter() - began)
 
 
 def to_pixels(images: Tensor) -> Tensor:
@@ -79,7 +87,8 @@ def source(part: Any) -> ImageData:
 def metrics(run: Any, split: Any) -> dict[str, Metric]:
     """Of `task.num_samples` images with the classes of `split` in its shares, against the images of `split`.
 
-    `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py), or `fid` and `kid` where the recipe names the
+    `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py; `class_accuracy_real` is what the images of
+    `split` themselves reach), or `fid` and `kid` where the recipe names the
     Inception network; `bits_per_dimension` for images that are not latents (an upper bound, likelihood.py) and, with
     several blocks, the share of each block in it.
     """
@@ -88,14 +97,31 @@ def metrics(run: Any, split: Any) -> dict[str, Metric]:
     if task.num_samples:
         small = features.small_network(source(run.data.train), recipe.data, len(run.data.classes))
         extractor = features.Inception(task.inception) if task.inception else small
+        small, extractor = small.to(run.trainer.device), extractor.to(run.trainer.device)
         labels = reference.labels[torch.arange(task.num_samples) * len(reference) // task.num_samples]
-        rows = list(range(len(reference)))
-        made = generate(run, labels)
-        found |= features.distances(extractor, made.images, reference.pixels(rows), run.trainer.device)
-        found["class_accuracy"] = features.class_accuracy(small, made.images, labels)
+        parts = ((made.images, made.labels) for made in generated(run, labels))
+        samples, samples_right = _measured(extractor, small, parts)
+        starts = range(0, len(reference), AT_ONCE)
+        rows = (list(range(start, min(start + AT_ONCE, len(reference)))) for start in starts)
+        real = ((reference.pixels(part), reference.labels[part]) for part in rows)
+        references, real_right = _measured(extractor, small, real)
+        found |= features.distances(extractor.names, samples, references)
+        found["class_accuracy"] = mean_with_error(100.0 * samples_right)
+        found["class_accuracy_real"] = mean_with_error(100.0 * real_right)
     if not recipe.data.vae:
         found |= bits_per_dimension(run, split)
     return found
+
+
+def _measured(
+    extractor: features.Features, classifier: features.SmallNetwork, parts: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Features of images [N, F], and whether they are classified as they should [N]."""
+    own, right = [], []
+    for images, labels in parts:
+        own.append(features.extract(extractor, images))
+        right.append(features.right(classifier, images, labels))
+    return torch.cat(own), torch.cat(right)
 
 
 @torch.no_grad()

@@ -13,11 +13,13 @@ import platform
 import shutil
 import subprocess
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch.utils.data import Dataset
 
 from diffusionblocks import __version__
 from diffusionblocks.baselines.methods import find_method, for_method
@@ -26,7 +28,7 @@ from diffusionblocks.data.latents import load_data
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
-from diffusionblocks.recipes import Recipe, build
+from diffusionblocks.recipes import Recipe, build, changed
 from diffusionblocks.recipes.networks import TARGETS, build_network, network_config
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import ImageGeneration
@@ -58,9 +60,9 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
     recipe.blocks.check(TARGETS[recipe.task.kind])
     if recipe.evaluate_on not in ("test", "validation"):
         raise UserError(f"evaluate_on must be test or validation, got {recipe.evaluate_on!r}")
-    _check_task(recipe)
     network_config(recipe, 1)  # for what it raises, before any data is read
-    data = data or load_data(recipe.data, recipe.train.seed)
+    data = data or load_data(recipe.data, recipe.train.seed, recipe.train.device)
+    _check_task(recipe, data)
     torch.manual_seed(derive(recipe.train.seed, "weights"))
     network = build_network(recipe, len(data.classes))
     model = find_method(recipe.method).build(recipe, network)
@@ -70,14 +72,16 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
     return Run(recipe, data, model, trainer)
 
 
-def _check_task(recipe: Recipe) -> None:
+def _check_task(recipe: Recipe, data: ImageSplits) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
     task = recipe.task
     if isinstance(task, ImageGeneration) and task.num_samples:
         from diffusionblocks.evaluation import features
 
         least = features.Inception(task.inception).num_features if task.inception else features.WIDTH
-        features.check_number("samples", task.num_samples, least)
+        features.check("samples", task.num_samples, least)
+        if not isinstance(data.test, _Absent):
+            features.check("reference images", len(_split(recipe, data)), least)
 
 
 def _start(model: BlockModel, folder: Path) -> None:
@@ -116,34 +120,65 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str,
     return summary
 
 
-def load_run(folder: Path) -> Run:
-    """A trained run from its folder. Raises UserError when there is none or its checkpoints are damaged."""
+# What may differ from training when a finished run is evaluated or sampled.
+LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "evaluate_on")
+
+
+def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_data: bool = True) -> Run:
+    """A trained run from its folder.
+
+    Args:
+        overrides: settings (dotted key, value) that differ from the run's, among `LATER_KEYS`.
+        with_data: False where only the model and the names of the classes are needed; a finished run has both.
+
+    Raises UserError when there is no run or its checkpoints are damaged.
+    """
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
     recipe = build(yaml.safe_load(config.read_text()))
-    recipe.model.start = ""  # the checkpoint has everything
+    if recipe.model.start:  # the checkpoint has everything
+        recipe.model.start, recipe.train.branch_at = "", 0.0
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
-    run = prepare(recipe)
+    recipe = changed(recipe, overrides, LATER_KEYS)
+    summary = folder / "summary.json"
+    names = json.loads(summary.read_text()).get("classes") if summary.is_file() and not with_data else None
+    absent = _Absent(recipe.train.batch_size)
+    data = None if names is None else ImageSplits(absent, absent, absent, names)
+    run = prepare(recipe, None, data)
     if not run.trainer.restore(folder):
         raise UserError(f"{folder} holds no usable checkpoint; train it first")
     run.trainer.residency  # noqa: B018  (moves the blocks to the device)
     return run
 
 
-def evaluate(folder: Path) -> dict[str, Any]:
+class _Absent(Dataset):
+    """A data set that is not needed: it only has a length."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        raise AssertionError("this run was loaded without its data")
+
+
+def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint on its test split; the run's own summary supplies costs and memory."""
-    run = load_run(folder)
+    run = load_run(folder, overrides)
     metrics = _measure(run)
     summary_path = folder / "summary.json"
     if summary_path.is_file():
-        return {**json.loads(summary_path.read_text()), "metrics": _as_dicts(metrics)}
+        own = json.loads(summary_path.read_text())
+        return {**own, "metrics": _as_dicts(metrics), "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
     return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
 
 
 def _measure(run: Run) -> dict[str, Metric]:
     """The task's metrics, and for generated images those of samples."""
-    split = _evaluation_data(run)
+    split = _split(run.recipe, run.data)
     metrics = run.trainer.evaluate(split)
     if isinstance(run.recipe.task, ImageGeneration):
         from diffusionblocks.evaluation.generation import metrics as of_samples
@@ -153,9 +188,9 @@ def _measure(run: Run) -> dict[str, Metric]:
     return metrics
 
 
-def export_block(folder: Path, block: int, output: Path | None) -> Path:
+def export_block(folder: Path, block: int, output: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Path:
     """Writes the weights of one block of a trained run (averaged, as they are evaluated) and returns the path."""
-    run = load_run(folder)
+    run = load_run(folder, overrides, with_data=False)
     if not isinstance(run.model, DiffusionBlocksModel):
         raise UserError(f"{folder} is a run of the method {run.recipe.method}, which has no blocks to export")
     run.trainer.use_averages()
@@ -166,8 +201,8 @@ def export_block(folder: Path, block: int, output: Path | None) -> Path:
     return path
 
 
-def _evaluation_data(run: Run) -> Any:
-    return run.data.test if run.recipe.evaluate_on == "test" else run.data.validation
+def _split(recipe: Recipe, data: ImageSplits) -> Any:
+    return data.test if recipe.evaluate_on == "test" else data.validation
 
 
 def _throwaway_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
@@ -204,6 +239,8 @@ def _summary(
         "layers": [[span.start, span.stop - 1] for span in run.model.layers],
         "evaluated_on": recipe.evaluate_on,
         "metrics": _as_dicts(metrics),
+        **_sampled(run),
+        "classes": run.data.classes,
         "layer_evaluations": progress.layer_evaluations,
         "samples_seen": progress.samples_seen,
         "block_steps": progress.block_steps,
@@ -213,6 +250,15 @@ def _summary(
         "git_commit": git_commit(),
         "warnings": messages,
     }
+
+
+def _sampled(run: Run) -> dict[str, Any]:
+    """How the samples were made that the metrics are of."""
+    task = run.recipe.task
+    if not isinstance(task, ImageGeneration):
+        return {}
+    names = ("num_samples", "sampler", "sampling_steps", "grid", "guidance", "inception")
+    return {"sampling": {name: getattr(task, name) for name in names}}
 
 
 def _as_dicts(metrics: dict[str, Metric]) -> dict[str, dict[str, float | None]]:

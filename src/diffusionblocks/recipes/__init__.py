@@ -7,7 +7,7 @@ errors that name the nearest known key.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -166,6 +166,18 @@ def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) ->
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
     content["methods"] = {name: _without(own, changes) for name, own in content.get("methods", {}).items()}
+    return build(content)
+
+
+def changed(recipe: Recipe, overrides: Iterable[tuple[str, Any]], allowed: Sequence[str]) -> Recipe:
+    """`recipe` with some settings changed. Raises UserError for a key that does not begin with an allowed one."""
+    content = recipe.as_dict()
+    for key, value in overrides:
+        full = SHORT_NAMES.get(key, key)
+        if full == "task.kind" or not full.startswith(tuple(allowed)):
+            raise UserError(f"{full} cannot be changed after training; what can: {', '.join(allowed)}")
+        _set(content, full, _listed(full, value))
+    check_keys(content)
     return build(content)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from diffusionblocks.adapters import find_adapter, pretrained_config
@@ -29,6 +30,8 @@ def network_config(recipe: Recipe, num_classes: int) -> NetworkConfig:
         raise UserError(
             f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
         )
+    if adapter.library == "diffusers" and settings.hidden_size % 4:
+        raise UserError(f"model.hidden_size {settings.hidden_size} must be divisible by 4: positions in two dimensions")
     make = _dit if adapter.library == "diffusers" else _vit
     return new_config(adapter, settings.model_class, make(settings, channels, size, num_classes), settings.attention)
 
@@ -82,6 +85,8 @@ def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> N
     channels_key, size_key = ("in_channels", "sample_size") if diffusers else ("num_channels", "image_size")
     wanted = config.get(channels_key), config.get(size_key)
     if wanted != (channels, size):
+        if diffusers and wanted[0] not in (1, 3) and not recipe.data.vae:
+            raise UserError(f"{name} reads latents: set data.vae to the autoencoder that it was trained with")
         raise UserError(
             f"{name} reads {wanted[0]} channels of {wanted[1]} pixels; "
             f"set data.channels and data.image_size to match (got {channels} and {size})"
@@ -91,7 +96,7 @@ def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> N
     else:
         config = config.changed(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
         config.config.num_labels = num_classes
-    return NetworkConfig(config.adapter, config.class_name, config.config, recipe.model.attention)
+    return dataclasses.replace(config, attention=recipe.model.attention)
 
 
 def _check_target(recipe: Recipe, target: str, class_name: str) -> None:

@@ -30,6 +30,7 @@ class BlockState:
         self.buffers = dict(module.named_buffers())
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.average: dict[str, Tensor] = {}
+        self._set_aside: dict[str, Tensor] = {}  # weights, while the average is in their place
         self.optimizer = new_optimizer(self.parameters.values(), config) if self.parameters else None
 
     def learning_rate(self) -> float:
@@ -63,11 +64,12 @@ class BlockState:
     @torch.no_grad()
     def _update_average(self) -> None:
         if not self.average:
-            self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
+            # In fp32 whatever the weights are in: a small step of an average vanishes in bf16.
+            self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
         # The warm start of the decay keeps early averages from remembering the initial weights.
         decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
         for name, p in self.parameters.items():
-            self.average[name].lerp_(p.detach(), 1 - decay)
+            self.average[name].lerp_(p.detach().float(), 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name: `model.*`, `average.*` and `optimizer.<parameter>.<key>`."""
@@ -103,8 +105,13 @@ class BlockState:
                 setattr(self.module.get_submodule(owner), buffer, tensor)
 
     def swap_average(self) -> None:
-        """Exchanges weights and their moving average; twice restores both."""
-        for name, tensor in list(self.average.items()):
+        """Puts the moving average in the weights' place; called again, puts the weights back."""
+        if self._set_aside:
+            for name, tensor in self._set_aside.items():
+                self.parameters[name].data = tensor
+            self._set_aside = {}
+            return
+        for name, tensor in self.average.items():
             parameter = self.parameters[name]
-            self.average[name] = parameter.data
-            parameter.data = tensor
+            self._set_aside[name] = parameter.data
+            parameter.data = tensor.to(parameter.dtype)
