@@ -13,8 +13,9 @@ import torch
 import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.training import checkpoint
-from diffusionblocks.training.order import plan, steps_in_a_life
+from diffusionblocks.training.order import plan, steps_in_a_life, total_steps
 from diffusionblocks.training.residency import borrow_on_call, units
+from diffusionblocks.training.state import BlockState
 from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
 
 
@@ -280,3 +281,34 @@ def test_training_learns():
     )
     trainer.fit()
     assert trainer.evaluate(make_data(16))["accuracy"].value == 100.0
+
+
+def test_own_batches_divide_the_work_but_not_the_samples():
+    model, data = dblocks.convert(make_vit(), 3), make_data(96)
+    options = config(steps=8, batch_size=12, branch_at=0.5, own_batch=4, order="random")
+    assert total_steps(options, 3) == 12 + 3 * 12  # four of eight steps are left, each cut into three
+    assert steps_in_a_life(options, 3) == 24
+    trainer = dblocks.Trainer(model, dblocks.Classification(), data, None, options)
+    sizes = []
+    step = trainer.block_step
+    trainer.block_step = lambda index, batch, **more: sizes.append(len(batch["labels"])) or step(index, batch, **more)
+    progress = trainer.fit()
+    assert sizes == [12] * 12 + [4] * 36
+    assert progress.samples_seen == 3 * 8 * 12
+    assert progress.layer_evaluations == 8 * 12 * 6
+    with pytest.raises(dblocks.UserError, match="is for runs that branch"):
+        dblocks.Trainer(model, dblocks.Classification(), data, None, config(own_batch=4))
+
+
+def test_the_rate_falls_from_the_branch_or_from_the_hold():
+    life, common = 100, 60
+    rates = {}
+    for start in ("branch", "hold"):
+        options = config(decay_from=start, hold=0.2, warmup=0.0, learning_rate=1.0)
+        state = BlockState(dblocks.convert(make_vit(), 3).block(0), options, life, common)
+        rates[start] = []
+        for state.steps in range(life):
+            rates[start].append(state.learning_rate())
+    assert rates["branch"][59] == 1.0 and rates["branch"][75] < 1.0
+    assert rates["hold"][19] == 1.0 and rates["hold"][30] < 1.0
+    assert max(rates["branch"][-1], rates["hold"][-1]) < 0.01

@@ -38,11 +38,11 @@ def _blocks(recipe: Recipe) -> Recipe:
             "train.branch_at copies block 0 over all others, and with them what model.start or model.pretrained brought; "
             "set it to 0"
         )
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0))
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0, own_batch=0))
 
 
 def _one_block(recipe: Recipe) -> Recipe:
-    train = dataclasses.replace(recipe.train, residency="device", order="sweep", branch_at=0.0)
+    train = dataclasses.replace(recipe.train, residency="device", order="sweep", branch_at=0.0, own_batch=0)
     return dataclasses.replace(recipe, train=train)
 
 
@@ -53,7 +53,7 @@ def _checkpointing(recipe: Recipe) -> Recipe:
 
 def _paper(recipe: Recipe) -> Recipe:
     content = recipe.as_dict()
-    content = merge(content, preset(content, "paper"))
+    content = merge(merge(content, preset(content, "paper")), {"train": {"own_batch": 0}})
     if recipe.task.kind == "image-generation":  # all methods of a comparison draw their samples alike
         kept = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
         content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept}})
@@ -74,7 +74,7 @@ def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
 
 
 def _exact(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0))
+    return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0, own_batch=0))
 
 
 def _exact_model(recipe: Recipe, network: Any) -> BlockModel:

@@ -138,7 +138,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
         raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
     recipe = build(yaml.safe_load(config.read_text()))
     if recipe.model.start:  # the checkpoint has everything
-        recipe.model.start, recipe.train.branch_at = "", 0.0
+        recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
     recipe = changed(recipe, overrides, LATER_KEYS)
     summary = folder / "summary.json"

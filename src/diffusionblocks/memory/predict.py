@@ -242,6 +242,7 @@ class Predictor:
             accumulation=parts,
             residency="device",
             branch_at=0.0,
+            own_batch=0,
             device="cpu",
             tensorboard=False,
             compile=False,

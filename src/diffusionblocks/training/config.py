@@ -29,7 +29,11 @@ class TrainingConfig:
             next block in while the active one computes (needs room on the device for the state of both).
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
-            readout), else 0.
+            readout), else 0. decay_from: where a branching run's rate begins to fall: `branch` (each copy settles in a minimum
+            of its own: right where they vote) or `hold` (the common block settles first, its copies go on from there).
+        own_batch: samples of a block's step after branching, 0 = batch_size. A block meets only its own noise range, so
+            batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its steps grow
+            in number so that samples and layer evaluations stay.
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
             (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
@@ -56,6 +60,8 @@ class TrainingConfig:
     residency: str = "device"
     prefetch: bool = False
     branch_at: float | None = None
+    decay_from: str = "branch"
+    own_batch: int = 0
     precision: str = "fp32"
     device: str = "auto"
     ema_decay: float = 0.0
@@ -74,6 +80,7 @@ class TrainingConfig:
         "residency": ("device", "host", "disk"),
         "schedule": ("cosine", "constant"),
         "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
+        "decay_from": ("branch", "hold"),
         "precision": ("fp32", "bf16", "bf16-true"),
         "device": ("auto", "cpu", "cuda", "mps"),
     }
@@ -86,6 +93,10 @@ class TrainingConfig:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise UserError(f"train.accumulation {self.accumulation} must divide train.batch_size {self.batch_size}")
+        if self.own_batch < 0 or self.own_batch % self.accumulation:
+            raise UserError(
+                f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got {self.own_batch}"
+            )
         if self.branch_at is not None and not 0 <= self.branch_at < 1:
             raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
         if not 0 <= self.ema_decay < 1:

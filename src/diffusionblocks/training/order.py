@@ -41,14 +41,14 @@ class Visit:
 
 
 def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
-    """All visits of a run, in order. Block steps add up to steps times trained blocks (rounded where branching divides)."""
+    """All visits of a run, in order. Block steps add up to `total_steps`."""
     shared_steps = branch_steps(config, num_blocks)
     start = 0
     for batches in _groups(0, shared_steps, config.visit_steps):
         yield Visit(block=0, batches=batches, whole_range=True)
         start = batches.stop
-    own_steps, blocks = config.steps - shared_steps // num_blocks, trained_blocks(config, num_blocks)
-    for index, visit in enumerate(_ORDERS[config.order](start, own_steps, blocks, config)):
+    own, blocks = own_steps(config, num_blocks), trained_blocks(config, num_blocks)
+    for index, visit in enumerate(_ORDERS[config.order](start, own, blocks, config)):
         yield visit if index or not shared_steps else _branching(visit)
 
 
@@ -75,8 +75,18 @@ def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
     """Optimizer steps between a block's first and last, common ones included: the length of its schedule."""
-    shared_steps = branch_steps(config, num_blocks)
-    return shared_steps + config.steps - shared_steps // num_blocks
+    return branch_steps(config, num_blocks) + own_steps(config, num_blocks)
+
+
+def own_steps(config: TrainingConfig, num_blocks: int) -> int:
+    """Steps that each block makes alone: what branching leaves of `steps`, more of them where own batches are smaller."""
+    left = config.steps - branch_steps(config, num_blocks) // num_blocks
+    return round(left * config.batch_size / (config.own_batch or config.batch_size))
+
+
+def total_steps(config: TrainingConfig, num_blocks: int) -> int:
+    """Block steps of the whole run."""
+    return branch_steps(config, num_blocks) + own_steps(config, num_blocks) * len(trained_blocks(config, num_blocks))
 
 
 def _branching(visit: Visit) -> Visit:

@@ -30,7 +30,15 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.tasks.base import Metric, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.order import Visit, branch_steps, plan, resolve_branch, steps_in_a_life, trained_blocks
+from diffusionblocks.training.order import (
+    Visit,
+    branch_steps,
+    plan,
+    resolve_branch,
+    steps_in_a_life,
+    total_steps,
+    trained_blocks,
+)
 from diffusionblocks.training.progress import Journal, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
@@ -90,6 +98,15 @@ class Trainer:
         self.accelerator = _accelerator(self.config, self.output_dir)
         self.device: torch.device = self.accelerator.device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
+        self.own_stream = self.stream
+        if self.config.own_batch:
+            if not branch_steps(self.config, model.num_blocks):
+                raise UserError(
+                    "train.own_batch is for runs that branch (train.branch_at); set train.batch_size instead"
+                )
+            self.own_stream = BatchStream(
+                train_data, self.config.own_batch, derive(self.config.seed, "own"), self.config.num_workers
+            )
         in_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters())
         if self.config.precision == "bf16-true" and not in_bf16:
             model.to(torch.bfloat16)
@@ -172,7 +189,9 @@ class Trainer:
                 losses.append(loss)
                 if context is not None:
                     batch["context"] = context
-                self.progress.layer_evaluations += self.model.layer_evaluations(visit.block) * self.config.batch_size
+                self.progress.layer_evaluations += (
+                    self.model.layer_evaluations(visit.block) * self._stream(visit).batch_size
+                )
         self.progress.block_steps += len(batches)
         return losses
 
@@ -182,7 +201,10 @@ class Trainer:
             return
         batch["context"] = context
         passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
-        self.progress.layer_evaluations += passed * self.config.batch_size / 3
+        self.progress.layer_evaluations += passed * self._stream(visit).batch_size / 3
+
+    def _stream(self, visit: Visit) -> BatchStream:
+        return self.stream if visit.whole_range else self.own_stream
 
     def context(self, index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
         """The clean stream that enters block `index`, or None where it reads the input itself."""
@@ -209,7 +231,7 @@ class Trainer:
             self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
-        total = self.config.steps * len(self.trained)
+        total = total_steps(self.config, self.model.num_blocks)
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
@@ -242,18 +264,22 @@ class Trainer:
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
         visits = list(islice(plan(self.config, self.model.num_blocks), self.progress.visits, None))
-        numbers = (number for visit in visits if not visit.carried for number in visit.batches)
-        loaded = on_device(self.stream.load(numbers), self.device)
+        loaded = {common: self._loaded(visits, common) for common in (True, False)}
         batches: list[dict[str, Tensor]] = []
         for visit, following in zip_longest(visits, visits[1:]):
             if not visit.carried:
-                batches = list(islice(loaded, len(visit.batches)))
-                self.progress.samples_seen += len(batches) * self.config.batch_size
+                batches = list(islice(loaded[visit.whole_range], len(visit.batches)))
+                self.progress.samples_seen += len(batches) * self._stream(visit).batch_size
             # A branching visit replaces the blocks that are away: nothing may be under way before it.
             upcoming = None if following is None or following.branch else following.block
             losses = self.visit(visit, batches, upcoming)
             self.progress.visits += 1
             yield visit, losses
+
+    def _loaded(self, visits: list[Visit], common: bool) -> Iterator[dict[str, Tensor]]:
+        """The batches of the visits before branching, or of those after."""
+        numbers = (n for visit in visits if not visit.carried and visit.whole_range == common for n in visit.batches)
+        return on_device((self.stream if common else self.own_stream).load(numbers), self.device)
 
     def _due(self, what: str, every: int) -> bool:
         """Whether the run has passed another multiple of `every` block steps since this was last asked."""
