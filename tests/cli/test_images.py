@@ -44,7 +44,8 @@ def test_a_run_is_summarised_with_the_metrics_of_its_samples(trained, capsys):
     summary = json.loads((trained / "summary.json").read_text())
     assert set(summary) >= SUMMARY_KEYS
     own = {f"{kind}_block_{block}" for kind in ("loss", "bits") for block in range(3)}
-    of_samples = {"feature_distance", "kernel_distance", "class_accuracy", "class_accuracy_real"}
+    distances = {f"{kind}_distance{of}" for kind in ("feature", "kernel") for of in ("", "_train")}
+    of_samples = distances | {"class_accuracy", "class_accuracy_real"}
     assert set(summary["metrics"]) == {"validation_loss", "bits_per_dimension"} | own | of_samples
     assert "fid" not in summary["metrics"]
     code, out, _ = run(capsys, "evaluate", trained, "--json")
@@ -55,6 +56,9 @@ def test_a_run_is_summarised_with_the_metrics_of_its_samples(trained, capsys):
 
 
 def test_a_finished_run_is_evaluated_with_other_samples(trained, capsys):
+    once = json.loads((trained / "summary.json").read_text())["metrics"]["feature_distance"]["value"]
+    code, out, _ = run(capsys, "evaluate", trained, "--task.evaluations", 3, "--json")
+    assert json.loads(out)["metrics"]["feature_distance"]["value"] <= once * 1.0001
     words = ["--task.num-samples", 90, "--task.guidance", 2, "--evaluate-on", "validation", "--device", "cpu"]
     code, out, err = run(capsys, "evaluate", trained, *words, "--json")
     assert code == 0, err

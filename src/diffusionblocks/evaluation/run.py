@@ -257,7 +257,7 @@ def _sampled(run: Run) -> dict[str, Any]:
     task = run.recipe.task
     if not isinstance(task, ImageGeneration):
         return {}
-    names = ("num_samples", "sampler", "sampling_steps", "grid", "guidance", "inception")
+    names = ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
     return {"sampling": {name: getattr(task, name) for name in names}}
 
 

@@ -13,7 +13,8 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     """Heads and cells, one row per result; memory also as a ratio to end-to-end when that is among them."""
     reference = next((r for r in results if r["method"] == "end-to-end"), None)
     metrics = [name for name in results[0]["metrics"] if all(name in r["metrics"] for r in results)]
-    metrics = [name for name in metrics if "_block_" not in name]  # each block's own: in summary.json
+    # Each block's own, and what is there for reference, are in summary.json.
+    metrics = [name for name in metrics if "_block_" not in name and not name.endswith(("_train", "_real"))]
     units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}
     heads = [f"{name} ({units[name]})" if units.get(name) else name for name in metrics]
     heads = ["method", "blocks", *heads]

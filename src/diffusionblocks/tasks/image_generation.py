@@ -33,7 +33,8 @@ class ImageGeneration:
         sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7) or
             `equal-mass`.
         guidance: classifier-free guidance scale; 1 = none ([DB] has 2.0). Other values run every step twice.
-        num_samples: images that the finished run makes for its metrics; 0 = none are made.
+        num_samples: images that the finished run makes for its metrics; 0 = none are made. evaluations: how many such sets;
+            the nearest to the real images counts (the protocol of FID: 3).
         levels_per_image: noise levels at which validation measures every image.
         inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
             trained on the recipe's own images, reported as feature_distance.
@@ -46,6 +47,7 @@ class ImageGeneration:
     grid: str = "rho"
     guidance: float = 1.0
     num_samples: int = 5000
+    evaluations: int = 1
     levels_per_image: int = 4
     inception: str = ""
 
@@ -65,6 +67,8 @@ class ImageGeneration:
             raise UserError(
                 "guidance needs a null class, which training with task.label_dropout 0 never shows the network"
             )
+        if self.evaluations < 1:
+            raise UserError(f"task.evaluations must be at least 1, got {self.evaluations}")
         if self.num_samples < 0 or self.levels_per_image < 1:
             raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
 
