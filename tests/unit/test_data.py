@@ -74,3 +74,18 @@ def test_labels_outside_the_range_are_refused(labels):
 def test_unknown_augmentation_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'flip'"):
         load_images(DataConfig(augment=["flipp"]))
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        raise UserError("cannot read image 3.png")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_unreadable_sample_is_one_line_from_a_worker_too(workers):
+    with pytest.raises(UserError) as found:
+        next(BatchStream(Unreadable(), 4, seed=0, num_workers=workers).load([0]))
+    assert str(found.value) == "cannot read image 3.png"

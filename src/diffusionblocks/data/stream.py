@@ -57,7 +57,10 @@ class BatchStream:
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
         )
-        yield from loader
+        try:
+            yield from loader
+        except UserError as error:  # a worker's error arrives with its traceback in the text
+            raise UserError(str(error).rsplit("UserError: ", 1)[-1].strip()) from None
 
 
 class _Numbered(Sampler[list[int]]):
