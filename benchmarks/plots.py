@@ -102,7 +102,52 @@ def _error(metric: dict[str, Any], digits: int) -> str:
     return f"{metric['value']:.{digits}f} ± {metric['stderr']:.{digits}f}"
 
 
+def generation_table() -> None:
+    data = load("generation-quality")["results"]
+    whole = data[0]["peak_memory"]["total"]
+    print(
+        "\n| dit-mnist, B = 3 | denoising loss | feature distance | class accuracy (%) | bits per dimension | peak memory |"
+    )
+    print("|---|---|---|---|---|---|")
+    for result in data:
+        metrics = result["metrics"]
+        cells = [result["method"], _error(metrics["validation_loss"], 4), _error(metrics["feature_distance"], 1)]
+        cells += [_error(metrics["class_accuracy"], 1), _error(metrics["bits_per_dimension"], 3)]
+        print("| " + " | ".join([*cells, f"{result['peak_memory']['total'] / whole:.2f}x"]) + " |")
+
+
+def generation() -> None:
+    """Validation loss over compute, and the test metrics of the finished runs."""
+    data = load("generation-quality")
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 2.6), layout="constrained")
+    for name, run in data["runs"].items():
+        method = name.split()[0]
+        label = method if name.endswith("seed-0") else None
+        left.plot(*zip(*run["curve"], strict=True), color=COLOURS[method], linewidth=1, label=label)
+    left.set(xlabel="share of the layer evaluations", ylabel="denoising loss (validation)", yscale="log")
+    left.legend(frameon=False)
+    for axes, metric in ((middle, "validation_loss"), (right, "feature_distance")):
+        for row, result in enumerate(data["results"]):
+            value = result["metrics"][metric]
+            colour = COLOURS[result["method"]]
+            axes.errorbar(value["value"], row, xerr=value["stderr"], fmt="o", capsize=3, color=colour)
+            axes.annotate(
+                f"{value['value']:.3g}", (value["value"], row), (0, 6), textcoords="offset points", ha="center"
+            )
+        axes.set_yticks(range(len(data["results"])), [result["method"] for result in data["results"]])
+        axes.set_ylim(len(data["results"]) - 0.5, -0.6)
+        axes.grid(axis="x", alpha=0.3)
+    seeds = len(data["results"][0]["seeds"])
+    middle.set_xlabel(f"dit-mnist: denoising loss (test), {seeds} seeds")
+    right.set_xlabel(f"feature distance of 5,000 samples, {seeds} seeds")
+    figure.savefig(TARGET.with_name("generation.png"), dpi=130)
+
+
 def main() -> None:
+    if (RESULTS / "generation-quality.json").is_file():
+        plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+        generation_table()
+        generation()
     for recipe in ("digits", "mnist"):
         accuracy_table(recipe)
     memory_table()
