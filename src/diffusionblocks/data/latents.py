@@ -76,6 +76,7 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError("latents need diffusers: pip install 'diffusionblocks[images]'") from None
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry; the error below says it once
     try:
         own = AutoencoderKL.load_config(config.vae)
     except (OSError, ValueError) as error:
