@@ -76,7 +76,9 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError("latents need diffusers: pip install 'diffusionblocks[images]'") from None
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry; the error below says it once
+    logging.getLogger("huggingface_hub").setLevel(
+        logging.ERROR
+    )  # it announces every retry; the error below says it once
     try:
         own = AutoencoderKL.load_config(config.vae)
     except (OSError, ValueError) as error:
