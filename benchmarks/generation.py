@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffusionblocks.cli import main as dblocks
@@ -28,11 +29,17 @@ SPLITS = [("2", "equal-mass"), ("3", "equal-mass"), ("4", "equal-mass"), ("6", "
 
 
 def curve(folder: Path) -> list[list[float]]:
-    """[block steps as a share of the run, validation loss] of a run, on its validation split."""
+    """[share of the run's layer evaluations, validation loss] of a run, on its validation split."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    total = json.loads((folder / "summary.json").read_text())["block_steps"]
+    total = json.loads((folder / "summary.json").read_text())["layer_evaluations"]
+    steps, spent = zip(
+        *[(x["block_steps"], x["layer_evaluations"]) for x in lines if "layer_evaluations" in x], strict=True
+    )
     return [
-        [round(line["block_steps"] / total, 4), round(line["validation"]["validation_loss"]["value"], 5)]
+        [
+            round(float(np.interp(line["block_steps"], steps, spent)) / total, 4),
+            round(line["validation"]["validation_loss"]["value"], 5),
+        ]
         for line in lines
         if "validation" in line
     ]
