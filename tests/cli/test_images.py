@@ -107,7 +107,14 @@ def test_the_report_shows_images_and_their_way(trained, capsys, tmp_path):
 
 
 def test_compare_gives_all_methods_the_same_layer_evaluations(settings, capsys, tmp_path):
-    words = ["--methods", "end-to-end,shallow,diffusionblocks,diffusionblocks-paper", "--task.num-samples", 0]
+    words = [
+        "--methods",
+        "end-to-end,shallow,diffusionblocks,diffusionblocks-paper",
+        "--task.num-samples",
+        0,
+        "--jobs",
+        2,
+    ]
     code, out, _ = run(capsys, "compare", "dit-digits", *settings, *words, "--output-dir", tmp_path, "--json")
     assert code == 0
     results = json.loads(out)["results"]
