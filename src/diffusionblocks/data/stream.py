@@ -71,6 +71,19 @@ class _Numbered(Sampler[list[int]]):
         return (self.stream.indices(batch) for batch in self.batches)
 
 
+class Unread(Dataset):
+    """A data set with a length and nothing in it, for a trainer whose batches come from elsewhere, or from nowhere."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        raise IndexError(index)
+
+
 def in_order(dataset: Dataset, batch_size: int) -> Iterable[dict[str, Tensor]]:
     """Every sample once, in order: what evaluation reads."""
     return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)

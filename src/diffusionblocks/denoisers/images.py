@@ -169,9 +169,6 @@ class _Whole:
         return denoise(self.model.call, batch, level)
 
 
-ImageModel = ImageBlocks | ImageNetwork
-
-
 def embedder_of(layer: nn.Module) -> nn.Module:
     """The embedding of timestep and class inside a layer of diffusers' DiT."""
     return layer.get_submodule("norm1.emb")

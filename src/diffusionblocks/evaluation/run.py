@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from torch.utils.data import Dataset
 
 from diffusionblocks import __version__
 from diffusionblocks.baselines.methods import find_method, for_method
 from diffusionblocks.data.images import ImageSplits
 from diffusionblocks.data.latents import load_data
+from diffusionblocks.data.stream import Unread
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
@@ -80,7 +80,7 @@ def _check_task(recipe: Recipe, data: ImageSplits) -> None:
 
         least = features.Inception(task.inception).num_features if task.inception else features.WIDTH
         features.check("samples", task.num_samples, least)
-        if not isinstance(data.test, _Absent):
+        if not isinstance(data.test, Unread):
             features.check("reference images", len(_split(recipe, data)), least)
 
 
@@ -143,26 +143,13 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     recipe = changed(recipe, overrides, LATER_KEYS)
     summary = folder / "summary.json"
     names = json.loads(summary.read_text()).get("classes") if summary.is_file() and not with_data else None
-    absent = _Absent(recipe.train.batch_size)
+    absent = Unread(recipe.train.batch_size)
     data = None if names is None else ImageSplits(absent, absent, absent, names)
     run = prepare(recipe, None, data)
     if not run.trainer.restore(folder):
         raise UserError(f"{folder} holds no usable checkpoint; train it first")
     run.trainer.residency  # noqa: B018  (moves the blocks to the device)
     return run
-
-
-class _Absent(Dataset):
-    """A data set that is not needed: it only has a length."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Any:
-        raise AssertionError("this run was loaded without its data")
 
 
 def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import Dataset
 
+from diffusionblocks.data.stream import Unread
 from diffusionblocks.denoisers.images import ImageNetwork
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
@@ -251,7 +251,7 @@ class Predictor:
         _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel | ImageNetwork):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
-        trainer = Trainer(model, self.task, _Empty(samples * parts), None, config)
+        trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
         batch = self.network.batch(samples * parts)
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
             _off_meta(model.block(0))
@@ -339,16 +339,3 @@ class _OneForNumbers(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
-
-
-class _Empty(Dataset):
-    """A dataset with a length and nothing in it: batches come from the network's description."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Any:
-        raise IndexError(index)

@@ -118,9 +118,9 @@ class ImageGeneration:
             }
         return metrics
 
-    def levels(self, model: ImageBlocks | ImageNetwork, steps: int = 0) -> list[float]:
+    def levels(self, model: ImageBlocks | ImageNetwork) -> list[float]:
         """The grid of a whole chain, highest first; it ends with 0."""
-        return [*GRIDS[self.grid](model.partition.levels, steps or self.sampling_steps), 0.0]
+        return [*GRIDS[self.grid](model.partition.levels, self.sampling_steps), 0.0]
 
     @torch.no_grad()
     def sample(
