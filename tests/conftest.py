@@ -6,7 +6,18 @@ import os
 
 import pytest
 import torch
-from transformers import DeiTConfig, DeiTForImageClassification, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    DeiTConfig,
+    DeiTForImageClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import diffusionblocks as dblocks
 from diffusionblocks.data.images import ImageData
@@ -42,6 +53,46 @@ def make_dit(**changes):
     torch.manual_seed(0)
     sizes = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=6, sample_size=8, patch_size=2)
     return DiTTransformer2DModel(**{**sizes, "num_embeds_ada_norm": 4, **changes})
+
+
+TOKENS = dict(
+    vocab_size=13,
+    hidden_size=16,
+    num_hidden_layers=6,
+    num_attention_heads=2,
+    intermediate_size=32,
+    max_position_embeddings=32,
+    mask_token_id=12,
+)
+
+
+def make_llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**TOKENS, "pad_token_id": None, **changes}))
+
+
+def make_bert(**changes) -> BertForMaskedLM:
+    torch.manual_seed(0)
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "pad_token_id": None}
+    return BertForMaskedLM(BertConfig(**{**TOKENS, **quiet, **changes}))
+
+
+def make_roberta(**changes) -> RobertaForMaskedLM:
+    torch.manual_seed(0)
+    return RobertaForMaskedLM(RobertaConfig(**{**TOKENS, "pad_token_id": 1, **changes}))
+
+
+class Counting(torch.utils.data.Dataset):
+    """Texts that count: token i + 1 follows i, modulo 12, from anywhere. Items hold input_ids [length]."""
+
+    def __init__(self, count: int = 48, length: int = 16) -> None:
+        self.count, self.length = count, length
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": (torch.arange(self.length) + 5 * index) % 12}
 
 
 def make_data(count: int = 48, num_labels: int = 4) -> ImageData:

@@ -28,10 +28,13 @@ _EXPORTS = {
     "CausalLM": "diffusionblocks.tasks",
     "Classification": "diffusionblocks.tasks",
     "ImageGeneration": "diffusionblocks.tasks",
+    "MaskedLM": "diffusionblocks.tasks",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",
     "DataConfig": "diffusionblocks.data.images",
     "load_images": "diffusionblocks.data.images",
+    "TextConfig": "diffusionblocks.data.corpora",
+    "load_text": "diffusionblocks.data.text",
     "UserError": "diffusionblocks.errors",
     "RunStopped": "diffusionblocks.errors",
 }

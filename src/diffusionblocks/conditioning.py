@@ -70,12 +70,12 @@ class ConditionedLayer(nn.Module):
             setattr(owner, name, modulated)
             self._modulated.append(modulated)
 
-    def forward(self, hidden: Tensor, condition: Tensor, **kwargs: Any) -> Tensor:
-        """hidden [N, T, D], condition [N, C] -> [N, T, D]; kwargs go to the layer as they are."""
+    def forward(self, hidden: Tensor, condition: Tensor, *arguments: Any) -> Tensor:
+        """hidden [N, T, D], condition [N, C] -> [N, T, D]; arguments go to the layer as they are."""
         for norm in self._modulated:
             norm.condition = condition
         try:
-            output = self.layer(hidden, **kwargs)
+            output = self.layer(hidden, *arguments)
         finally:
             for norm in self._modulated:
                 norm.condition = None

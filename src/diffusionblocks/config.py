@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from diffusionblocks.errors import UserError, check_choices
-from diffusionblocks.noise import Information, LevelDistribution, LogNormal
+from diffusionblocks.noise import Information, LevelDistribution, LogNormal, MaskingSchedule
 
 
 @dataclass(kw_only=True)
@@ -25,14 +25,15 @@ class BlocksConfig:
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own).
+        target: what blocks estimate: `label`, `image` or `masked` tokens; `auto` = what the network is made for.
         levels: `information` (equal shares of nats; labels only) or `log-normal` ([DB]); `auto` = information for labels,
-            log-normal for images.
-        borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma (their ablation).
+            log-normal for images. schedule: of masked tokens, `linear` or `cosine`.
+        borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
         least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
         sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
         condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
-            and no target entry the ideal p(v | x) does not depend on it).
+            and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
         head_layers: extra layers between a block's trunk and its readout (features context); not handed on.
     """
 
@@ -43,7 +44,9 @@ class BlocksConfig:
     readout: str = "bayes"
     target_table: str = "fixed"
     shared: str = "copies"
+    target: str = "auto"
     levels: str = "auto"
+    schedule: str = "linear"
     borders: str = "equal-mass"
     p_mean: float = -1.2
     p_std: float = 1.2
@@ -60,10 +63,12 @@ class BlocksConfig:
         "readout": ("bayes", "linear"),
         "target_table": ("fixed", "trained"),
         "shared": ("trained", "frozen", "copies"),
+        "target": ("auto", "label", "image", "masked"),
         "levels": ("auto", "information", "log-normal"),
+        "schedule": ("linear", "cosine"),
         "borders": ("equal-mass", "uniform"),
     }
-    # What only makes sense where a label is the target and the network reads something else.
+    # What only makes sense where a label is the target and the network reads something else (masked tokens: with the level).
     LABEL_ONLY: ClassVar[tuple[str, ...]] = (
         "target_entry",
         "readout",
@@ -77,12 +82,18 @@ class BlocksConfig:
     def check(self, target: str = "label") -> None:
         """Raises UserError for an unknown choice or a combination that has no meaning for what is denoised."""
         check_choices("blocks", self, self.CHOICES)
-        if target == "image":
+        if target in ("image", "masked"):
+            what = "images" if target == "image" else "masked tokens"
             for name in self.LABEL_ONLY:
-                if getattr(self, name) != getattr(BlocksConfig, name):
-                    raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises images")
-            if self.levels == "information":
-                raise UserError("blocks.levels information needs a discrete target; images take log-normal")
+                alike = target == "masked" and name == "condition_width"
+                if getattr(self, name) != getattr(BlocksConfig, name) and not alike:
+                    raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises {what}")
+        if target == "image" and self.levels == "information":
+            raise UserError("blocks.levels information needs a discrete target; images take log-normal")
+        if target == "masked" and self.levels != "auto":
+            raise UserError("blocks.levels is for Gaussian noise; masked tokens take blocks.schedule")
+        if target != "masked" and self.schedule != BlocksConfig.schedule:
+            raise UserError("blocks.schedule is for masked tokens; Gaussian noise takes blocks.levels")
         if self.head_layers and self.context != "features":
             raise UserError(
                 "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
@@ -104,10 +115,13 @@ class BlocksConfig:
         return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
 
     def distribution(self, table: Tensor | None = None) -> LevelDistribution:
-        """Of noise levels; `table` [V, D] holds the embeddings of a discrete target."""
+        """Of Gaussian noise levels; `table` [V, D] holds the embeddings of a discrete target."""
         if self.levels == "information" or (self.levels == "auto" and table is not None):
             assert table is not None
             return Information(
                 table, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
             )
         return LogNormal(self.p_mean, self.p_std, self.sigma_min, self.sigma_max)
+
+    def masking(self) -> MaskingSchedule:
+        return MaskingSchedule(self.schedule)

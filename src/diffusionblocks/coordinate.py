@@ -35,6 +35,8 @@ class BlockCoordinateModel(EndToEndModel):
             raise UserError(
                 "exact cannot train a DiT: its readout reads the embedding of the first layer, so no block owns that alone"
             )
+        if parts.target == "masked":
+            raise UserError("exact trains with the next-token or label loss; masked diffusion has no exact mode")
         self._remember(parts)
         last = len(layers) - 1
         self.blocks = nn.ModuleList(

@@ -33,10 +33,11 @@ class Parts:
     """What an adapter finds in a foreign network. All modules are copies that the blocks may keep.
 
     Args:
-        target: what denoisers made of the network estimate: `label`, `image`, or `none` (it can only be trained whole).
+        target: what denoisers made of the network estimate: `label`, `image`, `masked` (tokens that a mask hides), or
+            `causal` (it can only be trained whole, on the next token).
         stem: forward(batch) -> hidden [N, T, D].
         layers: the residual layers, each forward(hidden) -> hidden, or forward(hidden, condition) where the network has
-            conditions of its own (`image`).
+            conditions of its own (`image`: timestep and class; tokens: a `View`).
         layer_norms: attribute paths, inside a layer, of the norms that see the noise level; empty where layers see it
             by themselves.
         readout: forward(hidden) -> logits [N, V], or forward(hidden, condition) -> image [N, channels, height, width].
@@ -64,8 +65,9 @@ class DenoiserOutput(NamedTuple):
     """What a block makes of a noisy target.
 
     estimate: D(z), shaped like z. raw: the network's own output: logits [N, V] for labels (with a Bayes readout these are
-    log p(v | x) up to a constant), F of [EDM] eq. 7 for images. logits: of p(v | x, z) [N, V], labels only. context: clean
-    stream for the next block [N, T, D] (features context). loss: mean loss when the batch has the clean target.
+    log p(v | x) up to a constant) or [N, T, V] for tokens, F of [EDM] eq. 7 for images. logits: of p(v | x, z), for discrete
+    targets. context: clean stream for the next block [N, T, D] (features context). loss: mean loss when the batch has the
+    clean target.
     """
 
     estimate: Tensor
@@ -86,9 +88,12 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False
 
-    def run(self, layers: nn.ModuleList, hidden: Tensor, condition: Any = None) -> Tensor:
-        """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked."""
-        arguments = () if condition is None else (condition,)
+    def run(self, layers: nn.ModuleList, hidden: Tensor, *conditions: Any) -> Tensor:
+        """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked.
+
+        conditions: what layers see beside it; those that are None are not passed on.
+        """
+        arguments = [condition for condition in conditions if condition is not None]
         for layer in layers:
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, *arguments, use_reentrant=False)
@@ -103,7 +108,7 @@ class Block(nn.Module):
 
     # One entry point for all uses, so that compiling the block (nn.Module.compile) covers them.
     def forward(self, use: str, *arguments: Any) -> Tensor:
-        """use `trunk`: (hidden, condition=None) -> hidden."""
+        """use `trunk`: (hidden, *conditions) -> hidden."""
         assert use == "trunk", use
         return self.run(self.layers, *arguments)
 
@@ -195,10 +200,37 @@ class EndToEndModel(BlockModel):
         if len(network.get_submodule(self._layers_path)) > len(self.layers[0]):
             del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
             self._record_depth(network, len(self.layers[0]))
-        network.save_pretrained(folder)
+        weights = self._weights(network)
+        network.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
+
+    def _weights(self, network: Any) -> dict[str, Tensor] | None:
+        """What is saved, where the network's own names will not do."""
+        return None
 
     def _record_depth(self, network: Any, depth: int) -> None:
         setattr(network.config, self._depth_key, depth)
+
+
+class WholeDenoiser(EndToEndModel):
+    """A whole network as one denoiser of all noise levels: what `end-to-end` is for a diffusion model.
+
+    Args:
+        levels: distribution of noise levels in training. The rest as in `EndToEndModel`.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        num_layers: int | None = None,
+        *,
+        trained_layers: int | None = None,
+        levels: LevelDistribution,
+    ) -> None:
+        super().__init__(parts, num_layers, trained_layers=trained_layers)
+        self.partition = Partition(levels, 1, 0.0)
+
+    def denoiser(self, index: int) -> Any:
+        raise NotImplementedError
 
 
 class Denoiser(nn.Module):
@@ -273,7 +305,7 @@ class DiffusionBlocksModel(BlockModel):
 
     def summary(self) -> str:
         """A table: block, layers, noise range, parameters, and who owns the shared parts."""
-        rows = [("block", "layers", "noise range (sigma)", "parameters")]
+        rows = [("block", "layers", f"noise range ({self.partition.levels.unit})", "parameters")]
         for index, span in enumerate(self.layers):
             own = self.partition.range(index)
             rows.append(

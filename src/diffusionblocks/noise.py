@@ -24,6 +24,7 @@ class LevelDistribution(ABC):
 
     lowest: float
     highest: float
+    unit = "sigma"
 
     @abstractmethod
     def mass(self, level: Tensor) -> Tensor:
@@ -99,6 +100,7 @@ class MaskingSchedule(LevelDistribution):
     """
 
     lowest, highest = 0.0, 1.0
+    unit = "t"
 
     def __init__(self, kind: str = "linear") -> None:
         if kind not in ("linear", "cosine"):
@@ -112,6 +114,12 @@ class MaskingSchedule(LevelDistribution):
     def level(self, mass: Tensor) -> Tensor:
         u = mass.clamp(0, 1)
         return u if self.kind == "linear" else 1 - torch.acos(u) * 2 / math.pi
+
+    def slope(self, level: Tensor) -> Tensor:
+        """-alpha'(t): the mass that a short stretch of t holds, per length. Any shape."""
+        if self.kind == "linear":
+            return torch.ones_like(level)
+        return math.pi / 2 * torch.sin(math.pi / 2 * (1 - level.clamp(0, 1)))
 
 
 class Information(_GaussianLevels):

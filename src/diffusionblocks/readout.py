@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # label of positions without a target, as in transformers
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once (32 MiB in fp32) ...
+KEPT_ELEMENTS = 1 << 20  # so few logits are kept for the backward pass
 MOST_CHUNKS = 8  # ... or an eighth of the batch's, so that large vocabularies keep large products
 
 
@@ -24,24 +25,41 @@ class TokenReadout(nn.Module):
 
     def losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [N, T, D], labels [N, T] -> summed cross-entropy in nats (scalar) and the number of targets."""
-        return chunked_cross_entropy(self.norm(hidden).flatten(0, 1), self.head, labels.flatten())
+        each = self.each_loss(hidden, labels)
+        return each.sum(), (labels != IGNORED).sum()
+
+    def each_loss(self, hidden: Tensor, labels: Tensor, never: int | None = None) -> Tensor:
+        """hidden [N, T, D], labels [N, T] -> cross-entropies in nats [N, T], 0 where there is no target.
+
+        never: a token that is no possible answer (the mask).
+        """
+        losses = chunked_cross_entropy(self.norm(hidden).flatten(0, 1), self.head, labels.flatten(), never)
+        return losses.reshape(labels.shape)
 
 
-def chunked_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of cross-entropies of head(hidden) [M, V] against labels [M], and how many are not `IGNORED`.
+def chunked_cross_entropy(hidden: Tensor, head: nn.Linear, labels: Tensor, never: int | None = None) -> Tensor:
+    """Cross-entropies of head(hidden) [M, V] against labels [M] in fp32 [M], 0 where the label is `IGNORED`.
 
-    Chunks of positions are recomputed in the backward pass, so the [M, V] logits never exist together. Returns a scalar
-    in fp32 and an integer.
+    Chunks of positions are recomputed in the backward pass, so large [M, V] logits never exist together.
     """
     size = max(1, CHUNK_ELEMENTS // head.out_features, -(-len(hidden) // MOST_CHUNKS))
-    total = hidden.new_zeros((), dtype=torch.float32)
+    losses = []
     for part, wanted in zip(hidden.split(size), labels.split(size), strict=True):
-        if torch.is_grad_enabled():
-            total = total + checkpoint(_summed, part, head.weight, head.bias, wanted, use_reentrant=False)
+        if torch.is_grad_enabled() and len(hidden) * head.out_features > KEPT_ELEMENTS:
+            losses.append(checkpoint(_each, part, head.weight, head.bias, wanted, never, use_reentrant=False))
         else:
-            total = total + _summed(part, head.weight, head.bias, wanted)
-    return total, (labels != IGNORED).sum()
+            losses.append(_each(part, head.weight, head.bias, wanted, never))
+    return torch.cat(losses)
 
 
-def _summed(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    return cross_entropy(linear(hidden, weight, bias).float(), labels, reduction="sum", ignore_index=IGNORED)
+def _each(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, never: int | None) -> Tensor:
+    logits = without(linear(hidden, weight, bias).float(), never)
+    return cross_entropy(logits, labels, reduction="none", ignore_index=IGNORED)
+
+
+def without(logits: Tensor, never: int | None) -> Tensor:
+    """Logits [..., V] with one token made impossible."""
+    if never is None:
+        return logits
+    impossible = torch.arange(logits.shape[-1], device=logits.device) == never
+    return logits.masked_fill(impossible, -torch.inf)

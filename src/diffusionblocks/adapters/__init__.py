@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.adapters.bert import BERT, ROBERTA
 from diffusionblocks.adapters.dit import DIT
 from diffusionblocks.adapters.llama import LLAMA
 from diffusionblocks.adapters.networks import NetworkConfig, network_class, read_config
@@ -18,7 +19,7 @@ from diffusionblocks.denoisers import BLOCKS
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import DiffusionBlocksModel, Parts
 
-ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, LLAMA)
+ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA)
 
 
 def find_adapter(class_name: str) -> Adapter:
@@ -39,9 +40,9 @@ def pretrained_config(name_or_path: str) -> NetworkConfig:
     return NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
 
 
-def take_apart(model: nn.Module) -> Parts:
-    """Stem, layers and readout of a copy of `model`."""
-    return find_adapter(type(model).__name__).take_apart(model)
+def take_apart(model: nn.Module, target: str = "auto") -> Parts:
+    """Stem, layers and readout of a copy of `model`, which is to estimate `target`."""
+    return find_adapter(type(model).__name__).take_apart(model, target)
 
 
 def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksModel:
@@ -66,11 +67,13 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
 
         unknown = next(name for name in options if name not in BlocksConfig.__dataclass_fields__)
         raise UserError(f"unknown option {unknown!r}{nearest(unknown, BlocksConfig.__dataclass_fields__)}") from None
-    if find_adapter(type(model).__name__).target not in BLOCKS:
+    if (target := find_adapter(type(model).__name__).target(config.target)) not in BLOCKS:
         raise UserError(
-            f"{type(model).__name__} cannot be split into denoisers yet; it trains whole: end-to-end, lora, exact, last-block"
+            f"{type(model).__name__} cannot be split into denoisers of the next token yet: pass target='masked' for masked "
+            "diffusion, or train it whole (end-to-end, lora, exact, last-block)"
         )
-    parts = take_apart(model)
+    config.target = target
+    parts = take_apart(model, target)
     own = model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)
     source = {"class": type(model).__name__, "config": own}
     return BLOCKS[parts.target](parts, config, source)
@@ -87,8 +90,9 @@ def load(folder: str | Path) -> DiffusionBlocksModel:
         raise UserError(f"{folder} holds no saved DiffusionBlocks model (diffusionblocks.json is missing)") from None
     source = description["source"]
     model = build_network(source["class"], source["config"])
-    parts = take_apart(model)
-    blocks = BLOCKS[parts.target](parts, BlocksConfig(**description["blocks"]), source)
+    config = BlocksConfig(**description["blocks"])
+    parts = take_apart(model, config.target)
+    blocks = BLOCKS[parts.target](parts, config, source)
     load_model(blocks, str(folder / "model.safetensors"))
     return blocks.eval()
 

@@ -23,7 +23,7 @@ class Adapter:
 
     Args:
         model_classes: names of the classes of `library` (transformers or diffusers) that this declaration fits.
-        target: what denoisers made of the network estimate, `label` or `image`; `none` = it can only be trained whole.
+        targets: what the network can be made to estimate (see `Parts`), the usual one first.
         stem: module(s) that turn a batch into the first hidden states; `make_stem` wraps it.
         layers: the ModuleList of residual layers.
         layer_norms: norms of a layer that see the noise level; empty where layers see it by themselves.
@@ -43,22 +43,31 @@ class Adapter:
     make_readout: Callable[..., nn.Module]
     make_layer: Callable[[Any, nn.Module], nn.Module] = lambda model, layer: layer
     tied: tuple[str, str] | None = None
-    target: str = "label"
+    targets: tuple[str, ...] = ("label",)
     library: str = "transformers"
     width: Callable[[Any], int] = lambda config: int(config.hidden_size)
     num_classes: Callable[[Any], int] = lambda config: int(getattr(config, "vocab_size", None) or config.num_labels)
     sample_shape: Callable[[Any], tuple[int, int, int]] = lambda config: (0, 0, 0)
     depth_key: str = "num_hidden_layers"
 
-    def take_apart(self, model: Any, *, copied: bool = False) -> Parts:
-        """Parts of a copy of `model`; the caller's model is not touched (unless it is a copy already)."""
+    def target(self, wanted: str = "auto") -> str:
+        """What the network is to estimate. Raises UserError when it cannot."""
+        if wanted not in ("auto", *self.targets):
+            raise UserError(f"a {self.model_classes[0]} estimates {' or '.join(self.targets)}, not {wanted!r}")
+        return self.targets[0] if wanted == "auto" else wanted
+
+    def take_apart(self, model: Any, target: str = "auto", *, copied: bool = False) -> Parts:
+        """Parts of a copy of `model`; the caller's model is not touched (unless it is a copy already).
+
+        target: what it is to estimate. Raises UserError when it cannot.
+        """
         model = model if copied else copy.deepcopy(model)
         layers = list(model.get_submodule(self.layers).children())
         owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]
         tied = self.tied is not None and len({id(model.get_parameter(name)) for name in self.tied}) == 1
         check_ownership(model, owned, shared=model.get_parameter(self.tied[0]) if self.tied and tied else None)
         return Parts(
-            target=self.target,
+            target=self.target(target),
             stem=self.make_stem(owned[0]),
             layers=[self.make_layer(model, layer) for layer in layers],
             layer_norms=self.layer_norms,

@@ -84,7 +84,7 @@ def _shape(config: Any) -> tuple[int, int, int]:
 DIT = Adapter(
     library="diffusers",
     model_classes=("DiTTransformer2DModel",),
-    target="image",
+    targets=("image",),
     stem="pos_embed",
     layers="transformer_blocks",
     layer_norms=(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.attention import View
 from diffusionblocks.readout import TokenReadout
 
 
@@ -23,8 +24,8 @@ class TokenStem(nn.Module):
         return self.embedding(batch["input_ids"])
 
 
-class CausalLayer(nn.Module):
-    """A decoder layer with positions 0 to T-1 and causal attention: hidden [N, T, D] -> hidden [N, T, D].
+class RotaryLayer(nn.Module):
+    """A decoder layer with rotary positions: hidden [N, T, D] -> hidden [N, T, D]. Causal unless a view says otherwise.
 
     Rotations are computed where they are used: they have no parameters and cost less than keeping them for all layers.
     """
@@ -33,20 +34,28 @@ class CausalLayer(nn.Module):
         super().__init__()
         self.layer, self._rotary, self._config = layer, (rotary,), config
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
+        (rotary,) = self._rotary
+        if view is None:
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+            view = View(positions, self._causal_mask(hidden, positions), causal=True)
+        return self.layer(
+            hidden,
+            attention_mask=view.mask,
+            position_ids=view.positions,
+            position_embeddings=rotary(hidden, view.positions),
+            is_causal=view.causal,
+        )
+
+    def _causal_mask(self, hidden: Tensor, positions: Tensor) -> Any:
         from transformers.masking_utils import create_causal_mask
 
-        (rotary,) = self._rotary
-        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-        mask = create_causal_mask(
+        return create_causal_mask(
             config=self._config,
             inputs_embeds=hidden,
             attention_mask=None,
             past_key_values=None,
             position_ids=positions,
-        )
-        return self.layer(
-            hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary(hidden, positions)
         )
 
 
@@ -54,11 +63,11 @@ LLAMA = Adapter(
     model_classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     stem="model.embed_tokens",
     layers="model.layers",
-    layer_norms=("input_layernorm", "post_attention_layernorm"),
+    layer_norms=("layer.input_layernorm", "layer.post_attention_layernorm"),
     readout=("model.norm", "lm_head"),
     make_stem=TokenStem,
     make_readout=lambda model, *modules: TokenReadout(*modules),
-    make_layer=lambda model, layer: CausalLayer(layer, model.get_submodule("model.rotary_emb"), model.config),
+    make_layer=lambda model, layer: RotaryLayer(layer, model.get_submodule("model.rotary_emb"), model.config),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
-    target="none",
+    targets=("causal", "masked"),
 )

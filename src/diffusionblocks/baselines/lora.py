@@ -19,7 +19,7 @@ def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, bloc
 
     Args:
         rank, alpha: of the update, alpha / rank * B A. train_readout: train the readout in full (a new classifier).
-        blocks: supplies the distribution of noise levels of a diffusion network.
+        blocks: supplies the target, and the distribution of noise levels of a diffusion network.
 
     Raises UserError when peft is missing.
     """
@@ -33,6 +33,6 @@ def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, bloc
     maps = [f"{adapter.layers}.{name}" for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     whole = list(adapter.readout) if train_readout else None
     wrapped = get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=maps, modules_to_save=whole))
-    parts = adapter.take_apart(network, copied=True)
+    parts = adapter.take_apart(network, blocks.target, copied=True)
     parts.network, parts.layers_path = wrapped, f"base_model.model.{adapter.layers}"
     return whole_network(parts, blocks)

@@ -12,9 +12,9 @@ from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.network import BlockModel
+from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import Recipe, build, merge, preset
+from diffusionblocks.recipes import TARGETS, Recipe, build, merge, preset
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
@@ -54,23 +54,27 @@ def _checkpointing(recipe: Recipe) -> Recipe:
 def _paper(recipe: Recipe) -> Recipe:
     content = recipe.as_dict()
     content = merge(merge(content, preset(content, "paper")), {"train": {"own_batch": 0}})
-    if recipe.task.kind == "image-generation":  # all methods of a comparison draw their samples alike
-        kept = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
-        content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept}})
+    # All methods of a comparison draw their samples alike.
+    kept = {"image-generation": ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")}
+    content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept.get(recipe.task.kind, ())}})
     return _blocks(build(merge(content, recipe.methods.get("diffusionblocks-paper", {}))))
 
 
 def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
-    return whole_network(take_apart(network), recipe.blocks)
+    return whole_network(_parts(recipe, network), recipe.blocks)
+
+
+def _parts(recipe: Recipe, network: Any) -> Parts:
+    return take_apart(network, TARGETS[recipe.task.kind])
 
 
 def _shallow_model(recipe: Recipe, network: Any) -> BlockModel:
-    parts = take_apart(network)
+    parts = _parts(recipe, network)
     return whole_network(parts, recipe.blocks, len(split_layers(len(parts.layers), **_split(recipe))[0]))
 
 
 def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
-    return convert(network, **dataclasses.asdict(recipe.blocks))
+    return convert(network, **{**dataclasses.asdict(recipe.blocks), "target": TARGETS[recipe.task.kind]})
 
 
 def _exact(recipe: Recipe) -> Recipe:
@@ -78,16 +82,17 @@ def _exact(recipe: Recipe) -> Recipe:
 
 
 def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
-    parts = take_apart(network)
+    parts = _parts(recipe, network)
     return BlockCoordinateModel(parts, split_layers(len(parts.layers), **_split(recipe)))
 
 
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
-    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True, blocks=recipe.blocks)
+    blocks = dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind])
+    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True, blocks=blocks)
 
 
 def _last_block_model(recipe: Recipe, network: Any) -> BlockModel:
-    parts = take_apart(network)
+    parts = _parts(recipe, network)
     trained = len(split_layers(len(parts.layers), **_split(recipe))[-1])
     return whole_network(parts, recipe.blocks, trained_layers=trained)
 

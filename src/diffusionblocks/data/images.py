@@ -64,6 +64,10 @@ class ImageSplits(NamedTuple):
     test: Any
     classes: list[str]
 
+    @property
+    def num_outputs(self) -> int:
+        return len(self.classes)
+
 
 def load_images(config: DataConfig, seed: int = 0) -> ImageSplits:
     """Reads, checks and splits. `seed` only steers augmentation; the split depends on `config.split_seed`.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.data.cache import cache_folder, file_hash
 from diffusionblocks.data.images import DataConfig, ImageData, ImageSplits, load_images
 from diffusionblocks.errors import UserError
 from diffusionblocks.precondition import SIGMA_DATA
@@ -157,7 +158,7 @@ def _cached(
     """The shards of one split, encoded where they are missing or damaged."""
     from safetensors.torch import load_file
 
-    folder = cache_folder(config) / f"latents-{_key(part, config, mirror)}"
+    folder = cache_folder(config.cache_dir) / f"latents-{_key(part, config, mirror)}"
     folder.mkdir(parents=True, exist_ok=True)
     index_path = folder / "index.json"
     index = _read_index(index_path)
@@ -165,7 +166,7 @@ def _cached(
     missing = []
     for start in starts:
         name = f"shard-{start // SHARD:05d}.safetensors"
-        if name in index and _hash(folder / name) == index[name]:
+        if name in index and file_hash(folder / name) == index[name]:
             continue
         if name in index:
             log.warning("the latent cache %s is damaged; it is encoded again", folder / name)
@@ -176,7 +177,7 @@ def _cached(
         log.info("encoding images to latents: shard %d of %d", number + 1, len(missing))
         rows = list(range(start, min(start + SHARD, len(part))))
         _write(folder / name, _encode(encoder[0], part.pixels(rows), mirror, config))
-        index[name] = _hash(folder / name)
+        index[name] = file_hash(folder / name)
         partial = index_path.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(index, indent=2) + "\n")
         partial.replace(index_path)
@@ -214,13 +215,6 @@ def _write(path: Path, latents: Tensor) -> None:
     os.replace(partial, path)
 
 
-def cache_folder(config: DataConfig) -> Path:
-    """Where caches go: data.cache_dir, else below the user's cache folder."""
-    if config.cache_dir:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusionblocks"
-
-
 def _key(part: ImageData, config: DataConfig, mirror: bool) -> str:
     """Of the images, their size, and the autoencoder with its weights."""
     found = hashlib.blake2b(digest_size=12)
@@ -228,13 +222,5 @@ def _key(part: ImageData, config: DataConfig, mirror: bool) -> str:
         found.update(repr(piece).encode())
     for path in sorted(Path(config.vae).glob("*")) if Path(config.vae).is_dir() else []:
         if path.suffix in (".json", ".safetensors", ".bin"):
-            found.update(f"{path.name} {_hash(path)}".encode())
+            found.update(f"{path.name} {file_hash(path)}".encode())
     return found.hexdigest()
-
-
-def _hash(path: Path) -> str:
-    try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-    except OSError:
-        return "missing"

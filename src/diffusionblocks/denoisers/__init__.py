@@ -1,4 +1,4 @@
-"""What denoisers estimate: labels (labels.py) or images (images.py). The registry maps a network's target to its model."""
+"""What denoisers estimate: labels, images, or masked tokens. The registry maps a network's target to its model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from typing import Any
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork
 from diffusionblocks.denoisers.labels import LabelBlocks
+from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork
 from diffusionblocks.network import DiffusionBlocksModel, EndToEndModel, Parts
 
-BLOCKS: dict[str, type[DiffusionBlocksModel]] = {"label": LabelBlocks, "image": ImageBlocks}
+BLOCKS: dict[str, type[DiffusionBlocksModel]] = {
+    "label": LabelBlocks,
+    "image": ImageBlocks,
+    "masked": MaskedBlocks,
+}
 
 
 def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = None, **options: Any) -> EndToEndModel:
@@ -20,4 +25,9 @@ def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = N
     if parts.target == "image":
         config.check("image")
         return ImageNetwork(parts, num_layers, levels=config.distribution(), **options)
+    if parts.target == "masked":
+        config.check("masked")
+        return MaskedNetwork(
+            parts, num_layers, condition_width=config.condition_width, levels=config.masking(), **options
+        )
     return EndToEndModel(parts, num_layers, **options)

@@ -25,11 +25,10 @@ from diffusionblocks.network import (
     Denoiser,
     DenoiserOutput,
     DiffusionBlocksModel,
-    EndToEndModel,
     Parts,
+    WholeDenoiser,
 )
 from diffusionblocks.noise import LevelDistribution
-from diffusionblocks.partition import Partition
 from diffusionblocks.precondition import SIGMA_DATA, coefficients, edm_weight
 from diffusionblocks.targets import add_noise
 
@@ -114,23 +113,11 @@ class ImageBlocks(DiffusionBlocksModel):
         return ImageDenoiser(index, self.block(index), self.shared)
 
 
-class ImageNetwork(EndToEndModel):
-    """The ordinary diffusion transformer: one denoiser for all noise levels (`end-to-end`, `shallow`, `lora`, ...).
+class ImageNetwork(WholeDenoiser):
+    """The ordinary diffusion transformer: one denoiser for all noise levels (`end-to-end`, `shallow`, `lora`, ...)."""
 
-    Args:
-        parts, num_layers, trained_layers: as in `EndToEndModel`. levels: distribution of noise levels in training.
-    """
-
-    def __init__(
-        self,
-        parts: Parts,
-        num_layers: int | None = None,
-        *,
-        trained_layers: int | None = None,
-        levels: LevelDistribution,
-    ) -> None:
-        super().__init__(parts, num_layers, trained_layers=trained_layers)
-        self.partition = Partition(levels, 1, 0.0)
+    def __init__(self, parts: Parts, num_layers: int | None = None, **options: Any) -> None:
+        super().__init__(parts, num_layers, **options)
         self.sample_shape, self.num_classes = parts.sample_shape, parts.num_classes
         self._denoiser = (_Whole(self),)
 

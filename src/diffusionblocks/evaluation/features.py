@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
+from diffusionblocks.data.cache import cache_folder
 from diffusionblocks.data.images import DataConfig, ImageData
-from diffusionblocks.data.latents import cache_folder
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
 from diffusionblocks.tasks.base import Metric
@@ -97,7 +97,10 @@ def small_network(train: ImageData, config: DataConfig, num_classes: int) -> Sma
     from safetensors.torch import load_model
 
     facts = repr((train.identity(), config.channels, num_classes, SIDE, WIDTH, STEPS, BATCH, RATE))
-    path = cache_folder(config) / f"features-{hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()}.safetensors"
+    path = (
+        cache_folder(config.cache_dir)
+        / f"features-{hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()}.safetensors"
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = SmallNetwork(config.channels, num_classes)

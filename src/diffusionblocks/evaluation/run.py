@@ -22,16 +22,19 @@ import yaml
 
 from diffusionblocks import __version__
 from diffusionblocks.baselines.methods import find_method, for_method
+from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.images import ImageSplits
 from diffusionblocks.data.latents import load_data
 from diffusionblocks.data.stream import Unread
+from diffusionblocks.data.text import TextSplits, load_text
+from diffusionblocks.data.tokenizers import load_tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
-from diffusionblocks.recipes import Recipe, build, changed
-from diffusionblocks.recipes.networks import TARGETS, build_network, network_config
+from diffusionblocks.recipes import TARGETS, Recipe, build, changed
+from diffusionblocks.recipes.networks import build_network, network_config
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import ImageGeneration
+from diffusionblocks.tasks import ImageGeneration, MaskedLM
 from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training.trainer import Progress, Trainer
 
@@ -41,16 +44,19 @@ log = logging.getLogger("diffusionblocks")
 FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device")
 
 
+Splits = ImageSplits | TextSplits
+
+
 class Run(NamedTuple):
     """A recipe made ready: data, model and trainer."""
 
     recipe: Recipe
-    data: ImageSplits
+    data: Any  # Splits; which of them the recipe's task says
     model: BlockModel
     trainer: Trainer
 
 
-def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | None = None) -> Run:
+def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None = None) -> Run:
     """Loads the data and builds network, model and trainer of a recipe.
 
     Raises UserError for everything in the recipe that cannot work together.
@@ -61,10 +67,10 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
     if recipe.evaluate_on not in ("test", "validation"):
         raise UserError(f"evaluate_on must be test or validation, got {recipe.evaluate_on!r}")
     network_config(recipe, 1)  # for what it raises, before any data is read
-    data = data or load_data(recipe.data, recipe.train.seed, recipe.train.device)
+    data = data or _load(recipe)
     _check_task(recipe, data)
     torch.manual_seed(derive(recipe.train.seed, "weights"))
-    network = build_network(recipe, len(data.classes))
+    network = build_network(recipe, data.num_outputs)
     model = find_method(recipe.method).build(recipe, network)
     if recipe.model.start:
         _start(model, Path(recipe.model.start))
@@ -72,9 +78,19 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: ImageSplits | 
     return Run(recipe, data, model, trainer)
 
 
-def _check_task(recipe: Recipe, data: ImageSplits) -> None:
+def _load(recipe: Recipe) -> Splits:
+    if isinstance(recipe.data, TextConfig):
+        return load_text(recipe.data, recipe.train.seed)
+    return load_data(recipe.data, recipe.train.seed, recipe.train.device)
+
+
+def _check_task(recipe: Recipe, data: Splits) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
     task = recipe.task
+    if isinstance(task, MaskedLM):
+        from diffusionblocks.evaluation import text
+
+        text.check(task, data.test)
     if isinstance(task, ImageGeneration) and task.num_samples:
         from diffusionblocks.evaluation import features
 
@@ -121,7 +137,7 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str,
 
 
 # What may differ from training when a finished run is evaluated or sampled.
-LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "evaluate_on")
+LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "data.tokenizer", "evaluate_on")
 
 
 def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_data: bool = True) -> Run:
@@ -142,14 +158,21 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
     recipe = changed(recipe, overrides, LATER_KEYS)
     summary = folder / "summary.json"
-    names = json.loads(summary.read_text()).get("classes") if summary.is_file() and not with_data else None
-    absent = Unread(recipe.train.batch_size)
-    data = None if names is None else ImageSplits(absent, absent, absent, names)
+    data = None if with_data else _absent(recipe, summary)
     run = prepare(recipe, None, data)
     if not run.trainer.restore(folder):
         raise UserError(f"{folder} holds no usable checkpoint; train it first")
     run.trainer.residency  # noqa: B018  (moves the blocks to the device)
     return run
+
+
+def _absent(recipe: Recipe, summary: Path) -> Splits | None:
+    """Splits with nothing in them, for a model that is only to be run; None where the data must tell its classes."""
+    nothing = Unread(recipe.train.batch_size)
+    if isinstance(recipe.data, TextConfig):
+        return TextSplits(nothing, nothing, nothing, load_tokenizer(recipe.data.tokenizer))
+    names = json.loads(summary.read_text()).get("classes") if summary.is_file() else None
+    return None if names is None else ImageSplits(nothing, nothing, nothing, names)
 
 
 def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -164,9 +187,14 @@ def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[st
 
 
 def _measure(run: Run) -> dict[str, Metric]:
-    """The task's metrics, and for generated images those of samples."""
+    """The task's metrics, and those of samples for tasks that generate."""
     split = _split(run.recipe, run.data)
     metrics = run.trainer.evaluate(split)
+    if isinstance(run.recipe.task, MaskedLM):
+        from diffusionblocks.evaluation.text import metrics as of_texts
+
+        with run.trainer.averaged():
+            metrics = of_texts(run, split, metrics)
     if isinstance(run.recipe.task, ImageGeneration):
         from diffusionblocks.evaluation.generation import metrics as of_samples
 
@@ -188,17 +216,17 @@ def export_block(folder: Path, block: int, output: Path | None, overrides: Itera
     return path
 
 
-def _split(recipe: Recipe, data: ImageSplits) -> Any:
+def _split(recipe: Recipe, data: Splits) -> Any:
     return data.test if recipe.evaluate_on == "test" else data.validation
 
 
-def _throwaway_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
+def _throwaway_peak(recipe: Recipe, data: Splits) -> PeakMemory:
     """Peak memory of the recipe's steps, on a model that is thrown away."""
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False, tensorboard=False))
     return measure_peak(prepare(recipe, None, data).trainer)
 
 
-def _cuda_peak(recipe: Recipe, data: ImageSplits) -> PeakMemory:
+def _cuda_peak(recipe: Recipe, data: Splits) -> PeakMemory:
     torch.cuda.empty_cache()  # the trained model stays allocated: measure against a clean baseline
     held = torch.cuda.memory_allocated()
     peak = _throwaway_peak(recipe, data)
@@ -227,7 +255,7 @@ def _summary(
         "evaluated_on": recipe.evaluate_on,
         "metrics": _as_dicts(metrics),
         **_sampled(run),
-        "classes": run.data.classes,
+        **({"classes": run.data.classes} if isinstance(run.data, ImageSplits) else {}),
         "layer_evaluations": progress.layer_evaluations,
         "samples_seen": progress.samples_seen,
         "block_steps": progress.block_steps,
@@ -242,9 +270,13 @@ def _summary(
 def _sampled(run: Run) -> dict[str, Any]:
     """How the samples were made that the metrics are of."""
     task = run.recipe.task
-    if not isinstance(task, ImageGeneration):
+    names: tuple[str, ...] = ()
+    if isinstance(task, ImageGeneration):
+        names = ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
+    elif isinstance(task, MaskedLM):
+        names = ("num_samples", "sampler", "sampling_steps", "temperature", "top_p", "teacher")
+    if not names:
         return {}
-    names = ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
     return {"sampling": {name: getattr(task, name) for name in names}}
 
 

@@ -16,13 +16,14 @@ from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.images import count_classes
 from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.memory.predict import Network, Predictor, Step, Traces
 from diffusionblocks.network import BlockModel
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import SHORT_NAMES, Recipe, load_recipe
+from diffusionblocks.recipes import SHORT_NAMES, TARGETS, Recipe, load_recipe
 from diffusionblocks.recipes.networks import network_config, sample_shape
 from diffusionblocks.tasks import CausalLM
 from diffusionblocks.tasks.base import Task
@@ -74,13 +75,16 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
     config is). name, overrides: what the command line called it and changed in it, for the command to repeat."""
     kept = [(key, value) for key, value in overrides if SHORT_NAMES.get(key, key) not in PLANNED]
     flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(str(value)))]
-    classes = count_classes(recipe.data)
-    config = network_config(recipe, classes)
+    data = recipe.data
+    config = network_config(recipe, 0 if isinstance(data, TextConfig) else count_classes(data))
 
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
 
-        channels, size = sample_shape(recipe)
+        if isinstance(data, TextConfig):
+            names = ["input_ids", *{"documents": ["segments"], "padded": ["attention_mask"]}.get(data.packing, [])]
+            return {name: torch.zeros(samples, data.length, dtype=torch.long) for name in names}
+        channels, size = sample_shape(data)
         images = torch.zeros(samples, channels, size, size)
         return {"pixel_values": images, "labels": torch.zeros(samples, dtype=torch.long)}
 
@@ -88,7 +92,7 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         network=lambda num_layers: config.cut(num_layers).build(),
         batch=batch,
         num_layers=config.num_layers,
-        blocks=recipe.blocks,
+        blocks=dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind]),
         task=recipe.task,
         train=lambda method: for_method(recipe, method).train,
         pretrained=bool(recipe.model.pretrained),
@@ -104,10 +108,12 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     Raises UserError when the config cannot be read or its family is not supported.
     """
     config = pretrained_config(name_or_path)
-    if config.adapter.target == "none":
+    if "causal" in config.adapter.targets:
         return _language_model(config, overrides)
     name, size, channels = "images", "image_size", "num_channels"
-    if config.adapter.target == "image":
+    if "masked" in config.adapter.targets:
+        raise UserError(f"{name_or_path} is an encoder: plan it through a recipe, --model.pretrained in mdlm-folder")
+    if "image" in config.adapter.targets:
         name, size, channels = "dit-images", "sample_size", "in_channels"
     sizes = [("model.pretrained", name_or_path), ("data.image_size", config.get(size))]
     overrides = [*sizes, ("data.channels", config.get(channels)), *overrides]
@@ -195,11 +201,11 @@ def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
 
 def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
     spans = split_layers(sum(sizes), len(sizes), list(sizes))
-    return BlockCoordinateModel(take_apart(work.network(sum(sizes))), spans)
+    return BlockCoordinateModel(take_apart(work.network(sum(sizes)), work.blocks.target), spans)
 
 
 def _whole(work: Workload, num_layers: int, **options: Any) -> BlockModel:
-    return whole_network(take_apart(work.network(num_layers)), work.blocks, **options)
+    return whole_network(take_apart(work.network(num_layers), work.blocks.target), work.blocks, **options)
 
 
 _BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {

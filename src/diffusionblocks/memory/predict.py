@@ -28,9 +28,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionblocks.data.stream import Unread
-from diffusionblocks.denoisers.images import ImageNetwork
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
-from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.partition import Partition
 from diffusionblocks.tasks.base import Task
@@ -249,7 +248,7 @@ class Predictor:
         )
         block = model.block(index)
         _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
-        if isinstance(model, DiffusionBlocksModel | ImageNetwork):  # levels have no values here, and need none
+        if isinstance(model, DiffusionBlocksModel | WholeDenoiser):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
         trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
         batch = self.network.batch(samples * parts)
@@ -332,6 +331,9 @@ def _off_meta(*modules: nn.Module) -> None:
 class _AnyLevels(Partition):
     def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(count)
+
+    def spread(self, block: int | None, count: int) -> tuple[Tensor, Tensor]:
+        return torch.rand(count), torch.ones(count)
 
 
 class _OneForNumbers(TorchDispatchMode):

@@ -16,9 +16,10 @@ from typing import Any
 import yaml
 
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.data.images import DataConfig
+from diffusionblocks.data.config import DataConfig
+from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.tasks import Classification, ImageGeneration
+from diffusionblocks.tasks import Classification, ImageGeneration, MaskedLM
 from diffusionblocks.training.config import TrainingConfig
 
 
@@ -30,6 +31,7 @@ class ModelConfig:
         model_class: a supported class of transformers or diffusers.
         pretrained: Hugging Face name or local folder; then only `dropout` and `attention` of the rest apply.
         intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
+        patch_size: of networks that read images.
         start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
         attention: the attention implementation, `sdpa` or `eager`.
     """
@@ -61,7 +63,7 @@ class Recipe:
     Args:
         method: a name of `baselines.METHODS`. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses between `classification` and `image-generation`.
+        task: `task.kind` chooses between `classification`, `image-generation` and `masked-lm`. data: `TextConfig` for text.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -70,11 +72,11 @@ class Recipe:
     method: str = "diffusionblocks"
     preset: str = ""
     evaluate_on: str = "test"
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | TextConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    task: Classification | ImageGeneration = field(default_factory=Classification)
+    task: Classification | ImageGeneration | MaskedLM = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -83,7 +85,9 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-TASKS: dict[str, Any] = {"classification": Classification, "image-generation": ImageGeneration}
+TASKS: dict[str, Any] = {"classification": Classification, "image-generation": ImageGeneration, "masked-lm": MaskedLM}
+DATA: dict[str, Any] = {"classification": DataConfig, "image-generation": DataConfig, "masked-lm": TextConfig}
+TARGETS = {"classification": "label", "image-generation": "image", "masked-lm": "masked"}
 
 # What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
 PAPER: dict[str, dict[str, Any]] = {
@@ -107,6 +111,11 @@ PAPER: dict[str, dict[str, Any]] = {
     "image-generation": {
         "blocks": {"shared": "trained", "levels": "log-normal", "sigma_min": 0.002, "sigma_max": 80.0, "overlap": 0.05},
         "task": {"sampler": "euler", "sampling_steps": 50, "grid": "rho", "guidance": 2.0, "label_dropout": 0.1},
+        "train": {"order": "random", "branch_at": 0.0},
+    },
+    "masked-lm": {
+        "blocks": {"shared": "trained", "schedule": "linear", "overlap": 0.1, "condition_width": 64},
+        "task": {"masking": "independent"},
         "train": {"order": "random", "branch_at": 0.0},
     },
 }
@@ -187,12 +196,14 @@ def build(content: Mapping[str, Any]) -> Recipe:
 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--recipe", type=Recipe)
-    parser.add_argument("--task", type=TASKS[task_kind(content)])
-    rest = {key: value for key, value in content.items() if key != "task"}
+    kinds = {"task": TASKS[task_kind(content)], "data": DATA[task_kind(content)]}
+    for name, kind in kinds.items():
+        parser.add_argument(f"--{name}", type=kind)
+    rest = {key: value for key, value in content.items() if key not in kinds}
     try:
-        parsed = parser.parse_object({"recipe": rest, "task": dict(content.get("task", {}))})
+        parsed = parser.parse_object({"recipe": rest, **{name: dict(content.get(name, {})) for name in kinds}})
         made = parser.instantiate_classes(parsed)
-        return dataclasses.replace(made["recipe"], task=made["task"])
+        return dataclasses.replace(made["recipe"], **{name: made[name] for name in kinds})
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
@@ -207,7 +218,7 @@ def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "",
         if key not in fields:
             known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
             raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
-        nested = {**_NESTED, "task": TASKS[task]}.get(key) if kind is Recipe else None
+        nested = {**_NESTED, "task": TASKS[task], "data": DATA[task]}.get(key) if kind is Recipe else None
         if nested is not None:
             if not isinstance(value, Mapping):
                 raise UserError(f"{key} must be a group of keys, got {value!r}")
@@ -218,7 +229,6 @@ def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "",
 
 
 _NESTED = {
-    "data": DataConfig,
     "model": ModelConfig,
     "blocks": BlocksConfig,
     "lora": LoraConfig,
@@ -272,8 +282,9 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
 def _listed(key: str, value: Any) -> Any:
     """`0,2` or a single value for a key that takes a list -> the list."""
     group, _, name = key.partition(".")
-    fields = getattr(_NESTED.get(group), "__dataclass_fields__", {})
-    if name not in fields or fields[name].default_factory is not list or isinstance(value, list):
+    kinds = DATA.values() if group == "data" else [_NESTED.get(group)]
+    found = [own[name] for kind in kinds if name in (own := getattr(kind, "__dataclass_fields__", {}))]
+    if not found or found[0].default_factory is not list or isinstance(value, list):
         return value
     parts = value.split(",") if isinstance(value, str) else [value]
     return [yaml.safe_load(part) if isinstance(part, str) else part for part in parts if part != ""]

@@ -6,47 +6,56 @@ import dataclasses
 from typing import Any
 
 from diffusionblocks.adapters import find_adapter, pretrained_config
+from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.adapters.networks import NetworkConfig, new_config
+from diffusionblocks.data.config import DataConfig
+from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.latents import latent_shape
+from diffusionblocks.data.tokenizers import load_tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.recipes import ModelConfig, Recipe
-
-TARGETS = {"classification": "label", "image-generation": "image"}
+from diffusionblocks.recipes import TARGETS, ModelConfig, Recipe
 
 
-def network_config(recipe: Recipe, num_classes: int) -> NetworkConfig:
-    """The configuration of a recipe's network. Raises UserError for sizes that cannot work together."""
-    settings, (channels, size) = recipe.model, sample_shape(recipe)
+def network_config(recipe: Recipe, num_outputs: int) -> NetworkConfig:
+    """The configuration of a recipe's network. num_outputs: classes (for text the tokenizer tells).
+
+    Raises UserError for sizes that cannot work together.
+    """
+    settings = recipe.model
     if settings.attention not in ("sdpa", "eager"):
         raise UserError(f"model.attention must be sdpa or eager, got {settings.attention!r}")
+    if isinstance(recipe.data, TextConfig):
+        return _of_tokens(recipe)
+    channels, size = sample_shape(recipe.data)
     if settings.pretrained:
-        return _pretrained(recipe, num_classes, channels, size)
+        return _pretrained(recipe, num_outputs, channels, size)
     adapter = find_adapter(settings.model_class)
-    _check_target(recipe, adapter.target, settings.model_class)
+    check_target(recipe, adapter)
     if size % settings.patch_size:
         what = "data.image_size" if not recipe.data.vae else "the latent size"
         raise UserError(f"{what} {size} is not divisible by model.patch_size {settings.patch_size}")
-    if settings.hidden_size % settings.num_attention_heads:
-        raise UserError(
-            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
-        )
+    _check_heads(settings)
     if adapter.library == "diffusers" and settings.hidden_size % 4:
         raise UserError(f"model.hidden_size {settings.hidden_size} must be divisible by 4: positions in two dimensions")
     make = _dit if adapter.library == "diffusers" else _vit
-    return new_config(adapter, settings.model_class, make(settings, channels, size, num_classes), settings.attention)
+    return new_config(adapter, settings.model_class, make(settings, channels, size, num_outputs), settings.attention)
 
 
-def build_network(recipe: Recipe, num_classes: int) -> Any:
+def build_network(recipe: Recipe, num_outputs: int) -> Any:
     """The network of a recipe, new (from torch's global generator) or pretrained."""
-    config = network_config(recipe, num_classes)
-    return config.load(recipe.model.pretrained) if recipe.model.pretrained else config.build()
+    config = network_config(recipe, num_outputs)
+    if not recipe.model.pretrained:
+        return config.build()
+    if isinstance(recipe.data, TextConfig):
+        return _load_of_tokens(config, recipe.model.pretrained)
+    return config.load(recipe.model.pretrained)
 
 
-def sample_shape(recipe: Recipe) -> tuple[int, int]:
+def sample_shape(data: DataConfig) -> tuple[int, int]:
     """Channels and size of what the network reads: images, or the latents that the recipe's autoencoder makes of them."""
-    if recipe.data.vae:
-        return latent_shape(recipe.data)
-    return recipe.data.channels, recipe.data.image_size
+    if data.vae:
+        return latent_shape(data)
+    return data.channels, data.image_size
 
 
 def _vit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> dict[str, Any]:
@@ -80,7 +89,8 @@ def _dit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> d
 def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> NetworkConfig:
     name, dropout = recipe.model.pretrained, recipe.model.dropout
     config = pretrained_config(name)
-    _check_target(recipe, config.adapter.target, config.class_name)
+    check_target(recipe, config.adapter)
+    assert isinstance(recipe.data, DataConfig)
     diffusers = config.adapter.library == "diffusers"
     channels_key, size_key = ("in_channels", "sample_size") if diffusers else ("num_channels", "image_size")
     wanted = config.get(channels_key), config.get(size_key)
@@ -99,6 +109,63 @@ def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> N
     return dataclasses.replace(config, attention=recipe.model.attention)
 
 
-def _check_target(recipe: Recipe, target: str, class_name: str) -> None:
-    if target not in ("none", TARGETS[recipe.task.kind]):
-        raise UserError(f"the task {recipe.task.kind} cannot train a {class_name}; set model.model_class or task.kind")
+def check_target(recipe: Recipe, adapter: Adapter) -> None:
+    """Raises UserError when the task is none of what the network can be made to estimate."""
+    if TARGETS[recipe.task.kind] not in adapter.targets:
+        name = recipe.model.pretrained or recipe.model.model_class
+        raise UserError(f"the task {recipe.task.kind} cannot train a {name}; set model.model_class or task.kind")
+
+
+def _of_tokens(recipe: Recipe) -> NetworkConfig:
+    """A network of the recipe's tokens. Its config says which of them is the mask."""
+    settings, data = recipe.model, recipe.data
+    assert isinstance(data, TextConfig)
+    tokenizer = load_tokenizer(data.tokenizer)
+    if settings.pretrained:
+        config = pretrained_config(settings.pretrained)
+        check_target(recipe, config.adapter)
+        longest = config.get("max_position_embeddings")
+        if data.length > longest:
+            raise UserError(f"data.length {data.length} exceeds the {longest} positions of {settings.pretrained}")
+        sizes = {"vocab_size": max(tokenizer.size, config.get("vocab_size")), "mask_token_id": tokenizer.mask_id}
+        return dataclasses.replace(config.changed(**sizes, **_dropout(settings)), attention=settings.attention)
+    adapter = find_adapter(settings.model_class)
+    check_target(recipe, adapter)
+    if settings.model_class == "RobertaForMaskedLM":
+        raise UserError("a new RobertaForMaskedLM would count positions from a padding token: take BertForMaskedLM")
+    _check_heads(settings)
+    sizes = {
+        "vocab_size": tokenizer.size,
+        "mask_token_id": tokenizer.mask_id,
+        "pad_token_id": None,
+        "hidden_size": settings.hidden_size,
+        "num_hidden_layers": settings.num_hidden_layers,
+        "num_attention_heads": settings.num_attention_heads,
+        "intermediate_size": settings.intermediate_size,
+        "max_position_embeddings": data.length,
+        **_dropout(settings),
+    }
+    return new_config(adapter, settings.model_class, sizes, settings.attention)
+
+
+def _dropout(settings: ModelConfig) -> dict[str, float]:
+    """In the words of all families: each reads its own."""
+    names = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
+    return dict.fromkeys(names, settings.dropout)
+
+
+def _load_of_tokens(config: NetworkConfig, name_or_path: str) -> Any:
+    """The pretrained network, with rows for tokens that its tokenizer did not have."""
+    wanted = config.get("vocab_size")
+    own = pretrained_config(name_or_path).get("vocab_size")
+    network = config.changed(vocab_size=own).load(name_or_path)
+    if wanted > own:
+        network.resize_token_embeddings(wanted)
+    return network
+
+
+def _check_heads(settings: ModelConfig) -> None:
+    if settings.hidden_size % settings.num_attention_heads:
+        raise UserError(
+            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
+        )

@@ -2,5 +2,6 @@ from diffusionblocks.tasks.base import Metric, StepOutput, Task
 from diffusionblocks.tasks.causal_lm import CausalLM
 from diffusionblocks.tasks.classification import Classification
 from diffusionblocks.tasks.image_generation import ImageGeneration
+from diffusionblocks.tasks.masked_lm import MaskedLM
 
-__all__ = ["CausalLM", "Classification", "ImageGeneration", "Metric", "StepOutput", "Task"]
+__all__ = ["CausalLM", "Classification", "ImageGeneration", "MaskedLM", "Metric", "StepOutput", "Task"]

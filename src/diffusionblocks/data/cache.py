@@ -1,0 +1,23 @@
+"""Where caches of data are, and how a file in them is known to be whole."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def cache_folder(chosen: str = "") -> Path:
+    """Where caches go: data.cache_dir, else below the user's cache folder."""
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusionblocks"
+
+
+def file_hash(path: Path) -> str:
+    """Of a file's content; `missing` when it cannot be read."""
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return "missing"

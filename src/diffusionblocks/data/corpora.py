@@ -1,0 +1,252 @@
+"""Where documents of text come from. A source is read one document at a time, so it may be larger than memory."""
+
+from __future__ import annotations
+
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusionblocks.errors import UserError, nearest
+
+SUFFIXES = (".txt", ".md", ".rst", ".py")
+PIECE = 1 << 24  # bytes of a long file that are read at once
+OMITTED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
+
+
+@dataclass(kw_only=True)
+class TextConfig:
+    """Where text comes from, and how it becomes windows of tokens.
+
+    Args:
+        source: `pydocs` (CPython's own documentation), `stdlib` (code of the running interpreter's standard library),
+            `folder`, `file` (one text file, such as text8), `jsonl`, `parquet` or `huggingface`. Giving only a path means
+            `folder`, or what the file's ending says.
+        path: folder, file, or the name of a Hugging Face dataset. text_key: the column that holds the text.
+        subset: configuration of a Hugging Face dataset. suffixes: of the files that a folder is searched for
+            (none = .txt, .md, .rst and .py).
+        tokenizer: `characters` (the 27 of text8), `bytes`, or name or folder of a Hugging Face tokenizer.
+        length: tokens in a window, T.
+        packing: `stream` (windows of the documents' tokens one after the other), `documents` (the same windows, but tokens
+            attend only inside their own document) or `padded` (a window holds one document, or a piece of one).
+        split: `documents` (whole documents, drawn with `split_seed`) or `contiguous` (the end of the text: text8).
+        validation_share, test_share: of the tokens.
+        max_documents: 0 = all.
+        encoding_errors: `strict` (invalid UTF-8 is an error that names the place) or `replace`.
+        cache_dir: where tokens are kept (empty = below the user's cache folder).
+    """
+
+    source: str = "pydocs"
+    path: str = ""
+    text_key: str = "text"
+    subset: str = ""
+    suffixes: list[str] = field(default_factory=list)
+    tokenizer: str = "characters"
+    length: int = 128
+    packing: str = "stream"
+    split: str = "documents"
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    split_seed: int = 0
+    max_documents: int = 0
+    encoding_errors: str = "strict"
+    cache_dir: str = ""
+
+
+Documents = Iterator[tuple[str, str]]  # name and text; pieces of one document follow one another under the same name
+
+
+def _pydocs(config: TextConfig) -> Documents:
+    from pydoc_data.topics import topics
+
+    yield from sorted(topics.items())
+
+
+def _stdlib(config: TextConfig) -> Documents:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if not OMITTED & set(relative.parts[:-1]):
+            yield str(relative), path.read_text(encoding="utf-8", errors="replace")
+
+
+def _folder(config: TextConfig) -> Documents:
+    root = Path(config.path)
+    if not config.path or not root.is_dir():
+        raise UserError(f"data.path must be a folder with text files; {config.path!r} is not a folder")
+    suffixes = tuple(config.suffixes) or SUFFIXES
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    if not found:
+        raise UserError(f"{root} holds no file ending in {', '.join(suffixes)} (see --data.suffixes)")
+    for path in found:
+        for piece in _pieces(path, config.encoding_errors):
+            yield str(path.relative_to(root)), piece
+
+
+def _file(config: TextConfig) -> Documents:
+    for piece in _pieces(_existing(config), config.encoding_errors):
+        yield config.path, piece
+
+
+def _jsonl(config: TextConfig) -> Documents:
+    path = _existing(config)
+    with path.open("rb") as stream:
+        start = 0
+        for number, line in enumerate(stream):
+            text = _decoded(line, path, start, config.encoding_errors)
+            start += len(line)
+            if text.strip():
+                yield f"line {number + 1}", _text_of(_json(text, path, number), config, f"{path}, line {number + 1}")
+
+
+def _json(text: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}, line {number + 1} is not valid JSON: {error}") from None
+
+
+def _parquet(config: TextConfig) -> Documents:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError("Parquet files are read with pyarrow: pip install 'diffusionblocks[text]'") from None
+    root = Path(config.path)
+    paths = sorted(root.rglob("*.parquet")) if root.is_dir() else [_existing(config)]
+    for path in paths:
+        try:
+            file = parquet.ParquetFile(path)
+        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
+        if config.text_key not in file.schema_arrow.names:
+            _no_column(config, file.schema_arrow.names, str(path))
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=[config.text_key]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield f"{path.name} {number}", text or ""
+
+
+def _huggingface(config: TextConfig) -> Documents:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            "Hugging Face datasets are read with the package datasets: pip install 'diffusionblocks[text]'"
+        ) from None
+    try:
+        rows = datasets.load_dataset(config.path, config.subset or None, split="train", streaming=True)
+        iterator = iter(rows)
+        first = next(iterator, None)
+    except Exception as error:  # the library raises many kinds for the same few causes
+        raise UserError(
+            f"cannot load the dataset {config.path!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            "without a network, pass a local folder with --data.path"
+        ) from None
+    number = 0
+    while first is not None:
+        number += 1
+        yield f"row {number}", _text_of(first, config, config.path)
+        first = next(iterator, None)
+
+
+def _text_of(row: Any, config: TextConfig, where: str) -> str:
+    if not isinstance(row, dict) or config.text_key not in row:
+        _no_column(config, list(row) if isinstance(row, dict) else [], where)
+    return str(row[config.text_key] or "")
+
+
+def _no_column(config: TextConfig, names: list[str], where: str) -> None:
+    raise UserError(f"{where} has no column {config.text_key!r} (data.text_key); it has {', '.join(names) or 'none'}")
+
+
+def _existing(config: TextConfig) -> Path:
+    path = Path(config.path)
+    if not config.path or not path.is_file():
+        raise UserError(f"data.path must be a file; {config.path!r} is not one")
+    return path
+
+
+def _pieces(path: Path, errors: str) -> Iterator[str]:
+    """The text of a file, a long one in pieces that end at white space."""
+    with path.open("rb") as stream:
+        start, rest = 0, b""
+        while read := stream.read(PIECE):
+            piece = rest + read
+            cut = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1 if len(read) == PIECE else len(piece)
+            cut = cut or len(piece)
+            yield _decoded(piece[:cut], path, start, errors)
+            start, rest = start + cut, piece[cut:]
+        if rest:
+            yield _decoded(rest, path, start, errors)
+
+
+def _decoded(content: bytes, path: Path, start: int, errors: str) -> str:
+    try:
+        return content.decode("utf-8", errors=errors)
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not valid UTF-8 at byte {start + error.start}; repair it, or pass --data.encoding-errors replace"
+        ) from None
+
+
+SOURCES: dict[str, Callable[[TextConfig], Documents]] = {
+    "pydocs": _pydocs,
+    "stdlib": _stdlib,
+    "folder": _folder,
+    "file": _file,
+    "jsonl": _jsonl,
+    "parquet": _parquet,
+    "huggingface": _huggingface,
+}
+
+
+def source_of(config: TextConfig) -> str:
+    """The source that a configuration means. Raises UserError for an unknown one."""
+    if config.source not in SOURCES:
+        raise UserError(f"unknown data source {config.source!r}{nearest(config.source, SOURCES)}")
+    if not config.path or config.source not in ("pydocs", "stdlib"):
+        return config.source
+    path = Path(config.path)
+    if path.is_dir():
+        return "folder"
+    return {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix, "file")
+
+
+def documents(config: TextConfig) -> Documents:
+    """Names and texts of a source, in a fixed order. Raises UserError for what cannot be read."""
+    if config.encoding_errors not in ("strict", "replace"):
+        raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
+    count, last = 0, None
+    for name, text in SOURCES[source_of(config)](config):
+        if name != last:
+            count, last = count + 1, name
+            if config.max_documents and count > config.max_documents:
+                return
+        yield name, text
+
+
+def identity(config: TextConfig) -> str:
+    """Tells sources apart that give different documents, without reading them all."""
+    source, path = source_of(config), Path(config.path)
+    facts = [source, config.text_key, config.subset, config.max_documents, config.encoding_errors]
+    if source == "pydocs":
+        facts += [len(text) for _, text in _pydocs(config)]
+    elif source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        facts += [f"{path} {path.stat().st_size}" for path in sorted(root.rglob("*.py"))]
+    elif source == "folder" and path.is_dir():
+        facts += [config.suffixes, *(_facts(p) for p in sorted(path.rglob("*")) if p.is_file())]
+    elif path.is_file():
+        facts.append(_facts(path))
+    elif path.is_dir():
+        facts += [_facts(p) for p in sorted(path.rglob("*.parquet"))]
+    else:
+        facts.append(config.path)
+    return repr(facts)
+
+
+def _facts(path: Path) -> str:
+    return f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"

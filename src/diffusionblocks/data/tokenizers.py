@@ -1,0 +1,132 @@
+"""Text to token ids and back: characters, bytes, or any tokenizer of Hugging Face transformers. All have a mask token."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from diffusionblocks.errors import UserError
+
+log = logging.getLogger("diffusionblocks")
+BLANK = "_"  # how a masked token is shown
+
+
+class Tokenizer(Protocol):
+    """size: number of ids, the mask included. mask_id: of what hides a token. separator: id that ends a document. between: ids
+    that join the pieces of a long document, which are cut after white space and encoded apart."""
+
+    size: int
+    mask_id: int
+    separator: int
+    between: tuple[int, ...]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, uint32."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text; masked tokens are shown as `BLANK`."""
+        ...
+
+    def identity(self) -> str:
+        """Tells tokenizers apart that give different ids."""
+        ...
+
+
+class Characters:
+    """The 27 characters of text8: a to z and the space (Mahoney's protocol: lower case, digits spelled out, everything else
+    is a space, spaces collapse). Text that is in this form already stays as it is."""
+
+    size, mask_id, separator = 28, 27, 26
+    between: tuple[int, ...] = (26,)  # encoding strips the white space
+    _letters = "abcdefghijklmnopqrstuvwxyz "
+    _digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+    def encode(self, text: str) -> np.ndarray:
+        text = text.lower()
+        for digit, word in enumerate(self._digits):
+            text = text.replace(str(digit), f" {word} ")
+        plain = re.sub(r"[^a-z]+", " ", text).strip()
+        codes = np.frombuffer(plain.encode("ascii"), dtype=np.uint8).astype(np.uint32)
+        return np.where(codes == 32, self.separator, codes - 97).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join((self._letters + BLANK)[i] for i in ids)
+
+    def identity(self) -> str:
+        return "characters 1"
+
+
+class Bytes:
+    """The bytes of UTF-8; documents end with a newline."""
+
+    size, mask_id, separator = 257, 256, 10
+    between: tuple[int, ...] = ()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ord(BLANK) if i == self.mask_id else i for i in ids).decode("utf-8", errors="replace")
+
+    def identity(self) -> str:
+        return "bytes 1"
+
+
+class HuggingFace:
+    """A tokenizer of transformers by name or folder. One without a mask token gets one, and says so.
+
+    Raises UserError when it cannot be loaded.
+    """
+
+    between: tuple[int, ...] = ()
+
+    def __init__(self, name_or_path: str) -> None:
+        from transformers import AutoTokenizer
+
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # announces every retry; the error below says it once
+        try:
+            self.own: Any = AutoTokenizer.from_pretrained(name_or_path)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"cannot load the tokenizer {name_or_path!r}: {reason} (it is 'characters', 'bytes', or the name or folder "
+                "of a Hugging Face tokenizer)"
+            ) from None
+        if self.own.mask_token_id is None:
+            self.own.add_special_tokens({"mask_token": "<mask>"})
+            log.info(
+                "the tokenizer %s has no mask token; added <mask> as token %d", name_or_path, self.own.mask_token_id
+            )
+        self.size, self.mask_id = len(self.own), int(self.own.mask_token_id)
+        ends = (self.own.eos_token_id, self.own.sep_token_id, self.own.bos_token_id)
+        self.separator = next((int(end) for end in ends if end is not None), self.mask_id)
+        if self.separator == self.mask_id:
+            raise UserError(f"the tokenizer {name_or_path!r} has no token that ends a document (eos, sep or bos)")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self.own(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.own.decode(list(ids)).replace(self.own.mask_token, BLANK)
+
+    def identity(self) -> str:
+        vocabulary = repr(sorted(self.own.get_vocab().items())).encode()
+        probe = self.own("Probe: naïve Text_1, 2 - x\n", add_special_tokens=False)["input_ids"]
+        return f"{hashlib.blake2b(vocabulary, digest_size=16).hexdigest()} {probe}"
+
+
+@cache
+def load_tokenizer(name: str) -> Tokenizer:
+    """`characters`, `bytes`, or a Hugging Face tokenizer by name or folder."""
+    if name in ("characters", "bytes"):
+        return Characters() if name == "characters" else Bytes()
+    return HuggingFace(name)

@@ -1,0 +1,167 @@
+"""Masked diffusion of text ([MD4]; [DB] section 5.3 and appendix D): y = the tokens, noise = masks.
+
+Every method trains on the same bound; a whole network unmasks at all levels, a block in its own range.
+
+Shapes: N batch, T positions, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
+from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.samplers.unmasking import SAMPLERS, chooser, even
+from diffusionblocks.tasks.base import Metric, StepOutput
+
+
+@dataclass(kw_only=True)
+class MaskedLM:
+    """Objective, evaluation and sampling of a masked diffusion model.
+
+    Args:
+        kind: the name of this task in a recipe.
+        masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the same bound,
+            with less variance the first way.
+        levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
+        sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
+        temperature, top_p: of the distribution that a token is drawn from, when it is unmasked.
+        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
+        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none.
+    """
+
+    kind: str = "masked-lm"
+    masking: str = "exact"
+    levels_per_text: int = 8
+    sampler: str = "ancestral"
+    sampling_steps: int = 64
+    temperature: float = 1.0
+    top_p: float = 1.0
+    num_samples: int = 256
+    teacher: str = ""
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "kind": ("masked-lm",),
+        "masking": ("exact", "independent"),
+        "sampler": tuple(SAMPLERS),
+    }
+
+    def __post_init__(self) -> None:
+        check_choices("task", self, self.CHOICES)
+        if self.sampling_steps < 1:
+            raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise UserError(
+                f"task.temperature must not be negative and task.top_p in (0, 1], got {self.temperature} and {self.top_p}"
+            )
+        if self.levels_per_text < 1 or self.num_samples < 0:
+            raise UserError("task.levels_per_text must be at least 1 and task.num_samples at least 0")
+
+    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+        """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats. A block's share
+        of the bound is that times the length of its range, so that shares add up and losses compare."""
+        network, tokens = _masked(model), batch["input_ids"]
+        level, weights = network.partition.spread(None if whole_range else block, len(tokens))
+        level, weights = level.to(tokens.device), weights.to(tokens.device)
+        real, denoiser = batch.get("attention_mask"), network.denoiser(block)
+        hidden = hide(tokens, denoiser.shares(level), denoiser.mask_id, real=real, exact=self.masking == "exact")
+        losses = denoiser.each_loss({**batch, "noisy_target": hidden.tokens}, level, hidden.labels)
+        lengths = real.sum(1) if real is not None else tokens.new_full((len(tokens),), tokens.shape[1])
+        return StepOutput((losses.sum(1) * hidden.weights * weights * lengths).sum() / lengths.sum(), None)
+
+    @torch.no_grad()
+    def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
+        """`nats_per_token`: the bound, with its standard error over texts; with several blocks also the share of each,
+        `share_block_<i>`, in nats per token. They add up.
+
+        Shares of masked tokens are stratified and masks seeded: with equal batches, every network meets the same texts.
+        """
+        network = _masked(model)
+        count, partition = self.levels_per_text, network.partition
+        sums: list[Tensor] = []  # nats per text and block [N, B]
+        lengths: list[Tensor] = []
+        for index, batch in enumerate(batches):
+            tokens, real = batch["input_ids"], batch.get("attention_mask")
+            size = len(tokens)
+            length = (torch.full((size,), tokens.shape[1]) if real is None else real.sum(1).cpu()).double()
+            generator = torch.Generator().manual_seed(index)
+            nats = torch.zeros(size, partition.num_blocks, dtype=torch.float64)
+            for part in range(count):
+                share = (part + torch.rand(size, generator=generator)) / count
+                level = partition.levels.level(share.double())
+                owners = partition.block_of(level)
+                masked = hide(
+                    tokens,
+                    share.to(tokens.device),
+                    network.denoiser(0).mask_id,
+                    real=real,
+                    generator=generator,
+                )
+                for block in owners.unique().tolist():
+                    mine = (owners == block).to(tokens.device)
+                    rows = {name: tensor[mine] for name, tensor in {**batch, "noisy_target": masked.tokens}.items()}
+                    at = level.float().to(tokens.device)[mine]
+                    losses = network.denoiser(block).each_loss(rows, at, masked.labels[mine])
+                    nats[mine.cpu(), block] += (losses.sum(1) * masked.weights[mine]).double().cpu() / count
+            sums.append(nats * length[:, None])
+            lengths.append(length)
+        per_text, tokens_in = torch.cat(sums), torch.cat(lengths)
+        found = {"nats_per_token": _per_token(per_text.sum(1), tokens_in)}
+        if partition.num_blocks > 1:
+            shares = {f"share_block_{i}": _per_token(column, tokens_in) for i, column in enumerate(per_text.unbind(1))}
+            found |= shares
+        return found
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: MaskedBlocks | MaskedNetwork,
+        tokens: Tensor,
+        *,
+        seed: int = 0,
+        watch: Callable[[int, float, Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Fills what is masked in `tokens` [N, T] -> [N, T]. All masks = a new text; given tokens stay as they are.
+
+        One block runs per step, chosen by `partition.block_of`. The walk starts at the level of the mean masked share.
+
+        Args:
+            watch: called as watch(block, level, z) before every step that runs the network.
+        """
+        partition = model.partition
+        schedule, mask_id = partition.levels, model.mask_id
+        share = (tokens == mask_id).double().mean()
+        if share == 0:
+            return tokens
+
+        def denoise(z: Tensor, level: float, where: Tensor) -> Tensor:
+            block = int(partition.block_of(torch.tensor(level, dtype=torch.float64)))
+            if watch is not None:
+                watch(block, level, z)
+            at = torch.full((len(z),), level, device=z.device)
+            return model.denoiser(block).logits_at({"noisy_target": z}, at, where)
+
+        sampler = SAMPLERS[self.sampler](mask_id, schedule, chooser(self.temperature, self.top_p))  # type: ignore[arg-type]
+        levels = even(schedule.level(share.cpu()).item(), self.sampling_steps)
+        return sampler(denoise, tokens, levels, generator=torch.Generator().manual_seed(seed))
+
+
+def _per_token(nats: Tensor, lengths: Tensor) -> Metric:
+    """Sum of nats over sum of tokens, with the standard error over texts (of the ratio)."""
+    mean = (nats.sum() / lengths.sum()).item()
+    if len(nats) < 2:
+        return Metric(mean, None)
+    spread = (nats - mean * lengths).std() / lengths.mean() / len(nats) ** 0.5
+    return Metric(mean, spread.item())
+
+
+def _masked(model: Any) -> Any:
+    if not isinstance(model, MaskedBlocks | MaskedNetwork):
+        raise UserError(f"the task masked-lm needs a masked diffusion network; got {type(model).__name__}")
+    return model
