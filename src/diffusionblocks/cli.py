@@ -122,16 +122,51 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import load_run
-    from diffusionblocks.tasks import ImageGeneration
+    from diffusionblocks.tasks import ImageGeneration, MaskedLM
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     run = load_run(folder, overrides, with_data=False)
     if isinstance(run.recipe.task, ImageGeneration):
+        _only(arguments, "images", ("class", "guidance", "grid", "steps", "sampler", "seed"))
         return _sample_images(arguments, run)
-    for name in ("class", "guidance", "steps", "sampler", "grid", "seed"):
-        if getattr(arguments, name) is not None:
-            raise UserError(f"--{name} is for image generation; this run classifies")
+    if isinstance(run.recipe.task, MaskedLM):
+        _only(arguments, "text", ("prompt", "length", "temperature", "top_p", "steps", "sampler", "seed"))
+        return _sample_texts(arguments, run)
+    _only(arguments, "classes", ())
     return _sample_labels(arguments, load_run(folder, overrides))
+
+
+SAMPLING = ("class", "guidance", "grid", "prompt", "length", "temperature", "top_p", "steps", "sampler", "seed")
+
+
+def _only(arguments: argparse.Namespace, makes: str, known: Sequence[str]) -> None:
+    """Raises UserError for an option of sampling that has no meaning for what the run makes."""
+    for name in SAMPLING:
+        if name not in known and getattr(arguments, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')} has no meaning here: this run makes {makes}")
+
+
+def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
+    from diffusionblocks.evaluation.text import sample_texts
+
+    wanted = {"sampling_steps": arguments.steps, "sampler": arguments.sampler}
+    wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    found = sample_texts(
+        run,
+        arguments.num,
+        prompt=arguments.prompt or "",
+        length=arguments.length or 0,
+        seed=arguments.seed or 0,
+        **settings,
+    )
+    if arguments.output:
+        Path(arguments.output).write_text("\n".join(found["texts"]) + "\n")
+        found["output"] = arguments.output
+    if not arguments.json:
+        print("\n".join(found["texts"]))
+        print(f"{found['tokens_per_second']:.0f} tokens/s, {found['steps']} steps", file=sys.stderr)
+    return found
 
 
 def _sample_images(arguments: argparse.Namespace, run: Any) -> Any:
@@ -270,7 +305,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
     "recipes": (_recipes, "list built-in recipes"),
     "train": (_train, "train a recipe; the same command again resumes it"),
     "evaluate": (_evaluate, "evaluate a trained run on its test split"),
-    "sample": (_sample, "images of a trained run (PNG grid or .npz), or predictions of a classifier"),
+    "sample": (_sample, "images or texts of a trained run, or predictions of a classifier"),
     "compare": (_compare, "train several methods on one recipe and print one table"),
     "plan": (_plan, "predict the memory of every method, and what fits a card"),
     "export": (_export, "write the weights of one block of a trained run"),
@@ -324,14 +359,23 @@ def _build_parser(settings: str) -> _Parser:
     for name in ("evaluate", "sample", "export"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
     sampling = added["sample"]
-    sampling.add_argument("--num", type=int, default=16, help="how many images, or test samples (default 16)")
+    sampling.add_argument("--num", type=int, default=16, help="how many images, texts or test samples (default 16)")
     sampling.add_argument(
         "--class", metavar="CLASS,...", help="classes to generate, by number or name (default: all in turn)"
     )
     sampling.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the recipe's)")
     sampling.add_argument("--steps", type=int, help="sampling steps (default: the recipe's)")
-    sampling.add_argument("--sampler", help="euler, heun, dpm-solver++ or churn (default: the recipe's)")
+    sampling.add_argument(
+        "--sampler",
+        help="images: euler, heun, dpm-solver++ or churn; text: ancestral or confidence (default: the recipe's)",
+    )
     sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
+    sampling.add_argument("--prompt", help="text: what to go on from; {5} in it is a blank of 5 tokens to fill in")
+    sampling.add_argument(
+        "--length", type=int, help="text: tokens in all (default: the window, or a prompt with blanks)"
+    )
+    sampling.add_argument("--temperature", type=float, help="text: 0 = the likeliest tokens (default: the recipe's)")
+    sampling.add_argument("--top-p", type=float, help="text: share of probability to draw from (default: the recipe's)")
     sampling.add_argument("--seed", type=int, help="of the noise (default 0)")
     for name in ("sample", "report", "export"):
         added[name].add_argument("--output", metavar="FILE")

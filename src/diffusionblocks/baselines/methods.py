@@ -88,7 +88,9 @@ def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
 
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
     blocks = dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind])
-    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=True, blocks=blocks)
+    # A classifier's readout is new; a pretrained one of tokens stays as it is, as usual.
+    new = recipe.task.kind != "masked-lm"
+    return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=new, blocks=blocks)
 
 
 def _last_block_model(recipe: Recipe, network: Any) -> BlockModel:

@@ -221,7 +221,9 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
                     stream.write(end.astype(kind).tobytes())
                     total += 1
                     ends.append(total)
-                ids = np.concatenate([tokenizer.between if name == last else (), tokenizer.encode(text)])
+                ids, begun = tokenizer.encode(text), total > (ends[-1] if ends else 0)
+                if begun and len(ids):
+                    ids = np.concatenate([tokenizer.between, ids])
                 stream.write(ids.astype(kind).tobytes())
                 total, last = total + len(ids), name
             if last is not None:

@@ -15,7 +15,7 @@ from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, p
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
-from diffusionblocks.tasks import CausalLM, ImageGeneration
+from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
 
 # Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
 ALLOWANCE = 0.08
@@ -42,7 +42,7 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
             yield Choice(method="shallow", num_blocks=count)
         else:
             yield Choice(method="last-block", num_blocks=count)
-        if not isinstance(work.task, ImageGeneration):
+        if not isinstance(work.task, ImageGeneration | MaskedLM):
             yield Choice(method="exact", num_blocks=count)
         if not isinstance(work.task, CausalLM):
             yield Choice(method="diffusionblocks", num_blocks=count)
@@ -88,8 +88,8 @@ def _row(
 
 
 def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
-    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction (for images: one
-    denoising step, which runs one block)."""
+    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction (for what is
+    generated: one denoising step, which runs one block)."""
     layers, own = work.num_layers, work.num_layers / choice.num_blocks
     recomputed = 4 / 3 if choice.checkpointing else 1.0
     if choice.method == "shallow":
@@ -101,7 +101,7 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
         return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
     if choice.method == "diffusionblocks":
         heads = choice.num_blocks * work.blocks.head_layers
-        one_call = own if isinstance(work.task, ImageGeneration) else layers + heads
+        one_call = own if isinstance(work.task, ImageGeneration | MaskedLM) else layers + heads
         return (layers + heads) * recomputed, one_call
     return layers * recomputed, layers
 

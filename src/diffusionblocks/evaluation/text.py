@@ -6,7 +6,7 @@ import dataclasses
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -225,19 +225,28 @@ def sample_texts(
     }
 
 
-def path(run: Any, seed: int = 0, shown: int = 8) -> Iterator[dict[str, Any]]:
-    """How one text comes out of masks: block, level and text at `shown` moments, the last one finished (block None)."""
-    steps: list[dict[str, Any]] = []
-    tokenizer = run.data.tokenizer
+def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
+    """How one text comes out of masks, at `shown` moments.
 
-    def watch(block: int, level: float, z: Tensor) -> None:
-        steps.append({"block": block, "level": level, "text": tokenizer.decode(z[0].tolist())})
-
-    made = generate(run, blank(run, 1), seed=seed, watch=watch)
-    last = {"block": None, "level": 0.0, "text": tokenizer.decode(made.tokens[0].tolist())}
-    for index in range(shown - 1):
-        yield steps[round(index * (len(steps) - 1) / max(1, shown - 2))]
-    yield last
+    Each has the `level`, the `block` that runs next (None at the end) and `tokens`: text and the block that wrote it (None
+    while it is masked).
+    """
+    steps: list[tuple[int | None, float, Tensor]] = []
+    made = generate(
+        run, blank(run, 1), seed=seed, watch=lambda block, level, z: steps.append((block, level, z[0].cpu()))
+    )
+    steps.append((None, 0.0, made.tokens[0]))
+    writers: list[int | None] = [None] * len(made.tokens[0])
+    moments = []
+    chosen = {round(index * (len(steps) - 1) / (shown - 1)) for index in range(shown)}
+    for number, (block, level, z) in enumerate(steps):
+        if number:
+            changed = (z != steps[number - 1][2]).tolist()
+            writers = [steps[number - 1][0] if new else old for new, old in zip(changed, writers, strict=True)]
+        if number in chosen:
+            texts = [run.data.tokenizer.decode([token]) for token in z.tolist()]
+            moments.append({"block": block, "level": level, "tokens": list(zip(texts, writers, strict=True))})
+    return moments
 
 
 def check(task: MaskedLM, split: Any) -> None:

@@ -97,7 +97,7 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         train=lambda method: for_method(recipe, method).train,
         pretrained=bool(recipe.model.pretrained),
         lora=(recipe.lora.rank, recipe.lora.alpha),
-        train_readout=True,
+        train_readout=not isinstance(data, TextConfig),
         command=" ".join(["dblocks train", shlex.quote(name), *flags]),
     )
 
@@ -195,7 +195,9 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
 
 
 def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
-    shape = {"num_blocks": len(sizes), "layers_per_block": list(sizes), "levels": "log-normal"}
+    shape: dict[str, Any] = {"num_blocks": len(sizes), "layers_per_block": list(sizes)}
+    if work.blocks.target != "masked":
+        shape["levels"] = "log-normal"  # levels have no values here, and an information partition would want some
     return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})
 
 

@@ -82,16 +82,17 @@ def profiled_peak(build: Callable[[], Trainer], batch: dict[str, Tensor]) -> int
     window = next(event for event in results.events() if event.name() == "measured steps")
     start, end = window.start_ns(), window.start_ns() + window.duration_ns()
     current = peak = 0
-    mapped = set()
+    # By address: what was allocated before (garbage of an earlier run, collected now) is released here as well, and does
+    # not count.
+    live: dict[int, int] = {}
     for time, pointer, size, in_file in sorted(_allocations(results.experimental_event_tree())):
-        if in_file and size > 0:
-            mapped.add(pointer)
-        elif pointer in mapped and size < 0:
-            mapped.discard(pointer)
+        if size > 0:
+            live[pointer] = 0 if in_file else size
+            current += live[pointer]
         else:
-            current += size
-            if start <= time <= end:
-                peak = max(peak, current)
+            current -= live.pop(pointer, 0)
+        if start <= time <= end:
+            peak = max(peak, current)
     return peak
 
 

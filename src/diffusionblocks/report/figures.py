@@ -23,17 +23,22 @@ def block_colour(block: int, num_blocks: int) -> Any:
     return BLOCK_COLOURS(0.15 + 0.7 * block / max(1, num_blocks - 1))
 
 
-def noise_ranges(ranges: Sequence[dict[str, float]]) -> str:
-    """A bar per block over log sigma: what it owns (solid) and what it trains on (light)."""
+def block_css(block: int, num_blocks: int) -> str:
+    return matplotlib.colors.to_hex(block_colour(block, num_blocks))
+
+
+def noise_ranges(ranges: Sequence[dict[str, float]], unit: str = "sigma") -> str:
+    """A bar per block over log sigma, or over t: what it owns (solid) and what it trains on (light)."""
     figure, axes = plt.subplots(figsize=(6.4, 0.7 + 0.35 * len(ranges)))
     for block, span in enumerate(ranges):
         colour = block_colour(block, len(ranges))
         axes.barh(block, span["trained_high"] - span["trained_low"], left=span["trained_low"], color=colour, alpha=0.35)
         axes.barh(block, span["high"] - span["low"], left=span["low"], color=colour)
-    axes.set_xscale("log")
+    if unit == "sigma":
+        axes.set_xscale("log")
     axes.set_yticks(range(len(ranges)), [f"block {block}" for block in range(len(ranges))])
     axes.invert_yaxis()
-    axes.set_xlabel("noise level sigma (light: overlap)")
+    axes.set_xlabel(f"noise level {unit} (light: overlap)")
     return _svg(figure)
 
 

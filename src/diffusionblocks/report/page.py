@@ -17,12 +17,14 @@ from diffusionblocks.evaluation.compare import summarise
 from diffusionblocks.evaluation.generation import generate, grid, to_pixels
 from diffusionblocks.evaluation.run import load_run
 from diffusionblocks.evaluation.sample import predictions
+from diffusionblocks.evaluation.text import path, sample_texts
 from diffusionblocks.network import DiffusionBlocksModel
 from diffusionblocks.report import figures, table
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import ImageGeneration
+from diffusionblocks.tasks import Classification, ImageGeneration, MaskedLM
 
 SAMPLES = 16  # test samples with their predictions
+TEXTS = 6  # generated texts
 IMAGES, PATHS, PATH_STEPS = 64, 4, 12  # generated images, those shown on their way, and steps of the way
 
 
@@ -99,17 +101,18 @@ def _run(folder: Path) -> dict[str, Any]:
             x.append(entry["layer_evaluations"])
             y.append(loss)
     train = run.recipe.train
-    generates = isinstance(run.recipe.task, ImageGeneration)
-    unit = "" if generates else " (nats)"
+    task = run.recipe.task
+    unit = "" if isinstance(task, ImageGeneration) else " (nats)"
+    unit_of_level = run.model.partition.levels.unit if isinstance(run.model, DiffusionBlocksModel) else ""
     order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
         "note": f"{summary['block_steps']} optimizer steps in all, batch {train.batch_size}, {order}"
         f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, torch {summary['versions']['torch']}",
         "warnings": summary["warnings"],
-        "ranges": figures.noise_ranges(ranges) if ranges else "",
+        "ranges": figures.noise_ranges(ranges, unit_of_level) if ranges else "",
         "losses": figures.losses(curves, summary["num_blocks"], unit) if curves else "",
-        **(_images(run) if generates else {"samples": _samples(run)}),
+        **_SHOWN[type(task)](run),
     }
 
 
@@ -118,7 +121,7 @@ def _range(model: DiffusionBlocksModel, block: int) -> dict[str, float]:
     return {"low": own.low, "high": own.high, "trained_low": trained.low, "trained_high": trained.high}
 
 
-def _samples(run: Any) -> str:
+def _samples(run: Any) -> dict[str, Any]:
     count = min(SAMPLES, len(run.data.test))
     rows = predictions(run, count)
     images = run.data.test.images[:count]
@@ -127,7 +130,21 @@ def _samples(run: Any) -> str:
         row["predicted"] if row["predicted"] == row["label"] else f"{row['predicted']}, not {row['label']}"
         for row in rows
     ]
-    return figures.samples(np.asarray(array), captions, [row["predicted"] == row["label"] for row in rows])
+    right = [row["predicted"] == row["label"] for row in rows]
+    return {"samples": figures.samples(np.asarray(array), captions, right)}
+
+
+def _texts(run: Any) -> dict[str, Any]:
+    """Some texts, and how one of them came out of masks: every token in the colour of the block that wrote it."""
+    made, blocks = sample_texts(run, TEXTS), run.model.num_blocks
+    with run.trainer.averaged():
+        moments = path(run)
+    colours: dict[int | None, str] = {block: figures.block_css(block, blocks) for block in range(blocks)}
+    colours[None] = "#ccc"
+    for moment in moments:
+        moment["colour"] = colours[moment["block"]]
+        moment["tokens"] = [(text, colours[writer]) for text, writer in moment["tokens"]]
+    return {"texts": made["texts"], "moments": moments}
 
 
 def _images(run: Any) -> dict[str, str]:
@@ -154,3 +171,10 @@ def _images(run: Any) -> dict[str, str]:
     last = {"block": chosen[-1]["block"], "sigma": 0.0, "noisy": to_pixels(end)}
     columns = [{**step, "noisy": [grid(image[None]) for image in step["noisy"]]} for step in (*chosen, last)]
     return {"grid": figures.picture(grid(made.images, columns=16)), "path": figures.path(columns, model.num_blocks)}
+
+
+_SHOWN: dict[Any, Any] = {
+    Classification: _samples,
+    ImageGeneration: _images,
+    MaskedLM: _texts,
+}
