@@ -28,8 +28,8 @@ METHODS = "end-to-end,shallow,diffusionblocks"
 SPLITS = [("2", "equal-mass"), ("3", "equal-mass"), ("4", "equal-mass"), ("6", "equal-mass"), ("3", "uniform")]
 
 
-def curve(folder: Path) -> list[list[float]]:
-    """[share of the run's layer evaluations, validation loss] of a run, on its validation split."""
+def curve(folder: Path, metric: str = "validation_loss") -> list[list[float]]:
+    """[share of the run's layer evaluations, a metric] of a run, on its validation split."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     total = json.loads((folder / "summary.json").read_text())["layer_evaluations"]
     steps, spent = zip(
@@ -38,7 +38,7 @@ def curve(folder: Path) -> list[list[float]]:
     return [
         [
             round(float(np.interp(line["block_steps"], steps, spent)) / total, 4),
-            round(line["validation"]["validation_loss"]["value"], 5),
+            round(line["validation"][metric]["value"], 5),
         ]
         for line in lines
         if "validation" in line

@@ -52,9 +52,8 @@ def fails(capsys, *arguments):
 
 def test_the_readme_examples_run(monkeypatch, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    classify, generate = (
-        part.split("```")[0].replace("steps=1500", "steps=4") for part in readme.split("```python\n")[1:]
-    )
+    parts = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
+    classify, generate, write = (part.replace("=1500", "=4").replace("steps=2500", "steps=4") for part in parts)
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     exec(classify, namespace)
@@ -62,6 +61,8 @@ def test_the_readme_examples_run(monkeypatch, tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
     exec(generate, namespace)
     assert namespace["images"].shape == (10, 1, 8, 8)
+    exec(write, namespace)
+    assert namespace["written"].shape == (4, 64)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ ROOT = Path(diffusionblocks.__file__).parent
 LEVELS = [
     {"errors", "seeds"},
     {"noise", "partition", "precondition"},
-    {"conditioning", "config", "targets", "readout"},
+    {"conditioning", "config", "targets", "attention", "readout"},
     {"network", "coordinate"},
     {"denoisers"},
     {"adapters", "samplers", "tasks", "data", "likelihood"},

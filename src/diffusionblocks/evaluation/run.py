@@ -236,9 +236,13 @@ def _cuda_peak(recipe: Recipe, data: Splits) -> PeakMemory:
 def _save_model(run: Run, output_dir: Path) -> None:
     """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel)
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()  # for the one file it writes
     run.trainer.use_averages()
     run.model.save_pretrained(output_dir / "model")
     run.trainer.use_averages()  # back
+    of_transformers.enable_progress_bar()
 
 
 def _summary(
