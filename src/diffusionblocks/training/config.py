@@ -34,6 +34,7 @@ class TrainingConfig:
         own_batch: samples of a block's step after branching, 0 = batch_size. A block meets only its own noise range, so
             batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its steps grow
             in number so that samples and layer evaluations stay.
+        own_rate: factor on the learning rate of these steps: a smaller batch has noisier gradients.
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
             (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
@@ -62,6 +63,7 @@ class TrainingConfig:
     branch_at: float | None = None
     decay_from: str = "branch"
     own_batch: int = 0
+    own_rate: float = 1.0
     precision: str = "fp32"
     device: str = "auto"
     ema_decay: float = 0.0
@@ -97,6 +99,8 @@ class TrainingConfig:
             raise UserError(
                 f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got {self.own_batch}"
             )
+        if not 0 < self.own_rate <= 1:
+            raise UserError(f"train.own_rate must be in (0, 1], got {self.own_rate}")
         if self.branch_at is not None and not 0 <= self.branch_at < 1:
             raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
         if not 0 <= self.ema_decay < 1:

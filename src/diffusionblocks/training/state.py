@@ -36,16 +36,20 @@ class BlockState:
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.
 
-        With branching the rate stays at its peak until the copies part, unless `decay_from` says otherwise.
+        With branching the rate stays at its peak until the copies part, unless `decay_from` says otherwise; after that it is
+        `own_rate` times as high.
         """
         warmup = max(1, round(self.config.warmup * self.life))
         ramp = min(1.0, (self.steps + 1) / warmup)
+        peak = self.config.learning_rate * ramp
+        if self.common and self.steps >= self.common:
+            peak *= self.config.own_rate
         if self.config.schedule == "constant":
-            return self.config.learning_rate * ramp
+            return peak
         parting = self.common if self.config.decay_from == "branch" else 0
         start = max(warmup, parting, round(self.config.hold * self.life))
         progress = max(0.0, (self.steps + 1 - start) / max(1, self.life - start + 1))
-        return self.config.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self) -> None:
         """Clips, updates, averages and frees the gradients."""
