@@ -14,25 +14,20 @@ MOST_CHUNKS = 8  # ... or an eighth of the batch's, so that large vocabularies k
 
 
 class TokenReadout(nn.Module):
-    """Final norm and output head of a language model: hidden [N, T, D] -> logits [N, T, V]."""
+    """Final norm and output head of a language model: hidden [N, T, D] -> logits [N, T, V], or losses where there are labels.
+
+    Every use is a call of the module, so that weights which are kept elsewhere can visit for its length (residency.py).
+    """
 
     def __init__(self, norm: nn.Module, head: nn.Linear) -> None:
         super().__init__()
         self.norm, self.head = norm, head
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.head(self.norm(hidden))
-
-    def losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """hidden [N, T, D], labels [N, T] -> summed cross-entropy in nats (scalar) and the number of targets."""
-        each = self.each_loss(hidden, labels)
-        return each.sum(), (labels != IGNORED).sum()
-
-    def each_loss(self, hidden: Tensor, labels: Tensor, never: int | None = None) -> Tensor:
-        """hidden [N, T, D], labels [N, T] -> cross-entropies in nats [N, T], 0 where there is no target.
-
-        never: a token that is no possible answer (the mask).
-        """
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, never: int | None = None) -> Tensor:
+        """labels [N, T]: cross-entropies in nats [N, T] instead, 0 where the label is `IGNORED`. never: a token that is no
+        possible answer (the mask)."""
+        if labels is None:
+            return without(self.head(self.norm(hidden)), never)
         losses = chunked_cross_entropy(self.norm(hidden).flatten(0, 1), self.head, labels.flatten(), never)
         return losses.reshape(labels.shape)
 

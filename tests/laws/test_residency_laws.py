@@ -13,7 +13,7 @@ from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.training import residency as module
 from diffusionblocks.training.residency import borrow_on_call, units
-from tests.conftest import config, make_data, make_vit, same, weights
+from tests.conftest import config, make_data, make_llama, make_vit, same, weights
 
 
 def trainer(num_blocks=3, **options):
@@ -90,18 +90,23 @@ def exact(num_blocks, network, **options):
     return dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(**options))
 
 
-def gradients_of_the_whole(network, batch):
+def gradients_of_the_whole(network, task, batch):
     model = dblocks.EndToEndModel(take_apart(network))
     model.train()
-    dblocks.Classification().step(model, 0, batch).loss.backward()
+    task.step(model, 0, batch).loss.backward()
     return {name: p.grad for name, p in model._network[0].named_parameters()}
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_exact_mode_has_the_gradients_of_ordinary_training(streamed):
+@pytest.mark.parametrize("kind", ["classifier", "language model"])
+def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
     """streamed: the weights of idle blocks are unreadable except while their layer is called, as on a GPU."""
-    network, batch = make_vit(), make_data().__getitems__(list(range(8)))
-    wanted = gradients_of_the_whole(network, batch)
+    if kind == "classifier":
+        network, task, batch = make_vit(), dblocks.Classification(), make_data().__getitems__(list(range(8)))
+    else:
+        network, task = make_llama(), dblocks.CausalLM()
+        batch = {"input_ids": torch.randint(0, 12, (3, 10), generator=torch.Generator().manual_seed(0))}
+    wanted = gradients_of_the_whole(network, task, batch)
     parts = take_apart(network)
     model = BlockCoordinateModel(parts, [range(0, 2), range(2, 4), range(4, 6)])
     model.train()
@@ -115,7 +120,7 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(streamed):
                         tensor.data = torch.full_like(tensor.data, float("nan"))
                     real = {tensor.data_ptr(): data for tensor, data in home}
                     handles += borrow_on_call(unit, lambda data, real=real: real[data.data_ptr()].clone())
-        dblocks.Classification().step(model, active, batch).loss.backward()
+        task.step(model, active, batch).loss.backward()
         for handle in handles:
             handle.remove()
         for tensor, data in home:

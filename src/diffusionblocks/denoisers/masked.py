@@ -96,11 +96,11 @@ class Answers:
 
     def each_loss(self, batch: Batch, level: Tensor, labels: Tensor) -> Tensor:
         """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`."""
-        return self.head().each_loss(self.hidden(batch, level), labels, never=self.mask_id)
+        return self.head()(self.hidden(batch, level), labels, self.mask_id)
 
     def logits_at(self, batch: Batch, level: Tensor, where: Tensor) -> Tensor:
         """Logits of the tokens at the M positions `where` [N, T] is true: [M, V]."""
-        return without(self.head()(self.hidden(batch, level)[where]).float(), self.mask_id)
+        return self.head()(self.hidden(batch, level)[where], None, self.mask_id).float()
 
     def output(self, batch: Batch, level: Tensor) -> DenoiserOutput:
         """Everything at once, see `MaskedDenoiser`."""

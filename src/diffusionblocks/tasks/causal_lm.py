@@ -45,4 +45,5 @@ class CausalLM:
             raise UserError(f"the task causal_lm trains whole language models; got {type(model).__name__}")
         labels = batch.get("labels", batch["input_ids"])
         following = pad(labels[:, 1:], (0, 1), value=IGNORED)  # position i predicts token i + 1
-        return model.readout.losses(model.hidden(batch, block), following)
+        losses = model.readout(model.hidden(batch, block), following)
+        return losses.sum(), (following != IGNORED).sum()
