@@ -11,6 +11,10 @@ from transformers import (
     BertForMaskedLM,
     DeiTConfig,
     DeiTForImageClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     RobertaConfig,
@@ -80,6 +84,18 @@ def make_bert(**changes) -> BertForMaskedLM:
 def make_roberta(**changes) -> RobertaForMaskedLM:
     torch.manual_seed(0)
     return RobertaForMaskedLM(RobertaConfig(**{**TOKENS, "pad_token_id": 1, **changes}))
+
+
+def make_gpt2(**changes) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=13, n_embd=16, n_layer=6, n_head=2, n_positions=32, mask_token_id=12)
+    quiet = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, **quiet, **changes}))
+
+
+def make_neox(**changes) -> GPTNeoXForCausalLM:
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**{**TOKENS, **changes}))
 
 
 class Counting(torch.utils.data.Dataset):

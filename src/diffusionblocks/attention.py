@@ -21,18 +21,23 @@ class View(NamedTuple):
     causal: bool = False
 
 
+def token_positions(batch: Mapping[str, Tensor]) -> Tensor:
+    """Where in its document every token of `input_ids` [N, T] is: [N or 1, T], 0 at the start of each of the `segments`."""
+    tokens, segments = batch["input_ids"], batch.get("segments")
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    return positions if segments is None else positions - _starts(segments)
+
+
 def both_ways(batch: Mapping[str, Tensor], like: Tensor) -> View:
     """Attention in both directions over the tokens of a batch.
 
     Args:
-        batch: may hold `attention_mask` [N, T] (0 = padding, which nobody attends to) and, for several documents packed
+        batch: `input_ids` [N, T]; may hold `attention_mask` [N, T] (0 = padding, which nobody attends to) and, for several documents packed
             into one row, `segments` [N, T]: tokens attend inside their own segment, where positions start at 0.
         like: hidden states [N, T, D]; the mask gets their type.
     """
     real, segments = batch.get("attention_mask"), batch.get("segments")
-    positions = torch.arange(like.shape[1], device=like.device)[None]
-    if segments is not None:
-        positions = positions - _starts(segments)
+    positions = token_positions(batch)
     if real is None and segments is None:
         return View(positions)
     allowed = torch.ones(1, 1, 1, like.shape[1], dtype=torch.bool, device=like.device)

@@ -20,10 +20,27 @@ from diffusionblocks.partition import Partition
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers import unmasking
 from diffusionblocks.training import checkpoint
-from tests.conftest import Counting, config, make_bert, make_llama, make_roberta, make_vit, same, weights
+from tests.conftest import (
+    Counting,
+    config,
+    make_bert,
+    make_gpt2,
+    make_llama,
+    make_neox,
+    make_roberta,
+    make_vit,
+    same,
+    weights,
+)
 
 MASK = 12
-NETWORKS = {"llama": make_llama, "bert": make_bert, "roberta": make_roberta}
+NETWORKS = {
+    "llama": make_llama,
+    "gpt2": make_gpt2,
+    "neox": make_neox,
+    "bert": make_bert,
+    "roberta": make_roberta,
+}
 
 
 def whole(network=None, num_layers=None, **options):
@@ -201,7 +218,11 @@ def test_conversion_keeps_the_network_s_function(name):
     tokens[:, ::3] = MASK
     real = torch.ones_like(tokens)
     real[2:, 11:] = 0
-    if name == "llama":  # transformers would attend causally: its own layers, asked for both directions
+    if name in (
+        "llama",
+        "gpt2",
+        "neox",
+    ):  # transformers would attend causally: its own layers, asked for both directions
         allowed = torch.where(real[:, None, None] == 1, 0.0, torch.finfo(torch.float32).min)
         expected = network(tokens, attention_mask=allowed.expand(-1, 1, 16, -1).contiguous()).logits
     else:

@@ -11,6 +11,7 @@ from torch import nn
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.adapters.bert import BERT, ROBERTA
 from diffusionblocks.adapters.dit import DIT
+from diffusionblocks.adapters.gpt import GPT2, GPT_NEOX
 from diffusionblocks.adapters.llama import LLAMA
 from diffusionblocks.adapters.networks import NetworkConfig, network_class, read_config
 from diffusionblocks.adapters.vit import DEIT, VIT
@@ -19,7 +20,7 @@ from diffusionblocks.denoisers import BLOCKS
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import DiffusionBlocksModel, Parts
 
-ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA)
+ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA, GPT2, GPT_NEOX)
 
 
 def find_adapter(class_name: str) -> Adapter:

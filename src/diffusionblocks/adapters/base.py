@@ -24,7 +24,7 @@ class Adapter:
     Args:
         model_classes: names of the classes of `library` (transformers or diffusers) that this declaration fits.
         targets: what the network can be made to estimate (see `Parts`), the usual one first.
-        stem: module(s) that turn a batch into the first hidden states; `make_stem` wraps it.
+        stem: modules that turn a batch into the first hidden states; `make_stem(*modules)` wraps them.
         layers: the ModuleList of residual layers.
         layer_norms: norms of a layer that see the noise level; empty where layers see it by themselves.
         readout: modules from the last hidden states to the output; `make_readout(model, *modules)` wraps them.
@@ -35,11 +35,11 @@ class Adapter:
     """
 
     model_classes: tuple[str, ...]
-    stem: str
+    stem: tuple[str, ...]
     layers: str
     layer_norms: tuple[str, ...]
     readout: tuple[str, ...]
-    make_stem: Callable[[nn.Module], nn.Module]
+    make_stem: Callable[..., nn.Module]
     make_readout: Callable[..., nn.Module]
     make_layer: Callable[[Any, nn.Module], nn.Module] = lambda model, layer: layer
     tied: tuple[str, str] | None = None
@@ -63,15 +63,19 @@ class Adapter:
         """
         model = model if copied else copy.deepcopy(model)
         layers = list(model.get_submodule(self.layers).children())
-        owned = [model.get_submodule(path) for path in (self.stem, self.layers, *self.readout)]
+        stem, readout = ([model.get_submodule(path) for path in paths] for paths in (self.stem, self.readout))
         tied = self.tied is not None and len({id(model.get_parameter(name)) for name in self.tied}) == 1
-        check_ownership(model, owned, shared=model.get_parameter(self.tied[0]) if self.tied and tied else None)
+        check_ownership(
+            model,
+            [*stem, model.get_submodule(self.layers), *readout],
+            shared=model.get_parameter(self.tied[0]) if self.tied and tied else None,
+        )
         return Parts(
             target=self.target(target),
-            stem=self.make_stem(owned[0]),
+            stem=self.make_stem(*stem),
             layers=[self.make_layer(model, layer) for layer in layers],
             layer_norms=self.layer_norms,
-            readout=self.make_readout(model, *owned[2:]),
+            readout=self.make_readout(model, *readout),
             width=self.width(model.config),
             num_classes=self.num_classes(model.config),
             sample_shape=self.sample_shape(model.config),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.attention import View, both_ways
+from diffusionblocks.attention import View, token_positions
 from diffusionblocks.readout import TokenReadout
 
 
@@ -21,10 +21,7 @@ class EmbeddingStem(nn.Module):
         self.embeddings, self.first = embeddings, first
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        tokens = batch["input_ids"]
-        like = self.embeddings.word_embeddings.weight.new_empty(1, tokens.shape[1], 1)
-        positions = both_ways({k: v for k, v in batch.items() if k == "segments"}, like).positions
-        return self.embeddings(input_ids=tokens, position_ids=(positions + self.first).to(tokens.device))
+        return self.embeddings(input_ids=batch["input_ids"], position_ids=token_positions(batch) + self.first)
 
 
 class EncoderLayer(nn.Module):
@@ -53,7 +50,7 @@ def _roberta_stem(embeddings: Any) -> EmbeddingStem:
 
 BERT = Adapter(
     model_classes=("BertForMaskedLM",),
-    stem="bert.embeddings",
+    stem=("bert.embeddings",),
     layers="bert.encoder.layer",
     layer_norms=("layer.attention.output.LayerNorm", "layer.output.LayerNorm"),
     readout=("cls.predictions.transform", "cls.predictions.decoder"),
@@ -66,7 +63,7 @@ BERT = Adapter(
 
 ROBERTA = Adapter(
     model_classes=("RobertaForMaskedLM",),
-    stem="roberta.embeddings",
+    stem=("roberta.embeddings",),
     layers="roberta.encoder.layer",
     layer_norms=("layer.attention.output.LayerNorm", "layer.output.LayerNorm"),
     readout=("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder"),

@@ -36,9 +36,7 @@ class RotaryLayer(nn.Module):
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
-        if view is None:
-            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-            view = View(positions, self._causal_mask(hidden, positions), causal=True)
+        view = view or causal_view(self._config, hidden)
         return self.layer(
             hidden,
             attention_mask=view.mask,
@@ -47,21 +45,22 @@ class RotaryLayer(nn.Module):
             is_causal=view.causal,
         )
 
-    def _causal_mask(self, hidden: Tensor, positions: Tensor) -> Any:
-        from transformers.masking_utils import create_causal_mask
 
-        return create_causal_mask(
-            config=self._config,
-            inputs_embeds=hidden,
-            attention_mask=None,
-            past_key_values=None,
-            position_ids=positions,
-        )
+def causal_view(config: Any, hidden: Tensor) -> View:
+    """Positions 0 to T-1 of hidden [N, T, D], each attending to those before it. The mask is transformers' own for the network
+    `config` (None where its attention needs none)."""
+    from transformers.masking_utils import create_causal_mask
+
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    mask: Any = create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+    )
+    return View(positions, mask, causal=True)
 
 
 LLAMA = Adapter(
     model_classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
-    stem="model.embed_tokens",
+    stem=("model.embed_tokens",),
     layers="model.layers",
     layer_norms=("layer.input_layernorm", "layer.post_attention_layernorm"),
     readout=("model.norm", "lm_head"),

@@ -48,7 +48,7 @@ class FirstTokenReadout(nn.Module):
 def _declare(prefix: str, model_class: str) -> Adapter:
     return Adapter(
         model_classes=(model_class,),
-        stem=f"{prefix}.embeddings",
+        stem=(f"{prefix}.embeddings",),
         layers=f"{prefix}.layers",
         layer_norms=("layernorm_before", "layernorm_after"),
         readout=(f"{prefix}.layernorm", "classifier"),

@@ -169,8 +169,9 @@ class MaskedDenoiser(Denoiser, Answers):
         return self.output(batch, level)
 
     def hidden(self, batch: Batch, level: Tensor) -> Tensor:
-        hidden = self._part("stem")(read_batch(batch))
-        return self.block("denoise", hidden, condition(level), both_ways(batch, hidden))
+        read = read_batch(batch)
+        hidden = self._part("stem")(read)
+        return self.block("denoise", hidden, condition(level), both_ways(read, hidden))
 
     def head(self) -> TokenReadout:
         return self._part("readout")
@@ -293,8 +294,9 @@ class _Whole(Answers):
         return self.output(batch, level)
 
     def hidden(self, batch: Batch, level: Tensor) -> Tensor:
-        hidden = self.model.stem(read_batch(batch))
-        return self.model.block(0)("denoise", hidden, condition(level), both_ways(batch, hidden))
+        read = read_batch(batch)
+        hidden = self.model.stem(read)
+        return self.model.block(0)("denoise", hidden, condition(level), both_ways(read, hidden))
 
     def head(self) -> TokenReadout:
         readout = self.model.readout

@@ -1,0 +1,64 @@
+"""Decoders of the GPT family in Hugging Face transformers: GPT-2 and GPT-NeoX (Pythia)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from diffusionblocks.adapters.base import Adapter
+from diffusionblocks.adapters.llama import RotaryLayer, TokenStem, causal_view
+from diffusionblocks.attention import View, token_positions
+from diffusionblocks.readout import TokenReadout
+
+
+class PositionStem(nn.Module):
+    """input_ids [N, T] -> embeddings of tokens and of learned positions [N, T, D]."""
+
+    def __init__(self, tokens: nn.Module, positions: nn.Module, dropout: nn.Module) -> None:
+        super().__init__()
+        self.tokens, self.positions, self.dropout = tokens, positions, dropout
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return self.dropout(self.tokens(batch["input_ids"]) + self.positions(token_positions(batch)))
+
+
+class PositionLayer(nn.Module):
+    """A decoder layer without positions of its own: hidden [N, T, D] -> hidden [N, T, D]. Causal unless a view says otherwise."""
+
+    def __init__(self, layer: nn.Module, config: Any) -> None:
+        super().__init__()
+        self.layer, self._config = layer, config
+
+    def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
+        view = view or causal_view(self._config, hidden)
+        return self.layer(hidden, attention_mask=view.mask, is_causal=view.causal)
+
+
+GPT2 = Adapter(
+    model_classes=("GPT2LMHeadModel",),
+    stem=("transformer.wte", "transformer.wpe", "transformer.drop"),
+    layers="transformer.h",
+    layer_norms=("layer.ln_1", "layer.ln_2"),
+    readout=("transformer.ln_f", "lm_head"),
+    make_stem=PositionStem,
+    make_readout=lambda model, *modules: TokenReadout(*modules),
+    make_layer=lambda model, layer: PositionLayer(layer, model.config),
+    tied=("lm_head.weight", "transformer.wte.weight"),
+    targets=("causal", "masked"),
+    depth_key="n_layer",
+)
+
+GPT_NEOX = Adapter(
+    model_classes=("GPTNeoXForCausalLM",),
+    stem=("gpt_neox.embed_in",),
+    layers="gpt_neox.layers",
+    layer_norms=("layer.input_layernorm", "layer.post_attention_layernorm"),
+    readout=("gpt_neox.final_layer_norm", "lm_head"),
+    make_stem=TokenStem,
+    make_readout=lambda model, *modules: TokenReadout(*modules),
+    make_layer=lambda model, layer: RotaryLayer(layer, model.get_submodule("gpt_neox.rotary_emb"), model.config),
+    tied=("lm_head.weight", "gpt_neox.embed_in.weight"),
+    targets=("causal", "masked"),
+)
