@@ -128,7 +128,7 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
         if data.length > longest:
             raise UserError(f"data.length {data.length} exceeds the {longest} positions of {settings.pretrained}")
         sizes = {"vocab_size": max(tokenizer.size, config.get("vocab_size")), "mask_token_id": tokenizer.mask_id}
-        return dataclasses.replace(config.changed(**sizes, **_dropout(settings)), attention=settings.attention)
+        return _with_dropout(config.changed(**sizes), settings)
     adapter = find_adapter(settings.model_class)
     check_target(recipe, adapter)
     if settings.model_class == "RobertaForMaskedLM":
@@ -143,15 +143,20 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
         "num_attention_heads": settings.num_attention_heads,
         "intermediate_size": settings.intermediate_size,
         "max_position_embeddings": data.length,
-        **_dropout(settings),
     }
-    return new_config(adapter, settings.model_class, sizes, settings.attention)
+    return _with_dropout(new_config(adapter, settings.model_class, sizes, settings.attention), settings)
 
 
-def _dropout(settings: ModelConfig) -> dict[str, float]:
-    """In the words of all families: each reads its own."""
-    names = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
-    return dict.fromkeys(names, settings.dropout)
+DROPOUT = (
+    *("attention_dropout", "hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"),
+    *("embd_pdrop", "attn_pdrop", "resid_pdrop"),
+)
+
+
+def _with_dropout(config: NetworkConfig, settings: ModelConfig) -> NetworkConfig:
+    """In the words of the family; and its attention."""
+    own = {name: settings.dropout for name in DROPOUT if hasattr(config.config, name)}
+    return dataclasses.replace(config.changed(**own), attention=settings.attention)
 
 
 def _load_of_tokens(config: NetworkConfig, name_or_path: str) -> Any:
