@@ -116,38 +116,66 @@ def generation_table() -> None:
         print("| " + " | ".join([*cells, f"{result['peak_memory']['total'] / whole:.2f}x"]) + " |")
 
 
-def generation() -> None:
-    """Validation loss over compute, and the test metrics of the finished runs."""
-    data = load("generation-quality")
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 2.6), layout="constrained")
-    for name, run in data["runs"].items():
-        method = name.split()[0]
-        label = method if name.endswith("seed-0") else None
-        left.plot(*zip(*run["curve"], strict=True), color=COLOURS[method], linewidth=1, label=label)
-    left.set(xlabel="share of the layer evaluations", ylabel="denoising loss (validation)", yscale="log")
-    left.legend(frameon=False)
-    for axes, metric in ((middle, "validation_loss"), (right, "feature_distance")):
+def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: str, target: str) -> None:
+    """A validation curve over compute of every run, and test metrics {name: label} of the finished ones."""
+    data = load(name)
+    figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
+    for label, run in data["runs"].items():
+        method = label.split()[0]
+        colour, shown = COLOURS[method], method if label.endswith("seed-0") else None
+        axes[0].plot(*zip(*run["curve"], strict=True), color=colour, linewidth=1, label=shown)
+    axes[0].set(xlabel="share of the layer evaluations", ylabel=curve_label, yscale=scale)
+    axes[0].legend(frameon=False)
+    seeds = len(data["results"][0]["seeds"])
+    for axis, (metric, label) in zip(axes[1:], metrics.items(), strict=True):
         for row, result in enumerate(data["results"]):
             value = result["metrics"][metric]
             colour = COLOURS[result["method"]]
-            axes.errorbar(value["value"], row, xerr=value["stderr"], fmt="o", capsize=3, color=colour)
-            axes.annotate(
+            axis.errorbar(value["value"], row, xerr=value["stderr"], fmt="o", capsize=3, color=colour)
+            axis.annotate(
                 f"{value['value']:.3g}", (value["value"], row), (0, 6), textcoords="offset points", ha="center"
             )
-        axes.set_yticks(range(len(data["results"])), [result["method"] for result in data["results"]])
-        axes.set_ylim(len(data["results"]) - 0.5, -0.6)
-        axes.grid(axis="x", alpha=0.3)
-    seeds = len(data["results"][0]["seeds"])
-    middle.set_xlabel(f"dit-mnist: denoising loss (test), {seeds} seeds")
-    right.set_xlabel(f"feature distance of 5,000 samples, {seeds} seeds")
-    figure.savefig(TARGET.with_name("generation.png"), dpi=130)
+        axis.set_yticks(range(len(data["results"])), [result["method"] for result in data["results"]])
+        axis.set_ylim(len(data["results"]) - 0.5, -0.6)
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_xlabel(f"{label}, {seeds} seeds")
+    figure.savefig(TARGET.with_name(target), dpi=130)
+
+
+def text_table() -> None:
+    data = load("text-quality")["results"]
+    whole = data[0]["peak_memory"]["total"]
+    print(
+        "\n| mdlm-pydocs, B = 3 | bits per character | entropy | distinct pairs | peak memory |\n|---|---|---|---|---|"
+    )
+    for result in data:
+        metrics = result["metrics"]
+        cells = [result["method"], _error(metrics["bits_per_character"], 3), _error(metrics["entropy"], 2)]
+        cells += [_error(metrics["distinct_2"], 3), f"{result['peak_memory']['total'] / whole:.2f}x"]
+        print("| " + " | ".join(cells) + " |")
+    real = data[0]["metrics"]
+    print(
+        f"real text: entropy {real['entropy_real']['value']:.2f}, distinct pairs {real['distinct_2_real']['value']:.3f}"
+    )
 
 
 def main() -> None:
     if (RESULTS / "generation-quality.json").is_file():
         plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
         generation_table()
-        generation()
+        shown = {
+            "validation_loss": "dit-mnist: denoising loss (test)",
+            "feature_distance": "feature distance, 5,000 samples",
+        }
+        over_compute("generation-quality", shown, "denoising loss (validation)", "log", "generation.png")
+    if (RESULTS / "text-quality.json").is_file():
+        plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+        text_table()
+        shown = {
+            "bits_per_character": "mdlm-pydocs: bits per character (test)",
+            "distinct_2": "distinct pairs in samples",
+        }
+        over_compute("text-quality", shown, "nats per token (validation)", "linear", "text.png")
     for recipe in ("digits", "mnist"):
         accuracy_table(recipe)
     memory_table()

@@ -152,6 +152,8 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
     wanted = {"sampling_steps": arguments.steps, "sampler": arguments.sampler}
     wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
     settings = {name: value for name, value in wanted.items() if value is not None}
+    if arguments.output:
+        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     found = sample_texts(
         run,
         arguments.num,

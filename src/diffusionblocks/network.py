@@ -209,6 +209,8 @@ class EndToEndModel(BlockModel):
 
     def _record_depth(self, network: Any, depth: int) -> None:
         setattr(network.config, self._depth_key, depth)
+        if kinds := getattr(network.config, "layer_types", None):
+            network.config.layer_types = kinds[:depth]
 
 
 class WholeDenoiser(EndToEndModel):
@@ -350,7 +352,12 @@ class DiffusionBlocksModel(BlockModel):
         """Writes the weights of one block, as safetensors that say what they are; `load_block` reads them back."""
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in self.block(index).state_dict().items()}
+        named = {tensor.data_ptr(): name for name, tensor in reversed(self.block(index).state_dict().items())}
+        tensors = {  # one name for a parameter that has two (tied embeddings)
+            name: tensor.detach().contiguous().cpu()
+            for name, tensor in self.block(index).state_dict().items()
+            if named[tensor.data_ptr()] == name
+        }
         span, own = self.layers[index], self.partition.range(index)
         facts = {
             "format": "diffusionblocks block 1",
@@ -385,5 +392,7 @@ class DiffusionBlocksModel(BlockModel):
         if json.loads(facts["blocks"]) != asdict(self.config) or json.loads(facts["source"]) != self._identity():
             raise UserError(f"{path} is a block of another network, or of one that was split in another way")
         index = int(facts["block"])
-        self.block(index).load_state_dict(tensors)
+        missing = self.block(index).load_state_dict(tensors, strict=False).missing_keys
+        own = self.block(index).state_dict()
+        assert {own[name].data_ptr() for name in missing} <= {own[name].data_ptr() for name in tensors}
         return index

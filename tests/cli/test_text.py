@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from diffusionblocks.cli import main
-from tests.conftest import make_bert
+from diffusionblocks.data.tokenizers import load_tokenizer
+from diffusionblocks.evaluation.run import load_run
+from tests.conftest import make_bert, make_llama, make_roberta
 from tests.unit.test_text import POEM, make_tokenizer
 
 SETTINGS = [
@@ -93,7 +96,7 @@ def test_the_report_shows_texts_and_who_wrote_them(trained, capsys, tmp_path):
 
 
 def test_compare_gives_all_methods_the_same_layer_evaluations(settings, capsys, tmp_path):
-    methods = "end-to-end,shallow,diffusionblocks,diffusionblocks-paper"
+    methods = "shallow,diffusionblocks-paper"
     results = run_json(
         capsys, "compare", "mdlm-pydocs", "--methods", methods, *settings, "--output-dir", str(tmp_path), "--jobs", "2"
     )["results"]
@@ -127,30 +130,72 @@ def test_an_encoder_with_its_tokenizer_is_adapted(settings, texts, capsys, tmp_p
     )
     assert lora["method"] == "lora" and lora["num_blocks"] == 1
     found = run_json(capsys, "sample", str(tmp_path / "run"), "--num", "1", "--prompt", "two {2} Birds")
-    assert len(found["texts"]) == 1
+    assert found["texts"][0].startswith("two ") and found["texts"][0].endswith(" Birds")
+    assert main(["export", str(tmp_path / "run"), "--block", "1"]) == 0  # tied embeddings
 
 
 def test_a_tokenizer_without_a_mask_makes_the_pretrained_network_grow(settings, capsys, tmp_path):
-    from tests.conftest import make_llama
-
     folder = make_tokenizer(tmp_path / "llama")
-    from diffusionblocks.data.tokenizers import load_tokenizer
-
     size = load_tokenizer(folder).size
-    make_llama(vocab_size=size - 1, mask_token_id=None).save_pretrained(folder)
+    make_llama(vocab_size=size - 1, mask_token_id=None).to(torch.bfloat16).save_pretrained(folder)
     adapting = ["--model.pretrained", folder, "--data.tokenizer", folder, "--data.length", "8"]
-    assert main(["train", "mdlm-pydocs", *settings, *adapting, "--output-dir", str(tmp_path / "run")]) == 0
-    assert (
-        main(["train", "mdlm-pydocs", *settings, *adapting, "--method", "full", "--output-dir", str(tmp_path / "f")])
-        == 0
-    )
+    for method in ("diffusionblocks", "full"):
+        words = [*settings, *adapting, "--method", method, "--output-dir", str(tmp_path / method)]
+        assert main(["train", "mdlm-pydocs", *words]) == 0
+    run = load_run(tmp_path / "diffusionblocks", with_data=False)
+    assert run.model.mask_id == size - 1 and run.model.block(0).stem.embedding.num_embeddings == size
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}  # though the checkpoint was in bf16
 
 
 @pytest.mark.parametrize("packing", ["documents", "padded"])
-def test_packed_and_padded_windows_train(settings, packing, tmp_path):
-    assert (
-        main(["train", "mdlm-pydocs", *settings, "--data.packing", packing, "--output-dir", str(tmp_path / "run")]) == 0
-    )
+def test_packed_and_padded_windows_train(settings, packing, capsys, tmp_path):
+    words = ["--data.packing", packing, "--data.tokenizer", "bytes", "--output-dir", str(tmp_path / "run")]
+    metrics = run_json(capsys, "train", "mdlm-pydocs", *settings, *words)["metrics"]
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(metrics["nats_per_token"]["value"] / 0.693147, rel=1e-5)
+    assert 6 < metrics["bits_per_byte"]["value"] < 9  # hardly trained: log2 of 256
+
+
+@pytest.mark.parametrize(
+    "kind", ["MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM"]
+)
+def test_every_family_is_made_new_trained_and_loaded_again(settings, kind, capsys, tmp_path):
+    words = ["--model.model-class", kind, "--model.num-attention-heads", "2", "--model.dropout", "0.1"]
+    for method in ("diffusionblocks", "shallow"):
+        folder = str(tmp_path / method)
+        assert main(["train", "mdlm-pydocs", *settings, *words, "--method", method, "--output-dir", folder]) == 0
+        first = json.loads((tmp_path / method / "summary.json").read_text())["metrics"]
+        assert run_json(capsys, "evaluate", folder)["metrics"] == first
+
+
+def test_tokens_of_another_kind_and_lost_conditioning_are_refused(settings, capsys, tmp_path):
+    make_bert().save_pretrained(tmp_path / "bert")
+    start = ["train", "mdlm-pydocs", *settings, "--output-dir", str(tmp_path / "run")]
+    assert main([*start, "--model.pretrained", str(tmp_path / "bert")]) == 2
+    assert "does not read characters" in capsys.readouterr().err
+    whole = [*start[:-1], str(tmp_path / "whole"), "--method", "end-to-end", "--blocks.condition-width", "8"]
+    assert main(whole) == 0
+    capsys.readouterr()
+    assert main([*start, "--model.pretrained", str(tmp_path / "whole" / "model")]) == 2
+    assert "would lose that" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "whole"), "--data.tokenizer", "bytes"]) == 2
+    assert "cannot be changed after training" in capsys.readouterr().err
+
+
+def test_roberta_has_fewer_positions_than_its_config_says(settings, capsys, tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "roberta", mask=True)
+    make_roberta(vocab_size=40, max_position_embeddings=16, mask_token_id=None).save_pretrained(tokenizer)
+    words = [
+        *settings,
+        "--model.pretrained",
+        tokenizer,
+        "--data.tokenizer",
+        tokenizer,
+        "--output-dir",
+        str(tmp_path / "r"),
+    ]
+    assert main(["train", "mdlm-pydocs", *words, "--data.length", "15"]) == 2
+    assert "exceeds the 14 positions" in capsys.readouterr().err
+    assert main(["train", "mdlm-pydocs", *words, "--data.length", "14"]) == 0
 
 
 def test_plan_shows_blocks_of_a_text_network(capsys):
@@ -170,6 +215,8 @@ def test_plan_shows_blocks_of_a_text_network(capsys):
         (["--task.masking", "all"], "masking must be one of"),
         (["--model.model-class", "ViTForImageClassification"], "cannot train a ViTForImageClassification"),
         (["--model.hidden-size", "18"], "not divisible by model.num_attention_heads"),
+        (["--model.hidden-size", "12"], "even number"),
+        (["--data.max-documents", "-1"], "at least 0"),
         (["--method", "exact"], "masked diffusion has no exact mode"),
         (["--blocks.context", "features"], "blocks.context"),
         (["--task.teacher", "/no/such/model"], "teacher"),
@@ -192,6 +239,7 @@ def test_mistakes_get_one_clear_line(settings, capsys, tmp_path, arguments, word
         (["--length", "1"], "at least 2 tokens"),
         (["--steps", "0"], "at least 1 step"),
         (["--top-p", "2"], "top_p"),
+        (["--temperature", "nan"], "temperature"),
         (["--sampler", "euler"], "sampler"),
     ],
 )

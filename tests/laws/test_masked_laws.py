@@ -477,6 +477,64 @@ def test_confidence_takes_the_likeliest_tokens_first():
     assert (seen[1][0, 6:] != 8).all() and (seen[1][0, :6] == 8).all()
 
 
+@pytest.mark.parametrize("steps", [4, 16, 64])
+def test_confidence_keeps_the_pace_of_the_schedule(steps):
+    """Also with more steps than tokens, and when only a part is to be filled in."""
+    for hidden in (16, 8):
+        start, seen = texts(1, 16).repeat(64, 1), []
+        start[:, :hidden] = MASK
+        dblocks.MaskedLM(sampler="confidence", sampling_steps=steps).sample(
+            blocks().eval(),
+            start,
+            watch=lambda block, level, z, seen=seen: seen.append((level, (z == MASK).float().mean())),
+        )
+        for level, share in seen:
+            assert share.item() == pytest.approx(level, abs=0.6 / 16 + hidden / 16 / steps)
+        assert len(seen) == min(steps, hidden)
+
+
+def test_padded_texts_count_by_their_tokens():
+    """A text of half the length weighs half, in training and in evaluation."""
+    model, tokens = blocks().eval(), texts(2)
+    real = torch.ones_like(tokens)
+    real[1, 8:] = 0
+    task = dblocks.MaskedLM(levels_per_text=400)
+    both = task.evaluate(model, [{"input_ids": tokens, "attention_mask": real}])["nats_per_token"].value
+    alone = [
+        task.evaluate(model, [{"input_ids": tokens[:1]}])["nats_per_token"].value,
+        task.evaluate(model, [{"input_ids": tokens[1:, :8]}])["nats_per_token"].value,
+    ]
+    assert both == pytest.approx((16 * alone[0] + 8 * alone[1]) / 24, rel=2e-3)
+    torch.manual_seed(0)
+    one = whole(num_layers=2).eval()
+    with torch.no_grad():
+        batch = {"input_ids": tokens.repeat(50, 1), "attention_mask": real.repeat(50, 1)}
+        losses = torch.stack([task.step(one, 0, batch).loss for _ in range(8)])
+    wanted = task.evaluate(one, [{"input_ids": tokens, "attention_mask": real}])["nats_per_token"].value
+    assert losses.mean().item() == pytest.approx(wanted, rel=5e-3)
+
+
+def test_frozen_layers_stay_frozen_when_they_see_the_level():
+    parts = take_apart(make_llama(), "masked")
+    model = whole_network(parts, dblocks.BlocksConfig(condition_width=8), trained_layers=2)
+    layers = list(model.block(0).layers)
+    assert not any(p.requires_grad for layer in layers[:4] for p in layer.parameters())
+    assert all(p.requires_grad for layer in layers[4:] for p in layer.parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_block_with_tied_embeddings_travels(name, tmp_path):
+    network = make_llama(tie_word_embeddings=True) if name == "llama" else make_bert()
+    one, other = blocks(network), blocks(network)
+    with torch.no_grad():
+        for parameter in one.block(1).parameters():
+            parameter.add_(1.0)
+    one.save_block(1, tmp_path / "block.safetensors")
+    assert other.load_block(tmp_path / "block.safetensors") == 1
+    assert same(weights(one.block(1)), weights(other.block(1)))
+    assert other.block(1).readout.head.weight.data_ptr() == next(other.block(1).stem.parameters()).data_ptr()
+
+
 def test_temperature_and_top_p_act_when_a_token_is_chosen():
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log().expand(4000, 3)
     generator = torch.Generator().manual_seed(0)

@@ -261,6 +261,44 @@ def test_a_failed_tokenisation_leaves_nothing_behind(folder, tmp_path):
 # ---------------------------------------------------------------- prompts and measures
 
 
+def test_units_of_a_hugging_face_tokenizer_leave_out_what_only_marks(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path))
+    ids = np.concatenate([tokenizer.encode("two small"), [tokenizer.separator]])
+    assert tokenizer.count(ids) == (9, 9)
+
+
+def test_a_text_that_spells_the_mask_hides_nothing(tmp_path):
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path, mask=True))
+    assert tokenizer.mask_id not in tokenizer.encode("two <m> small").tolist()
+
+
+def test_folders_are_told_apart_whatever_reads_them(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows = [{"text": f"{name} {number} " * 30} for number in range(9)]
+        (tmp_path / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in ("huggingface", "jsonl", "pydocs"):  # the last: what the folder holds decides
+        found = [
+            load_text(config(tmp_path, path=str(tmp_path / name), source=source, split="contiguous")).train.tokens[0]
+            for name in "ab"
+        ]
+        assert found == [ord("a"), ord("b")]
+
+
+def test_a_giant_among_the_documents_is_said(tmp_path):
+    for number, repeats in enumerate((400, 9, 9)):
+        (tmp_path / f"{number}.txt").write_text(POEM * repeats)
+    with pytest.raises(dblocks.UserError, match=r"too uneven.*9\d%.*contiguous"):
+        load_text(config(tmp_path, path=str(tmp_path)))
+
+
+def test_text_without_white_space_is_cut_between_characters(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "PIECE", 64)
+    (tmp_path / "dense.txt").write_text("é漢字" * 200, encoding="utf-8")
+    pieces = [piece for _, piece in documents(TextConfig(path=str(tmp_path / "dense.txt")))]
+    assert "".join(pieces) == "é漢字" * 200
+
+
 def test_prompts_with_blanks():
     tokenizer = Characters()
     assert tokenizer.decode(start_of("the {3} of", tokenizer, 64).tolist()) == "the ___ of"
@@ -277,6 +315,8 @@ def test_prompts_with_blanks():
         ("abc", 9, "--length 9 exceeds"),
         ("abcdef", 4, "less than the 6 tokens"),
         ("abcdefgh", 0, "leaves nothing to write"),
+        ("{100000000000}", 0, "100000000000 tokens and exceeds"),
+        ("???", 0, "no token of"),
     ],
 )
 def test_prompts_that_do_not_fit(prompt, length, words):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.errors import UserError
 
@@ -59,11 +61,13 @@ class NetworkConfig:
         model_class = network_class(self.class_name, self.adapter)
         if isinstance(self.config, dict):
             changed = {key: value for key, value in self.config.items() if not key.startswith("_")}
-            options = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False, "subfolder": self.subfolder}
-            return self._with_attention(model_class.from_pretrained(name_or_path, **options, **changed))
+            own = {"ignore_mismatched_sizes": True, "low_cpu_mem_usage": False, "subfolder": self.subfolder}
+            return self._with_attention(model_class.from_pretrained(name_or_path, **own, **changed))
         config = copy.deepcopy(self.config)
         config._attn_implementation = self.attention
-        return model_class.from_pretrained(name_or_path, config=config, ignore_mismatched_sizes=True)
+        # In fp32, whatever it was stored in: train.precision says what it trains in.
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
+        return model_class.from_pretrained(name_or_path, config=config, **options)
 
     def _with_attention(self, network: Any) -> Any:
         from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0

@@ -91,14 +91,14 @@ def _file(config: TextConfig) -> Documents:
 
 
 def _jsonl(config: TextConfig) -> Documents:
-    path = _existing(config)
-    with path.open("rb") as stream:
-        start = 0
-        for number, line in enumerate(stream):
-            text = _decoded(line, path, start, config.encoding_errors)
-            start += len(line)
-            if text.strip():
-                yield f"line {number + 1}", _text_of(_json(text, path, number), config, f"{path}, line {number + 1}")
+    for path in _files(config, "*.jsonl"):
+        with path.open("rb") as stream:
+            start = 0
+            for number, line in enumerate(stream):
+                text, where = _decoded(line, path, start, config.encoding_errors), f"{path}, line {number + 1}"
+                start += len(line)
+                if text.strip():
+                    yield where, _text_of(_json(text, path, number), config, where)
 
 
 def _json(text: str, path: Path, number: int) -> Any:
@@ -113,9 +113,7 @@ def _parquet(config: TextConfig) -> Documents:
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("Parquet files are read with pyarrow: pip install 'diffusionblocks[text]'") from None
-    root = Path(config.path)
-    paths = sorted(root.rglob("*.parquet")) if root.is_dir() else [_existing(config)]
-    for path in paths:
+    for path in _files(config, "*.parquet"):
         try:
             file = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
@@ -126,7 +124,7 @@ def _parquet(config: TextConfig) -> Documents:
         for batch in file.iter_batches(batch_size=256, columns=[config.text_key]):
             for text in batch.column(0).to_pylist():
                 number += 1
-                yield f"{path.name} {number}", text or ""
+                yield f"{path} {number}", str(text or "")
 
 
 def _huggingface(config: TextConfig) -> Documents:
@@ -162,6 +160,11 @@ def _no_column(config: TextConfig, names: list[str], where: str) -> None:
     raise UserError(f"{where} has no column {config.text_key!r} (data.text_key); it has {', '.join(names) or 'none'}")
 
 
+def _files(config: TextConfig, pattern: str) -> list[Path]:
+    root = Path(config.path)
+    return sorted(root.rglob(pattern)) if config.path and root.is_dir() else [_existing(config)]
+
+
 def _existing(config: TextConfig) -> Path:
     path = Path(config.path)
     if not config.path or not path.is_file():
@@ -176,7 +179,8 @@ def _pieces(path: Path, errors: str) -> Iterator[str]:
         while read := stream.read(PIECE):
             piece = rest + read
             cut = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1 if len(read) == PIECE else len(piece)
-            cut = cut or len(piece)
+            while cut == 0 or (cut < len(piece) and piece[cut] & 0xC0 == 0x80):  # no white space: between characters
+                cut = cut - 1 if cut else len(piece) - 4
             yield _decoded(piece[:cut], path, start, errors)
             start, rest = start + cut, piece[cut:]
         if rest:
@@ -211,7 +215,10 @@ def source_of(config: TextConfig) -> str:
         return config.source
     path = Path(config.path)
     if path.is_dir():
-        return "folder"
+        endings = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
+        if endings & set(tuple(config.suffixes) or SUFFIXES):
+            return "folder"
+        return "jsonl" if ".jsonl" in endings else "parquet" if ".parquet" in endings else "folder"
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix, "file")
 
 
@@ -219,6 +226,8 @@ def documents(config: TextConfig) -> Documents:
     """Names and texts of a source, in a fixed order. Raises UserError for what cannot be read."""
     if config.encoding_errors not in ("strict", "replace"):
         raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
+    if config.max_documents < 0:
+        raise UserError(f"data.max_documents must be at least 0 (all), got {config.max_documents}")
     count, last = 0, None
     for name, text in SOURCES[source_of(config)](config):
         if name != last:
@@ -241,10 +250,8 @@ def identity(config: TextConfig) -> str:
         facts += [config.suffixes, *(_facts(p) for p in sorted(path.rglob("*")) if p.is_file())]
     elif path.is_file():
         facts.append(_facts(path))
-    elif path.is_dir():
-        facts += [_facts(p) for p in sorted(path.rglob("*.parquet"))]
     else:
-        facts.append(config.path)
+        facts += [config.path, *(_facts(p) for p in sorted(path.rglob("*")) if path.is_dir() and p.is_file())]
     return repr(facts)
 
 

@@ -38,15 +38,15 @@ class BatchStream:
             num_workers,
         )
         self.batches_per_epoch = size // batch_size
-        self._permutation: tuple[int, list[int]] = (-1, [])
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0))
 
     def indices(self, batch: int) -> list[int]:
         """Sample numbers of batch number `batch`."""
         epoch, position = divmod(batch, self.batches_per_epoch)
         if self._permutation[0] != epoch:
             generator = torch.Generator().manual_seed(derive(self.seed, "epoch", epoch))
-            self._permutation = (epoch, torch.randperm(self.size, generator=generator).tolist())
-        return self._permutation[1][position * self.batch_size : (position + 1) * self.batch_size]
+            self._permutation = (epoch, torch.randperm(self.size, generator=generator))
+        return self._permutation[1][position * self.batch_size : (position + 1) * self.batch_size].tolist()
 
     def load(self, batches: Iterable[int]) -> Iterator[dict[str, Tensor]]:
         """Loads the numbered batches in order, ahead of time when there are workers."""

@@ -167,12 +167,13 @@ def _split(ends: np.ndarray, config: TextConfig) -> list[np.ndarray]:
     middle = reached - sizes / total / 2
     test = middle < config.test_share
     validation = ~test & (middle < config.test_share + config.validation_share)
-    if not test.any():
-        test[0] = True
-        validation[0] = False
-    if not validation.any():
-        validation[np.flatnonzero(~test)[0]] = True
     rest = ~(test | validation)
+    left = 1 - config.test_share - config.validation_share
+    if not (test.any() and validation.any()) or sizes[rest].sum() < left / 2 * total:
+        raise UserError(
+            f"the {len(spans)} documents are too uneven to be split (the longest has {sizes.max() / total:.0%} of the text): pass "
+            "--data.split contiguous, which cuts the text itself, or another --data.split-seed"
+        )
     return [spans[np.sort(order[chosen])] for chosen in (rest, validation, test)]
 
 
@@ -185,10 +186,8 @@ def _tokens(config: TextConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     """All tokens, mapped from the cache, and where each document ends."""
     key = hashlib.blake2b(f"{identity(config)} {tokenizer.identity()}".encode(), digest_size=12).hexdigest()
     folder = cache_folder(config.cache_dir) / f"text-{key}"
-    if (index := _read_index(folder)) is None:
+    while (index := _read_index(folder)) is None:
         _tokenise(config, tokenizer, folder)
-        index = _read_index(folder)
-        assert index is not None
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
     return tokens, np.asarray(index["ends"], dtype=np.int64)
 
@@ -199,11 +198,14 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         index = json.loads((folder / "index.json").read_text())
-        if index["hash"] == file_hash(folder / "tokens.npy"):
+        path = folder / "tokens.npy"
+        # Untouched since it was written, or else of the same content.
+        if index["written"] == path.stat().st_mtime_ns or index["hash"] == file_hash(path):
             return index
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass
     log.warning("the text cache %s is damaged; the text is tokenised again", folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
@@ -239,9 +241,9 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
         np.save(partial / "tokens.npy", raw)
         del raw
         (partial / "raw").unlink()
-        index = {"ends": ends, "tokens": total, "hash": file_hash(partial / "tokens.npy")}
+        path = partial / "tokens.npy"
+        index = {"ends": ends, "hash": file_hash(path), "written": path.stat().st_mtime_ns}
         (partial / "index.json").write_text(json.dumps(index) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
         try:
             partial.rename(folder)
         except OSError:  # another process was first
@@ -263,11 +265,12 @@ def units(part: TextData, tokenizer: Tokenizer) -> Units:
     """Of a split: what turns nats per token into bits per character. Long ones are judged by their beginning."""
     count = characters = size = 0
     for start, end in part.spans:
-        text = tokenizer.decode(np.asarray(part.tokens[start:end]).tolist())
-        count, characters, size = count + int(end - start), characters + len(text), size + len(text.encode())
-        if count > COUNTED:
+        ids = np.asarray(part.tokens[start : min(end, start + COUNTED - count)])
+        more = tokenizer.count(ids)
+        count, characters, size = count + len(ids), characters + more[0], size + more[1]
+        if count >= COUNTED:
             break
-    return Units(characters / count, size / count)
+    return Units(max(characters, 1) / count, max(size, 1) / count)
 
 
 def bits(nats_per_token: float, per_token: float) -> float:

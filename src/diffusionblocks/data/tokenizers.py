@@ -34,6 +34,10 @@ class Tokenizer(Protocol):
         """Text; masked tokens are shown as `BLANK`."""
         ...
 
+    def count(self, ids: np.ndarray) -> tuple[int, int]:
+        """Characters and bytes of the text that ids stand for; tokens that only mark something count nothing."""
+        ...
+
     def identity(self) -> str:
         """Tells tokenizers apart that give different ids."""
         ...
@@ -59,6 +63,9 @@ class Characters:
     def decode(self, ids: Sequence[int]) -> str:
         return "".join((self._letters + BLANK)[i] for i in ids)
 
+    def count(self, ids: np.ndarray) -> tuple[int, int]:
+        return len(ids), len(ids)
+
     def identity(self) -> str:
         return "characters 1"
 
@@ -74,6 +81,9 @@ class Bytes:
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(ord(BLANK) if i == self.mask_id else i for i in ids).decode("utf-8", errors="replace")
+
+    def count(self, ids: np.ndarray) -> tuple[int, int]:
+        return int((ids & 0xC0 != 0x80).sum()), len(ids)  # bytes that begin a character
 
     def identity(self) -> str:
         return "bytes 1"
@@ -109,14 +119,22 @@ class HuggingFace:
         self.size, self.mask_id = len(self.own), int(self.own.mask_token_id)
         ends = (self.own.eos_token_id, self.own.sep_token_id, self.own.bos_token_id)
         self.separator = next((int(end) for end in ends if end is not None), self.mask_id)
+        unknown = self.own.unk_token_id
+        self.spelled = self.separator if unknown is None else int(unknown)
         if self.separator == self.mask_id:
             raise UserError(f"the tokenizer {name_or_path!r} has no token that ends a document (eos, sep or bos)")
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self.own(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
+        ids = np.asarray(self.own(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
+        ids[ids == self.mask_id] = self.spelled  # a text that spells the mask does not hide anything
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.own.decode(list(ids)).replace(self.own.mask_token, BLANK)
+        return self.own.decode([i for i in ids if i < self.size]).replace(self.own.mask_token, BLANK)
+
+    def count(self, ids: np.ndarray) -> tuple[int, int]:
+        text = self.own.decode(ids.tolist(), skip_special_tokens=True)
+        return len(text), len(text.encode())
 
     def identity(self) -> str:
         vocabulary = repr(sorted(self.own.get_vocab().items())).encode()

@@ -236,7 +236,11 @@ class MaskedNetwork(WholeDenoiser):
     ) -> None:
         self.mask_id = mask_of(parts)
         super().__init__(parts, num_layers, **options)
+        frozen = [not any(p.requires_grad for p in layer.parameters()) for layer in self.block(0).layers]
         layers, level = conditioned(list(self.block(0).layers), parts, condition_width)
+        for layer, stays in zip(layers, frozen, strict=True):
+            if stays:
+                layer.requires_grad_(False)
         self.blocks[0] = MaskedBlock(layers, level=level, stem=parts.stem, readout=parts.readout)
         self._denoiser = (_Whole(self),)
 

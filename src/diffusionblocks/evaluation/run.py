@@ -137,7 +137,7 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str,
 
 
 # What may differ from training when a finished run is evaluated or sampled.
-LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "data.tokenizer", "evaluate_on")
+LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "evaluate_on")
 
 
 def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_data: bool = True) -> Run:

@@ -8,14 +8,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.data.stream import Unread
-from diffusionblocks.data.text import TextData, bits, units
+from diffusionblocks.data.text import bits, units
 from diffusionblocks.data.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.readout import IGNORED, chunked_cross_entropy
@@ -23,7 +22,8 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import MaskedLM
 from diffusionblocks.tasks.base import Metric, mean_with_error
 
-AT_ONCE = 64  # texts made together
+AT_ONCE = 64  # texts made together, or fewer ...
+LOGITS = 1 << 26  # ... so that their logits stay below this number
 
 
 class Texts(NamedTuple):
@@ -48,8 +48,9 @@ def generate(
             watch(block, level, z)
 
     found, began = [], time.perf_counter()
-    for first in range(0, len(start), AT_ONCE):
-        part = start[first : first + AT_ONCE].to(run.trainer.device)
+    together = max(1, min(AT_ONCE, LOGITS // (start.shape[1] * run.data.num_outputs)))
+    for first in range(0, len(start), together):
+        part = start[first : first + together].to(run.trainer.device)
         found.append(task.sample(model, part, seed=derive(seed, "samples", first), watch=count).cpu())
     return Texts(torch.cat(found), passes, time.perf_counter() - began)
 
@@ -84,9 +85,14 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
             texts = [[token for token in text if token != IGNORED] for text in real.tolist()]
             found[f"{name}_real"] = mean_with_error(torch.tensor([measure(text) for text in texts]))
         if task.teacher:
-            written = [tokenizer.decode(text) for text in made.tolist()]
+            written = [plain(text, tokenizer) for text in made.tolist()]
             found["generative_perplexity"] = generative_perplexity(task.teacher, written, run.trainer.device)
     return found
+
+
+def plain(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Text without the tokens that only mark the end of a document."""
+    return tokenizer.decode([token for token in tokens if token != tokenizer.separator or tokenizer.between])
 
 
 def _scaled(metric: Metric, factor: float) -> Metric:
@@ -106,31 +112,33 @@ def distinct_2(tokens: Sequence[int]) -> float:
     return len(set(pairs)) / len(pairs) if pairs else 0.0
 
 
-class Teacher:
-    """A causal language model of transformers, by name or folder, with its tokenizer.
+def check_teacher(name: str) -> None:
+    """Raises UserError unless `name` is a causal language model of transformers (by its config) with a tokenizer."""
+    from transformers import AutoConfig, AutoTokenizer
 
-    Raises UserError when it cannot be loaded.
-    """
-
-    def __init__(self, name: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        try:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(name).eval()
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        except (OSError, ValueError, ImportError) as error:
-            raise UserError(f"cannot load the teacher {name!r}: {str(error).splitlines()[0]}") from None
+    try:
+        classes = AutoConfig.from_pretrained(name).architectures or []
+        AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"cannot load the teacher {name!r}: {str(error).splitlines()[0]}") from None
+    if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in classes):
+        raise UserError(
+            f"the teacher {name!r} is a {', '.join(classes) or 'network without a class'}, no causal language model"
+        )
 
 
 @torch.no_grad()
 def generative_perplexity(name: str, texts: Sequence[str], device: torch.device) -> Metric:
     """exp of the mean nats per token of the teacher `name` on texts, its own tokens; standard error over texts."""
-    teacher = Teacher(name)
-    model = teacher.model.to(device)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_teacher(name)
+    model: Any = AutoModelForCausalLM.from_pretrained(name).eval().to(device)
+    tokenizer: Any = AutoTokenizer.from_pretrained(name)
     longest = getattr(model.config, "max_position_embeddings", None) or 1024
     sums, counts = [], []
     for text in texts:
-        ids = torch.tensor(teacher.tokenizer(text, verbose=False)["input_ids"][:longest], device=device)[None]
+        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:longest], device=device)[None]
         if ids.shape[1] < 2:
             continue
         hidden = model.base_model(ids).last_hidden_state[0, :-1]
@@ -161,15 +169,18 @@ def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) ->
     Raises UserError when the prompt is longer than the window, or leaves nothing to fill in.
     """
     parts: list[int] = []
-    blanks = False
+    blanks, total = False, 0
     for index, piece in enumerate(_BLANKS.split(prompt)):
         if index % 2:
-            parts += [tokenizer.mask_id] * int(piece)
-            blanks = True
+            parts += [tokenizer.mask_id] * min(int(piece), window)
+            blanks, total = blanks or int(piece) > 0, total + int(piece)
         elif piece:
-            parts += _with_edges(piece, tokenizer)
-    if length > window or len(parts) > window:
-        what = f"--length {length}" if length > window else f"the prompt has {len(parts)} tokens and"
+            more = _with_edges(piece, tokenizer)
+            if not more:
+                raise UserError(f"the tokenizer makes no token of {piece!r} in the prompt")
+            parts, total = parts + more, total + len(more)
+    if length > window or total > window:
+        what = f"--length {length}" if length > window else f"the prompt has {total} tokens and"
         raise UserError(f"{what} exceeds the network's window of {window} tokens")
     length = length or (len(parts) if blanks else window)
     if length < len(parts):
@@ -251,8 +262,5 @@ def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
 
 def check(task: MaskedLM, split: Any) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
-    assert isinstance(split, TextData | Unread)
-    if task.teacher and task.num_samples:
-        if not Path(task.teacher).exists() and task.teacher.count("/") > 1:
-            raise UserError(f"task.teacher {task.teacher!r} is neither a folder nor a Hugging Face name")
-        Teacher(task.teacher)
+    if task.teacher and task.num_samples and not isinstance(split, Unread):
+        check_teacher(task.teacher)

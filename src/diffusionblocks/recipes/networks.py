@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
 from typing import Any
 
 from diffusionblocks.adapters import find_adapter, pretrained_config
@@ -11,7 +13,7 @@ from diffusionblocks.adapters.networks import NetworkConfig, new_config
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.latents import latent_shape
-from diffusionblocks.data.tokenizers import load_tokenizer
+from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.recipes import TARGETS, ModelConfig, Recipe
 
@@ -124,9 +126,7 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
     if settings.pretrained:
         config = pretrained_config(settings.pretrained)
         check_target(recipe, config.adapter)
-        longest = config.get("max_position_embeddings")
-        if data.length > longest:
-            raise UserError(f"data.length {data.length} exceeds the {longest} positions of {settings.pretrained}")
+        _check_pretrained_tokens(settings.pretrained, config, data, tokenizer)
         sizes = {"vocab_size": max(tokenizer.size, config.get("vocab_size")), "mask_token_id": tokenizer.mask_id}
         return _with_dropout(config.changed(**sizes), settings)
     adapter = find_adapter(settings.model_class)
@@ -144,7 +144,39 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
         "intermediate_size": settings.intermediate_size,
         "max_position_embeddings": data.length,
     }
-    return _with_dropout(new_config(adapter, settings.model_class, sizes, settings.attention), settings)
+    config = new_config(adapter, settings.model_class, sizes, settings.attention)
+    heads, size = settings.num_attention_heads, settings.hidden_size // settings.num_attention_heads
+    same = {"num_key_value_heads": heads, "head_dim": size}  # where the family's default is its own
+    config = config.changed(**{name: value for name, value in same.items() if hasattr(config.config, name)})
+    if rotary := getattr(config.config, "rope_parameters", None):
+        turned = int(size * rotary.get("partial_rotary_factor", 1.0))
+        if turned < 2 or turned % 2:
+            raise UserError(
+                f"rotary positions turn pairs of numbers: {turned} of the {size} of a head (model.hidden_size / "
+                "model.num_attention_heads) must be an even number of at least 2"
+            )
+    return _with_dropout(config, settings)
+
+
+def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError when windows or token ids are not those of the pretrained network."""
+    own = config.config
+    longest = own.max_position_embeddings
+    if config.class_name == "RobertaForMaskedLM":  # counts positions from its padding token on
+        longest -= own.pad_token_id + 1
+    if data.length > longest:
+        raise UserError(f"data.length {data.length} exceeds the {longest} positions of {name}")
+    ours = getattr(own, "mask_token_id", None) == tokenizer.mask_id and own.vocab_size == tokenizer.size
+    if data.tokenizer in ("characters", "bytes") and not ours:
+        raise UserError(
+            f"{name} does not read {data.tokenizer}: set data.tokenizer to its own tokenizer (often {name} as well)"
+        )
+    use = Path(name) / "denoiser.json"
+    if use.is_file() and json.loads(use.read_text()).get("conditioned"):
+        raise UserError(
+            f"{name} was trained with layers that see the level (blocks.condition_width), and would lose that: only networks "
+            "trained with condition_width 0 can be started from"
+        )
 
 
 DROPOUT = (

@@ -43,16 +43,18 @@ def by_confidence(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sa
     def sample(
         denoise: Callable, z: Tensor, levels: list[float], *, generator: torch.Generator | None = None
     ) -> Tensor:
-        for level, following in pairwise(levels):
+        masses = schedule.mass(torch.tensor(levels, dtype=torch.float64)).tolist()
+        all_masked = (z == mask_id).sum(1)
+        for level, mass in zip(levels, masses[1:], strict=False):
             masked = z == mask_id
-            if not masked.any():
-                break
+            left = (all_masked * (mass / masses[0])).round()  # masks after this step
+            counts = (masked.sum(1) - left).clamp(min=0)
+            if not counts.any():
+                continue
             logits = denoise(z, level, masked)
             tokens = choose(logits, generator)
             sure = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
             found = torch.full(z.shape, -torch.inf, device=z.device).masked_scatter(masked, sure)
-            share = _freed_share(schedule, level, following) if following > 0 else 1.0
-            counts = (masked.sum(1) * share).round().clamp(min=1)
             first = found.argsort(1, descending=True).argsort(1) < counts[:, None]
             z = torch.where(masked & first, z.masked_scatter(masked, tokens), z)
         return z
@@ -73,12 +75,15 @@ def chooser(temperature: float = 1.0, top_p: float = 1.0) -> Choose:
     def choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:
         if temperature == 0:
             return logits.argmax(-1)
-        probabilities = (logits.float() / temperature).softmax(-1).cpu()
+        probabilities = (logits.float() / temperature).softmax(-1)
         if top_p < 1:
             ordered, places = probabilities.sort(-1, descending=True)
             dropped = ordered.cumsum(-1) - ordered >= top_p  # the first always stays
             probabilities = torch.zeros_like(probabilities).scatter(-1, places, ordered.masked_fill(dropped, 0))
-        return torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+        # By the inverse distribution function, with uniform numbers from the CPU, so that devices agree on them.
+        below = probabilities.cumsum(-1)
+        places = torch.rand(len(logits), 1, generator=generator).to(below) * below[:, -1:]
+        return torch.searchsorted(below, places, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
 
     return choose
 

@@ -56,7 +56,7 @@ class MaskedLM:
         check_choices("task", self, self.CHOICES)
         if self.sampling_steps < 1:
             raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
             raise UserError(
                 f"task.temperature must not be negative and task.top_p in (0, 1], got {self.temperature} and {self.top_p}"
             )
@@ -108,7 +108,7 @@ class MaskedLM:
                     rows = {name: tensor[mine] for name, tensor in {**batch, "noisy_target": masked.tokens}.items()}
                     at = level.float().to(tokens.device)[mine]
                     losses = network.denoiser(block).each_loss(rows, at, masked.labels[mine])
-                    nats[mine.cpu(), block] += (losses.sum(1) * masked.weights[mine]).double().cpu() / count
+                    nats[mine.cpu(), block] += (losses.sum(1) * masked.weights[mine]).cpu().double() / count
             sums.append(nats * length[:, None])
             lengths.append(length)
         per_text, tokens_in = torch.cat(sums), torch.cat(lengths)
@@ -136,7 +136,7 @@ class MaskedLM:
         """
         partition = model.partition
         schedule, mask_id = partition.levels, model.mask_id
-        share = (tokens == mask_id).double().mean()
+        share = (tokens == mask_id).float().mean().cpu()
         if share == 0:
             return tokens
 
@@ -148,7 +148,7 @@ class MaskedLM:
             return model.denoiser(block).logits_at({"noisy_target": z}, at, where)
 
         sampler = SAMPLERS[self.sampler](mask_id, schedule, chooser(self.temperature, self.top_p))  # type: ignore[arg-type]
-        levels = even(schedule.level(share.cpu()).item(), self.sampling_steps)
+        levels = even(schedule.level(share).item(), self.sampling_steps)
         return sampler(denoise, tokens, levels, generator=torch.Generator().manual_seed(seed))
 
 
