@@ -122,7 +122,7 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import load_run
-    from diffusionblocks.tasks import ImageGeneration, MaskedLM
+    from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     run = load_run(folder, overrides, with_data=False)
@@ -131,6 +131,9 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
         return _sample_images(arguments, run)
     if isinstance(run.recipe.task, MaskedLM):
         _only(arguments, "text", ("prompt", "length", "temperature", "top_p", "steps", "sampler", "seed"))
+        return _sample_texts(arguments, run)
+    if isinstance(run.recipe.task, CausalLM):
+        _only(arguments, "text, one token after the other", ("prompt", "length", "temperature", "top_p", "seed"))
         return _sample_texts(arguments, run)
     _only(arguments, "classes", ())
     return _sample_labels(arguments, load_run(folder, overrides))
@@ -167,7 +170,8 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         found["output"] = arguments.output
     if not arguments.json:
         print("\n".join(found["texts"]))
-        print(f"{found['tokens_per_second']:.0f} tokens/s, {found['steps']} steps", file=sys.stderr)
+        steps = f", {found['steps']} steps" if "steps" in found else ""
+        print(f"{found['tokens_per_second']:.0f} tokens/s{steps}", file=sys.stderr)
     return found
 
 

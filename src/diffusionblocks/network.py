@@ -158,6 +158,10 @@ class EndToEndModel(BlockModel):
         super().__init__()
         layers = parts.layers[:num_layers]
         self._remember(parts)
+        (network,) = self._network
+        if len(layers) < len(parts.layers):
+            del network.get_submodule(self._layers_path)[len(layers) :]
+            self._record_depth(network, len(layers))
         if trained_layers is not None:
             parts.stem.requires_grad_(False)
             for layer in layers[: len(layers) - trained_layers]:
@@ -173,6 +177,11 @@ class EndToEndModel(BlockModel):
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
         """batch of the stem's inputs -> logits. active: the block that trains (here there is but one)."""
         return self.readout(self.hidden(batch, active))
+
+    @property
+    def network(self) -> Any:
+        """The ordinary network of transformers or diffusers, of which the blocks and shared parts are submodules."""
+        return self._network[0]
 
     def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
         """What the last layer hands to the readout [N, T, D]."""
@@ -196,11 +205,7 @@ class EndToEndModel(BlockModel):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network with only the layers that were kept, or the adapter of `lora`."""
-        (network,) = self._network
-        if len(network.get_submodule(self._layers_path)) > len(self.layers[0]):
-            del network.get_submodule(self._layers_path)[len(self.layers[0]) :]
-            self._record_depth(network, len(self.layers[0]))
-        weights = self._weights(network)
+        network, weights = self.network, self._weights(self.network)
         network.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
 
     def _weights(self, network: Any) -> dict[str, Tensor] | None:

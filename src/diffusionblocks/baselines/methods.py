@@ -10,6 +10,7 @@ from typing import Any
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
 from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
@@ -89,7 +90,7 @@ def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
     blocks = dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind])
     # A classifier's readout is new; a pretrained one of tokens stays as it is, as usual.
-    new = recipe.task.kind != "masked-lm"
+    new = not isinstance(recipe.data, TextConfig)
     return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=new, blocks=blocks)
 
 

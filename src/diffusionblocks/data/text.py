@@ -115,8 +115,12 @@ class TextSplits(NamedTuple):
         return self.tokenizer.size
 
 
-def load_text(config: TextConfig, seed: int = 0) -> TextSplits:
-    """Tokenises (once), checks and splits. `seed` steers the random offsets of training windows alone.
+def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSplits:
+    """Tokenises (once), checks and splits.
+
+    Args:
+        seed: steers the random offsets of training windows, nothing else. mask: the tokenizer has a token that hides others
+            (masked diffusion); without one it is as it was made.
 
     Raises UserError for anything wrong with the data.
     """
@@ -128,7 +132,7 @@ def load_text(config: TextConfig, seed: int = 0) -> TextSplits:
             f"data.validation_share {config.validation_share} and data.test_share {config.test_share} must be positive and "
             "leave something to train on"
         )
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, mask)
     tokens, ends = _tokens(config, tokenizer)
     train, validation, test = _split(ends, config)
     splits = TextSplits(

@@ -1,4 +1,4 @@
-"""Text to token ids and back: characters, bytes, or any tokenizer of Hugging Face transformers. All have a mask token."""
+"""Text to token ids and back: characters, bytes, or any tokenizer of Hugging Face transformers, with a mask token or without."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BLANK = "_"  # how a masked token is shown
 
 
 class Tokenizer(Protocol):
-    """size: number of ids, the mask included. mask_id: of what hides a token. separator: id that ends a document. between: ids
+    """size: number of ids, the mask included. mask_id: of what hides a token, None without one. separator: id that ends a document. between: ids
     that join the pieces of a long document, which are cut after white space and encoded apart."""
 
     size: int
-    mask_id: int
+    mask_id: int | None
     separator: int
     between: tuple[int, ...]
 
@@ -47,10 +47,14 @@ class Characters:
     """The 27 characters of text8: a to z and the space (Mahoney's protocol: lower case, digits spelled out, everything else
     is a space, spaces collapse). Text that is in this form already stays as it is."""
 
-    size, mask_id, separator = 28, 27, 26
+    separator = 26
     between: tuple[int, ...] = (26,)  # encoding strips the white space
     _letters = "abcdefghijklmnopqrstuvwxyz "
     _digits = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+    def __init__(self, mask: bool = True) -> None:
+        self.size = 28 if mask else 27
+        self.mask_id = 27 if mask else None
 
     def encode(self, text: str) -> np.ndarray:
         text = text.lower()
@@ -73,8 +77,12 @@ class Characters:
 class Bytes:
     """The bytes of UTF-8; documents end with a newline."""
 
-    size, mask_id, separator = 257, 256, 10
+    separator = 10
     between: tuple[int, ...] = ()
+
+    def __init__(self, mask: bool = True) -> None:
+        self.size = 257 if mask else 256
+        self.mask_id = 256 if mask else None
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.uint32)
@@ -90,14 +98,14 @@ class Bytes:
 
 
 class HuggingFace:
-    """A tokenizer of transformers by name or folder. One without a mask token gets one, and says so.
+    """A tokenizer of transformers by name or folder. One without a mask token gets one where it is needed, and says so.
 
     Raises UserError when it cannot be loaded.
     """
 
     between: tuple[int, ...] = ()
 
-    def __init__(self, name_or_path: str) -> None:
+    def __init__(self, name_or_path: str, mask: bool = True) -> None:
         from transformers import AutoTokenizer
 
         logging.getLogger("huggingface_hub").setLevel(
@@ -111,26 +119,28 @@ class HuggingFace:
                 f"cannot load the tokenizer {name_or_path!r}: {reason} (it is 'characters', 'bytes', or the name or folder "
                 "of a Hugging Face tokenizer)"
             ) from None
-        if self.own.mask_token_id is None:
+        if mask and self.own.mask_token_id is None:
             self.own.add_special_tokens({"mask_token": "<mask>"})
             log.info(
                 "the tokenizer %s has no mask token; added <mask> as token %d", name_or_path, self.own.mask_token_id
             )
-        self.size, self.mask_id = len(self.own), int(self.own.mask_token_id)
+        self.size, self.mask_id = len(self.own), int(self.own.mask_token_id) if mask else None
         ends = (self.own.eos_token_id, self.own.sep_token_id, self.own.bos_token_id)
-        self.separator = next((int(end) for end in ends if end is not None), self.mask_id)
-        unknown = self.own.unk_token_id
-        self.spelled = self.separator if unknown is None else int(unknown)
-        if self.separator == self.mask_id:
+        found = next((int(end) for end in ends if end is not None), None)
+        if found is None:
             raise UserError(f"the tokenizer {name_or_path!r} has no token that ends a document (eos, sep or bos)")
+        self.separator, unknown = found, self.own.unk_token_id
+        self.spelled = found if unknown is None else int(unknown)
 
     def encode(self, text: str) -> np.ndarray:
         ids = np.asarray(self.own(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)
-        ids[ids == self.mask_id] = self.spelled  # a text that spells the mask does not hide anything
+        if self.mask_id is not None:
+            ids[ids == self.mask_id] = self.spelled  # a text that spells the mask does not hide anything
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.own.decode([i for i in ids if i < self.size]).replace(self.own.mask_token, BLANK)
+        text = self.own.decode([i for i in ids if i < self.size])
+        return text if self.mask_id is None else text.replace(self.own.mask_token, BLANK)
 
     def count(self, ids: np.ndarray) -> tuple[int, int]:
         text = self.own.decode(ids.tolist(), skip_special_tokens=True)
@@ -143,8 +153,8 @@ class HuggingFace:
 
 
 @cache
-def load_tokenizer(name: str) -> Tokenizer:
-    """`characters`, `bytes`, or a Hugging Face tokenizer by name or folder."""
-    if name in ("characters", "bytes"):
-        return Characters() if name == "characters" else Bytes()
-    return HuggingFace(name)
+def load_tokenizer(name: str, mask: bool = True) -> Tokenizer:
+    """`characters`, `bytes`, or a Hugging Face tokenizer by name or folder. mask: with a token that hides others."""
+    if name == "characters":
+        return Characters(mask)
+    return Bytes(mask) if name == "bytes" else HuggingFace(name, mask)

@@ -34,7 +34,7 @@ from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndMo
 from diffusionblocks.recipes import TARGETS, Recipe, build, changed
 from diffusionblocks.recipes.networks import build_network, network_config
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
 from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training.trainer import Progress, Trainer
 
@@ -80,14 +80,18 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
 
 def _load(recipe: Recipe) -> Splits:
     if isinstance(recipe.data, TextConfig):
-        return load_text(recipe.data, recipe.train.seed)
+        return load_text(recipe.data, recipe.train.seed, mask=_masked(recipe))
     return load_data(recipe.data, recipe.train.seed, recipe.train.device)
+
+
+def _masked(recipe: Recipe) -> bool:
+    return TARGETS[recipe.task.kind] == "masked"
 
 
 def _check_task(recipe: Recipe, data: Splits) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
     task = recipe.task
-    if isinstance(task, MaskedLM):
+    if isinstance(task, MaskedLM | CausalLM):
         from diffusionblocks.evaluation import text
 
         text.check(task, data.test)
@@ -170,7 +174,7 @@ def _absent(recipe: Recipe, summary: Path) -> Splits | None:
     """Splits with nothing in them, for a model that is only to be run; None where the data must tell its classes."""
     nothing = Unread(recipe.train.batch_size)
     if isinstance(recipe.data, TextConfig):
-        return TextSplits(nothing, nothing, nothing, load_tokenizer(recipe.data.tokenizer))
+        return TextSplits(nothing, nothing, nothing, load_tokenizer(recipe.data.tokenizer, _masked(recipe)))
     names = json.loads(summary.read_text()).get("classes") if summary.is_file() else None
     return None if names is None else ImageSplits(nothing, nothing, nothing, names)
 
@@ -190,7 +194,7 @@ def _measure(run: Run) -> dict[str, Metric]:
     """The task's metrics, and those of samples for tasks that generate."""
     split = _split(run.recipe, run.data)
     metrics = run.trainer.evaluate(split)
-    if isinstance(run.recipe.task, MaskedLM):
+    if isinstance(run.recipe.task, MaskedLM | CausalLM):
         from diffusionblocks.evaluation.text import metrics as of_texts
 
         with run.trainer.averaged():
@@ -279,6 +283,8 @@ def _sampled(run: Run) -> dict[str, Any]:
         names = ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
     elif isinstance(task, MaskedLM):
         names = ("num_samples", "sampler", "sampling_steps", "temperature", "top_p", "teacher")
+    elif isinstance(task, CausalLM):
+        names = ("num_samples", "temperature", "top_p", "teacher")
     if not names:
         return {}
     return {"sampling": {name: getattr(task, name) for name in names}}

@@ -1,4 +1,4 @@
-"""Texts from a trained run: samples, what they are like, and likelihood in units that compare across tokenizers."""
+"""Texts from a trained run, a masked diffusion or a causal model: samples, what they are like, and likelihood in units that compare across tokenizers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffusionblocks.data.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.readout import IGNORED, chunked_cross_entropy
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import MaskedLM
+from diffusionblocks.tasks import CausalLM, MaskedLM
 from diffusionblocks.tasks.base import Metric, mean_with_error
 
 AT_ONCE = 64  # texts made together, or fewer ...
@@ -34,10 +34,13 @@ class Texts(NamedTuple):
     seconds: float
 
 
+Task = MaskedLM | CausalLM
+
+
 def generate(
     run: Any, start: Tensor, *, seed: int = 0, task: MaskedLM | None = None, watch: Callable[..., Any] | None = None
 ) -> Texts:
-    """Fills the masked tokens of `start` [N, T]. task: other settings of sampling than the run's."""
+    """Masked diffusion: fills the masked tokens of `start` [N, T]. task: other settings of sampling than the run's."""
     task, model = task or run.recipe.task, run.model
     passes = 0
 
@@ -53,6 +56,26 @@ def generate(
         part = start[first : first + together].to(run.trainer.device)
         found.append(task.sample(model, part, seed=derive(seed, "samples", first), watch=count).cpu())
     return Texts(torch.cat(found), passes, time.perf_counter() - began)
+
+
+def go_on(run: Any, start: Tensor, length: int, *, seed: int = 0, task: CausalLM | None = None) -> Texts:
+    """Causal models: continues `start` [N, P] to [N, length]. Every token passes every layer once."""
+    task, model, found, began = task or run.recipe.task, run.model, list[Tensor](), time.perf_counter()
+    for first in range(0, len(start), AT_ONCE):
+        part = start[first : first + AT_ONCE].to(run.trainer.device)
+        found.append(task.sample(model, part, length, seed=derive(seed, "samples", first)).cpu())
+    layers = sum(len(span) for span in model.layers)
+    return Texts(torch.cat(found), len(start) * (length - 1) * layers, time.perf_counter() - began)
+
+
+def new_texts(run: Any, num: int, *, seed: int = 0) -> Texts:
+    """`num` texts of the length of a window, from nothing."""
+    if isinstance(run.recipe.task, MaskedLM):
+        return generate(run, blank(run, num), seed=seed)
+    # A document begins after the end of another.
+    start = torch.full((num, 1), run.data.tokenizer.separator)
+    made = go_on(run, start, run.recipe.data.length + 1, seed=seed)
+    return made._replace(tokens=made.tokens[:, 1:])
 
 
 def blank(run: Any, num: int, length: int = 0) -> Tensor:
@@ -76,7 +99,8 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
         **measured,
     }
     if task.num_samples:
-        made = generate(run, blank(run, task.num_samples)).tokens
+        run.model.eval()
+        made = new_texts(run, task.num_samples).tokens
         rows = min(task.num_samples, len(split))
         batch = split.__getitems__([index * len(split) // rows for index in range(rows)])
         real = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, IGNORED)
@@ -168,6 +192,7 @@ def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) ->
 
     Raises UserError when the prompt is longer than the window, or leaves nothing to fill in.
     """
+    assert tokenizer.mask_id is not None
     parts: list[int] = []
     blanks, total = False, 0
     for index, piece in enumerate(_BLANKS.split(prompt)):
@@ -203,12 +228,26 @@ def _with_edges(piece: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
+def _beginning(prompt: str, tokenizer: Tokenizer, window: int, length: int) -> list[int]:
+    """Tokens of a prompt that a causal model goes on from. Raises UserError where it cannot."""
+    if _BLANKS.search(prompt):
+        raise UserError("blanks such as {5} are for masked diffusion; this run's model only continues a text")
+    tokens = _with_edges(prompt, tokenizer) if prompt else []
+    if prompt and not tokens:
+        raise UserError(f"the tokenizer makes no token of {prompt!r} in the prompt")
+    if max(length, len(tokens)) > window:
+        raise UserError(f"{max(length, len(tokens))} tokens exceed the network's window of {window}")
+    if len(tokens) >= (length or window):
+        raise UserError(f"the prompt fills the {length or window} tokens and leaves nothing to write")
+    return tokens
+
+
 def sample_texts(
     run: Any, num: int, *, prompt: str = "", length: int = 0, seed: int = 0, **settings: Any
 ) -> dict[str, Any]:
     """Makes `num` texts from a prompt (see `start_of`; empty = from nothing).
 
-    settings: fields of `MaskedLM` that differ from the run's. Returns texts, settings, cost and tokens per second.
+    settings: fields of the task that differ from the run's. Returns texts, settings, cost and tokens per second.
     """
     if num < 1:
         raise UserError(f"--num must be at least 1, got {num}")
@@ -216,17 +255,25 @@ def sample_texts(
     tokenizer, window = run.data.tokenizer, run.recipe.data.length
     if length < 0 or length == 1:
         raise UserError(f"--length must be at least 2 tokens, got {length}")
-    start = start_of(prompt, tokenizer, window, length).expand(num, -1)
     run.model.eval()
-    with run.trainer.averaged():
-        made = generate(run, start, seed=seed, task=task)
-    written = int((start == run.model.mask_id).sum())
+    how: dict[str, Any] = {}
+    if isinstance(task, MaskedLM):
+        start = start_of(prompt, tokenizer, window, length).expand(num, -1)
+        with run.trainer.averaged():
+            made = generate(run, start, seed=seed, task=task)
+        tokens, written = made.tokens, int((start == run.model.mask_id).sum())
+        how = {"sampler": task.sampler, "steps": task.sampling_steps}
+    else:
+        own = _beginning(prompt, tokenizer, window, length)
+        start = torch.tensor([tokenizer.separator, *own]).expand(num, -1)
+        with run.trainer.averaged():
+            made = go_on(run, start, (length or window) + 1, seed=seed, task=task)
+        tokens, written = made.tokens[:, 1:], num * ((length or window) - len(own))
     return {
-        "texts": [tokenizer.decode(text) for text in made.tokens.tolist()],
+        "texts": [tokenizer.decode(text) for text in tokens.tolist()],
         "num": num,
-        "length": start.shape[1],
-        "sampler": task.sampler,
-        "steps": task.sampling_steps,
+        "length": tokens.shape[1],
+        **how,
         "temperature": task.temperature,
         "top_p": task.top_p,
         "seed": seed,
@@ -260,7 +307,7 @@ def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
     return moments
 
 
-def check(task: MaskedLM, split: Any) -> None:
+def check(task: Task, split: Any) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
     if task.teacher and task.num_samples and not isinstance(split, Unread):
         check_teacher(task.teacher)

@@ -109,7 +109,7 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     """
     config = pretrained_config(name_or_path)
     if "causal" in config.adapter.targets:
-        return _language_model(config, overrides)
+        return _language_model(name_or_path, config, overrides)
     name, size, channels = "images", "image_size", "num_channels"
     if "masked" in config.adapter.targets:
         raise UserError(f"{name_or_path} is an encoder: plan it through a recipe, --model.pretrained in mdlm-folder")
@@ -125,7 +125,9 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
     return work, recipe.train
 
 
-def _language_model(network: NetworkConfig, overrides: Sequence[tuple[str, Any]]) -> tuple[Workload, TrainingConfig]:
+def _language_model(
+    name_or_path: str, network: NetworkConfig, overrides: Sequence[tuple[str, Any]]
+) -> tuple[Workload, TrainingConfig]:
     """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
     config = network.config
     settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
@@ -160,9 +162,20 @@ def _language_model(network: NetworkConfig, overrides: Sequence[tuple[str, Any]]
         pretrained=True,
         lora=(16, 32),
         train_readout=False,
-        command="",
+        command=_adapting(name_or_path, length, {**defaults, **chosen}),
     )
     return work, train
+
+
+def _adapting(name: str, length: int, train: dict[str, Any]) -> str:
+    """The command that adapts a language model to a folder of text, with the training settings that were planned."""
+    own = shlex.quote(name)
+    words = ["dblocks train lm-folder --data.path FOLDER --model.pretrained", own, "--data.tokenizer", own]
+    words += ["--data.length", str(length)]
+    for key, value in train.items():
+        if f"train.{key}" not in PLANNED:
+            words += [f"--train.{key.replace('_', '-')}", shlex.quote(str(value))]
+    return " ".join(words)
 
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:

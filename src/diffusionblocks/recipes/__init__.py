@@ -19,7 +19,7 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.tasks import Classification, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
 from diffusionblocks.training.config import TrainingConfig
 
 
@@ -63,7 +63,8 @@ class Recipe:
     Args:
         method: a name of `baselines.METHODS`. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses between `classification`, `image-generation` and `masked-lm`. data: `TextConfig` for text.
+        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm` and `causal-lm`. data: `TextConfig`
+            for text.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -76,7 +77,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    task: Classification | ImageGeneration | MaskedLM = field(default_factory=Classification)
+    task: Classification | ImageGeneration | MaskedLM | CausalLM = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -85,9 +86,19 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-TASKS: dict[str, Any] = {"classification": Classification, "image-generation": ImageGeneration, "masked-lm": MaskedLM}
-DATA: dict[str, Any] = {"classification": DataConfig, "image-generation": DataConfig, "masked-lm": TextConfig}
-TARGETS = {"classification": "label", "image-generation": "image", "masked-lm": "masked"}
+TASKS: dict[str, Any] = {
+    "classification": Classification,
+    "image-generation": ImageGeneration,
+    "masked-lm": MaskedLM,
+    "causal-lm": CausalLM,
+}
+DATA: dict[str, Any] = {
+    "classification": DataConfig,
+    "image-generation": DataConfig,
+    "masked-lm": TextConfig,
+    "causal-lm": TextConfig,
+}
+TARGETS = {"classification": "label", "image-generation": "image", "masked-lm": "masked", "causal-lm": "causal"}
 
 # What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
 PAPER: dict[str, dict[str, Any]] = {
@@ -124,7 +135,8 @@ PAPER: dict[str, dict[str, Any]] = {
 def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
     own = content.get("presets", {})
-    general = {"paper": PAPER[task_kind(content)]}
+    kind = task_kind(content)
+    general = {"paper": PAPER[kind]} if kind in PAPER else {}
     if name not in general | own:
         raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
     return merge(general.get(name, {}), own.get(name, {}))

@@ -119,16 +119,18 @@ def check_target(recipe: Recipe, adapter: Adapter) -> None:
 
 
 def _of_tokens(recipe: Recipe) -> NetworkConfig:
-    """A network of the recipe's tokens. Its config says which of them is the mask."""
+    """A network of the recipe's tokens. For masked diffusion its config says which of them is the mask."""
     settings, data = recipe.model, recipe.data
     assert isinstance(data, TextConfig)
-    tokenizer = load_tokenizer(data.tokenizer)
+    masked = TARGETS[recipe.task.kind] == "masked"
+    tokenizer = load_tokenizer(data.tokenizer, masked)
+    mask = {"mask_token_id": tokenizer.mask_id} if masked else {}
     if settings.pretrained:
         config = pretrained_config(settings.pretrained)
         check_target(recipe, config.adapter)
         _check_pretrained_tokens(settings.pretrained, config, data, tokenizer)
-        sizes = {"vocab_size": max(tokenizer.size, config.get("vocab_size")), "mask_token_id": tokenizer.mask_id}
-        return _with_dropout(config.changed(**sizes), settings)
+        size = max(tokenizer.size, config.get("vocab_size"))
+        return _with_dropout(config.changed(vocab_size=size, **mask), settings)
     adapter = find_adapter(settings.model_class)
     check_target(recipe, adapter)
     if settings.model_class == "RobertaForMaskedLM":
@@ -136,7 +138,7 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
     _check_heads(settings)
     sizes = {
         "vocab_size": tokenizer.size,
-        "mask_token_id": tokenizer.mask_id,
+        **mask,
         "pad_token_id": None,
         "hidden_size": settings.hidden_size,
         "num_hidden_layers": settings.num_hidden_layers,

@@ -21,7 +21,7 @@ from diffusionblocks.evaluation.text import path, sample_texts
 from diffusionblocks.network import DiffusionBlocksModel
 from diffusionblocks.report import figures, table
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import Classification, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
 
 SAMPLES = 16  # test samples with their predictions
 TEXTS = 6  # generated texts
@@ -137,6 +137,8 @@ def _samples(run: Any) -> dict[str, Any]:
 def _texts(run: Any) -> dict[str, Any]:
     """Some texts, and how one of them came out of masks: every token in the colour of the block that wrote it."""
     made, blocks = sample_texts(run, TEXTS), run.model.num_blocks
+    if isinstance(run.recipe.task, CausalLM):
+        return {"texts": made["texts"]}
     with run.trainer.averaged():
         moments = path(run)
     colours: dict[int | None, str] = {block: figures.block_css(block, blocks) for block in range(blocks)}
@@ -177,4 +179,5 @@ _SHOWN: dict[Any, Any] = {
     Classification: _samples,
     ImageGeneration: _images,
     MaskedLM: _texts,
+    CausalLM: _texts,
 }

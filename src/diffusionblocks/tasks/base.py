@@ -45,6 +45,15 @@ def mean_with_error(values: Tensor) -> Metric:
     return Metric(values.mean().item(), stderr)
 
 
+def per_token(nats: Tensor, lengths: Tensor) -> Metric:
+    """Sum of nats over sum of tokens, both per text [N], with the standard error over texts (of the ratio)."""
+    mean = (nats.sum() / lengths.sum()).item()
+    if len(nats) < 2:
+        return Metric(mean, None)
+    spread = (nats - mean * lengths).std() / lengths.mean() / len(nats) ** 0.5
+    return Metric(mean, spread.item())
+
+
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
     for batch in batches:
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -18,7 +18,7 @@ from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel
 from diffusionblocks.samplers.unmasking import SAMPLERS, chooser, even
-from diffusionblocks.tasks.base import Metric, StepOutput
+from diffusionblocks.tasks.base import Metric, StepOutput, per_token
 
 
 @dataclass(kw_only=True)
@@ -112,9 +112,9 @@ class MaskedLM:
             sums.append(nats * length[:, None])
             lengths.append(length)
         per_text, tokens_in = torch.cat(sums), torch.cat(lengths)
-        found = {"nats_per_token": _per_token(per_text.sum(1), tokens_in)}
+        found = {"nats_per_token": per_token(per_text.sum(1), tokens_in)}
         if partition.num_blocks > 1:
-            shares = {f"share_block_{i}": _per_token(column, tokens_in) for i, column in enumerate(per_text.unbind(1))}
+            shares = {f"share_block_{i}": per_token(column, tokens_in) for i, column in enumerate(per_text.unbind(1))}
             found |= shares
         return found
 
@@ -150,15 +150,6 @@ class MaskedLM:
         sampler = SAMPLERS[self.sampler](mask_id, schedule, chooser(self.temperature, self.top_p))  # type: ignore[arg-type]
         levels = even(schedule.level(share).item(), self.sampling_steps)
         return sampler(denoise, tokens, levels, generator=torch.Generator().manual_seed(seed))
-
-
-def _per_token(nats: Tensor, lengths: Tensor) -> Metric:
-    """Sum of nats over sum of tokens, with the standard error over texts (of the ratio)."""
-    mean = (nats.sum() / lengths.sum()).item()
-    if len(nats) < 2:
-        return Metric(mean, None)
-    spread = (nats - mean * lengths).std() / lengths.mean() / len(nats) ** 0.5
-    return Metric(mean, spread.item())
 
 
 def _masked(model: Any) -> Any:
