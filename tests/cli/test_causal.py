@@ -1,0 +1,142 @@
+"""Ordinary language models on the command line."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.adapters import take_apart
+from diffusionblocks.cli import main
+from diffusionblocks.evaluation.run import load_run
+from tests.cli.test_text import run_json
+from tests.conftest import make_gpt2, make_llama, make_neox
+from tests.unit.test_text import POEM, make_tokenizer
+
+SETTINGS = [
+    *("--steps", "4", "--batch-size", "8", "--model.hidden-size", "16", "--model.intermediate-size", "32"),
+    *("--data.length", "16", "--task.num-samples", "3"),
+]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(12):
+        (folder / f"{number:02d}.txt").write_text(f"text {number} " + POEM * (3 + number % 3))
+    return [*SETTINGS, "--data.path", str(folder), "--data.cache-dir", str(tmp_path_factory.mktemp("cache"))]
+
+
+@pytest.fixture(scope="module")
+def trained(settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", "lm-pydocs", *settings, "--output-dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_neox])
+def test_generation_with_a_cache_is_generation_without(make):
+    model = dblocks.EndToEndModel(take_apart(make())).eval()
+    start = torch.randint(0, 12, (3, 4), generator=torch.Generator().manual_seed(0))
+    found = dblocks.CausalLM(temperature=0.0).sample(model, start, 12)
+    for length in range(4, 12):
+        following = model({"input_ids": found[:, :length]})[:, -1].argmax(-1)
+        assert torch.equal(following, found[:, length])
+    drawn = [dblocks.CausalLM().sample(model, start, 12, seed=seed) for seed in (0, 0, 1)]
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
+def test_the_loss_is_that_of_transformers_and_padding_has_none():
+    network = make_llama().eval()
+    model, task = dblocks.EndToEndModel(take_apart(network)).eval(), dblocks.CausalLM()
+    tokens = torch.randint(0, 12, (4, 10), generator=torch.Generator().manual_seed(0))
+    expected = network(input_ids=tokens, labels=tokens).loss.item()
+    assert task.evaluate(model, [{"input_ids": tokens}])["nats_per_token"].value == pytest.approx(expected, rel=1e-5)
+    assert task.step(model, 0, {"input_ids": tokens}).loss.item() == pytest.approx(expected, rel=1e-5)
+    real = torch.ones_like(tokens)
+    real[:, 6:] = 0
+    padded = task.step(model, 0, {"input_ids": tokens, "attention_mask": real}).loss.item()
+    assert padded == pytest.approx(network(input_ids=tokens[:, :6], labels=tokens[:, :6]).loss.item(), rel=1e-5)
+
+
+def test_a_run_is_summarised_in_bits(trained, capsys):
+    metrics = json.loads((trained / "summary.json").read_text())["metrics"]
+    assert metrics["bits_per_byte"]["value"] == pytest.approx(
+        metrics["nats_per_token"]["value"] / math.log(2), rel=1e-6
+    )
+    assert {"entropy", "distinct_2"} <= set(metrics)
+    assert run_json(capsys, "evaluate", str(trained))["metrics"] == metrics
+
+
+def test_sampling_goes_on_from_a_prompt(trained, capsys, tmp_path):
+    found = run_json(capsys, "sample", str(trained), "--num", "2", "--prompt", "One two", "--length", "12")
+    assert all(text.startswith("One two") for text in found["texts"]) and found["length"] == 12
+    new = run_json(capsys, "sample", str(trained), "--num", "2", "--seed", "1")
+    assert new["length"] == 16 and len(set(new["texts"])) == 2
+    run_json(capsys, "report", str(trained), "--output", str(tmp_path / "page.html"))
+    assert "Generated texts" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("method", ["shallow", "exact", "checkpointing"])
+def test_methods_that_train_whole_networks(settings, method, capsys, tmp_path):
+    summary = run_json(
+        capsys, "train", "lm-pydocs", *settings, "--method", method, "--output-dir", str(tmp_path / "run")
+    )
+    assert summary["metrics"]["nats_per_token"]["value"] < 7
+    found = run_json(capsys, "sample", str(tmp_path / "run"), "--num", "1")
+    assert len(found["texts"]) == 1
+
+
+@pytest.mark.parametrize("method", ["exact", "lora", "full", "last-block"])
+def test_a_pretrained_language_model_is_adapted(settings, method, capsys, tmp_path):
+    """Before the first step it is the original; what is saved loads in plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tokenizer(tmp_path / "llama")
+    make_llama(vocab_size=40, mask_token_id=None).save_pretrained(folder)
+    words = [*settings, "--model.pretrained", folder, "--data.tokenizer", folder, "--num-blocks", "3"]
+    words += ["--data.length", "8", "--method", method]
+    summary = run_json(capsys, "train", "lm-folder", *words, "--output-dir", str(tmp_path / "run"))
+    assert summary["metrics"]["bits_per_character"]["value"] > 0
+    run = load_run(tmp_path / "run", with_data=False)
+    assert run.model.network.config.vocab_size == 40  # no mask token was added
+    if method != "lora":
+        saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
+        tokens = torch.randint(0, 12, (2, 6))
+        torch.testing.assert_close(saved(tokens).logits, run.model.eval()({"input_ids": tokens}))
+
+
+def test_the_command_that_plan_prints_for_a_language_model_runs(settings, capsys, tmp_path):
+    folder = make_tokenizer(tmp_path / "llama")
+    make_llama(vocab_size=40, mask_token_id=None, num_hidden_layers=3).save_pretrained(folder)
+    found = run_json(
+        capsys, "plan", "--model", folder, "--sequence-length", "8", "--memory", "1GiB", "--num-blocks", "3"
+    )
+    command = found["recommendation"]["command"]
+    assert "--method full" in command and "--train.precision bf16-true" in command
+    words = command.replace("FOLDER", settings[settings.index("--data.path") + 1]).split()[1:]
+    more = [*settings[settings.index("--data.cache-dir") :], "--steps", "2", "--task.num-samples", "0"]
+    assert main([*words, *more, "--output-dir", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--prompt", "a {3}"], "blanks such as {5} are for masked diffusion"),
+        (["--prompt", "one two three four five"], "exceed the network's window of 16"),
+        (["--length", "17"], "17 tokens exceed"),
+        (["--steps", "3"], "--steps has no meaning here"),
+    ],
+)
+def test_mistakes_in_sampling_get_one_clear_line(trained, capsys, arguments, words):
+    assert main(["sample", str(trained), *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_blocks_of_next_token_denoisers_are_not_there_yet(settings, capsys, tmp_path):
+    words = ["lm-pydocs", *settings, "--method", "diffusionblocks", "--output-dir", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    assert "cannot be split into denoisers of the next token yet" in capsys.readouterr().err
+    assert main(["train", *words, "--preset", "paper"]) == 2
+    assert "unknown preset 'paper'" in capsys.readouterr().err
