@@ -14,7 +14,7 @@ from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.run import load_run, prepare, train
 from diffusionblocks.readout import chunked_cross_entropy
 from diffusionblocks.recipes import load_recipe
-from tests.conftest import config, make_data, make_vit, same, weights
+from tests.conftest import TOKENS, config, make_data, make_gpt2, make_neox, make_vit, same, weights
 
 
 def trained(**options):
@@ -169,3 +169,28 @@ def test_language_models_say_that_they_cannot_be_split_into_next_token_denoisers
         dblocks.convert(make_llama(), 2)
     with pytest.raises(UserError, match="trains whole language models"):
         dblocks.CausalLM().step(dblocks.EndToEndModel(take_apart(make_vit())), 0, {})
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "neox", "mistral", "qwen2"])
+def test_the_whole_network_is_the_original_sliding_windows_included(kind, attention):
+    from transformers import MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    sizes = {**TOKENS, "num_key_value_heads": 1, "sliding_window": 4, "pad_token_id": None}
+    torch.manual_seed(0)
+    network = {
+        "llama": make_llama,
+        "gpt2": make_gpt2,
+        "neox": make_neox,
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes)),
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=3)),
+    }[kind]().eval()
+    network.set_attn_implementation(attention)
+    model = dblocks.EndToEndModel(take_apart(network)).eval()
+    tokens = torch.randint(0, 12, (2, 11), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model({"input_ids": tokens}), network(tokens).logits, rtol=1e-4, atol=1e-5)
+    for place in range(11):  # the loss of a leak would be beautiful, the text garbage
+        other = tokens.clone()
+        other[:, place] = (other[:, place] + 1) % 12
+        change = (model({"input_ids": other}) - model({"input_ids": tokens})).abs().amax((0, 2))
+        assert (change[:place] == 0).all() and change[place] > 0

@@ -36,7 +36,7 @@ class RotaryLayer(nn.Module):
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
-        view = view or causal_view(self._config, hidden)
+        view = view or causal_view(self._config, hidden, _window(self.layer, self._config))
         return self.layer(
             hidden,
             attention_mask=view.mask,
@@ -46,16 +46,28 @@ class RotaryLayer(nn.Module):
         )
 
 
-def causal_view(config: Any, hidden: Tensor) -> View:
-    """Positions 0 to T-1 of hidden [N, T, D], each attending to those before it. The mask is transformers' own for the network
-    `config` (None where its attention needs none)."""
-    from transformers.masking_utils import create_causal_mask
+def causal_view(config: Any, hidden: Tensor, window: int | None = None) -> View:
+    """Positions 0 to T-1 of hidden [N, T, D], each attending to itself and those before it (at most `window` of them).
+
+    The mask is transformers' own for the network `config`; None where plain causal attention needs none.
+    """
+    from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
     positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
-    mask: Any = create_causal_mask(
+    slides = window is not None and hidden.shape[1] > window
+    if config._attn_implementation == "sdpa" and not slides:
+        return View(positions, causal=True)
+    make = create_sliding_window_causal_mask if slides else create_causal_mask
+    mask: Any = make(
         config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
     )
     return View(positions, mask, causal=True)
+
+
+def _window(layer: Any, config: Any) -> int | None:
+    """How far a layer looks back: Qwen's layers know, for Mistral's the config says; None = without end."""
+    attention = getattr(layer, "self_attn", None)
+    return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
 LLAMA = Adapter(
