@@ -23,7 +23,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.workload import Choice, Workload, predictor
 from diffusionblocks.memory import profiled_peak
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
 from environment import describe
 
 TARGET = Path(__file__).parent / "results" / "memory.json"
@@ -48,7 +48,8 @@ def llama(num_layers: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = dict(hidden_size=256, intermediate_size=704, num_attention_heads=8, num_key_value_heads=4, vocab_size=8192)
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, **sizes))
+    config = LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, mask_token_id=8191, **sizes)
+    return LlamaForCausalLM(config)
 
 
 def images(samples: int) -> dict[str, torch.Tensor]:
@@ -63,19 +64,21 @@ FAMILIES = {
     "vit": (vit, images, Classification(), 16),
     "dit": (dit, images, ImageGeneration(), 16),
     "llama": (llama, tokens, CausalLM(), 4),
+    "masked text": (llama, tokens, MaskedLM(), 4),
 }
+TARGETS = {"vit": "label", "dit": "image", "llama": "causal", "masked text": "masked"}
 
 
 def rows() -> Iterator[dict[str, Any]]:
     """What is measured: family, method, blocks, and the settings that differ from the defaults."""
     for family in FAMILIES:
         whole = {"family": family, "num_blocks": 1, "train": {}, "blocks": {}}
-        for method in ("end-to-end", "checkpointing", "lora"):
+        for method in ("end-to-end", "checkpointing", *(["lora"] if family != "masked text" else [])):
             yield {**whole, "method": method}
-        for method in ("shallow", "last-block"):
+        for method in ("shallow", *(["last-block"] if family != "masked text" else [])):
             yield {**whole, "method": method, "num_blocks": 3}
         for count in COUNTS:
-            if family != "dit":
+            if family in ("vit", "llama"):
                 yield {**whole, "method": "exact", "num_blocks": count}
             if family == "vit":
                 yield {**whole, "method": "diffusionblocks", "num_blocks": count, "blocks": {"context": "features"}}
@@ -99,7 +102,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         network=network,
         batch=batch,
         num_layers=12,
-        blocks=BlocksConfig(**row["blocks"]),
+        blocks=BlocksConfig(target=TARGETS[row["family"]], **row["blocks"]),
         task=task,
         train=lambda method: settings,
         pretrained=False,
@@ -137,7 +140,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
-    for family, marker in (("vit", "o"), ("dit", "^"), ("llama", "s")):
+    for family, marker in (("vit", "o"), ("dit", "^"), ("llama", "s"), ("masked text", "D")):
         for method in dict.fromkeys(row["method"] for row in results):
             own = [row for row in results if row["family"] == family and row["method"] == method]
             color = f"C{list(dict.fromkeys(row['method'] for row in results)).index(method)}"
@@ -149,7 +152,8 @@ def plot(results: list[dict[str, Any]]) -> None:
     axes.set(xscale="log", yscale="log", xlabel="measured by the profiler (MiB)", ylabel="predicted (MiB)")
     worst = max(abs(row["error"]) for row in results)
     axes.set_title(
-        f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, triangles DiT, squares Llama"
+        f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, triangles DiT, squares Llama,"
+        " diamonds masked text"
     )
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()

@@ -97,6 +97,12 @@ class Partition:
         levels = span.low + (span.high - span.low) * shares
         return levels, schedule.slope(levels) * (span.high - span.low) / (span.high_mass - span.low_mass)
 
+    def mean_mass(self, block: int | None) -> float:
+        """Of the levels that `spread` draws: the share of a text that is masked, on average."""
+        span = NoiseRange(0.0, 1.0, 0.0, 1.0) if block is None else self.range(block, widened=True)
+        shares = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+        return self.levels.mass(span.low + (span.high - span.low) * shares).mean().item()
+
     def _sample(self, low: float, high: float, count: int, generator: torch.Generator | None) -> Tensor:
         mass = torch.rand(count, generator=generator)
         return self.levels.level(low + (high - low) * mass)

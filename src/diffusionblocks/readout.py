@@ -24,11 +24,11 @@ class TokenReadout(nn.Module):
         self.norm, self.head = norm, head
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, never: int | None = None) -> Tensor:
-        """labels [N, T]: cross-entropies in nats [N, T] instead, 0 where the label is `IGNORED`. never: a token that is no
-        possible answer (the mask)."""
+        """labels [N, T] (or [M], for hidden [M, D]): cross-entropies in nats of that shape instead, 0 where the label is `IGNORED`.
+        never: a token that is no possible answer (the mask)."""
         if labels is None:
             return without(self.head(self.norm(hidden)), never)
-        losses = chunked_cross_entropy(self.norm(hidden).flatten(0, 1), self.head, labels.flatten(), never)
+        losses = chunked_cross_entropy(self.norm(hidden).flatten(0, -2), self.head, labels.flatten(), never)
         return losses.reshape(labels.shape)
 
 

@@ -377,7 +377,7 @@ def test_training_learns_and_samples_count_on():
     torch.manual_seed(0)
     model = blocks(make_llama(hidden_size=32, num_hidden_layers=3), 3)
     settings = config(steps=250, batch_size=16, learning_rate=1e-2, order="random", branch_at=0.7)
-    task = dblocks.MaskedLM(sampling_steps=16, temperature=0.0)
+    task = dblocks.MaskedLM(sampler="confidence", sampling_steps=16, temperature=0.0)
     trainer = dblocks.Trainer(model, task, Counting(), Counting(12), settings)
     trainer.fit()
     assert trainer.evaluate(Counting(12))["nats_per_token"].value < 0.6 * math.log(12)

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.functional import cross_entropy, pad
 
 from diffusionblocks.attention import both_ways
 from diffusionblocks.conditioning import ConditionedLayer, LevelEmbedding
@@ -94,9 +95,18 @@ class Answers:
     def head(self) -> TokenReadout:
         raise NotImplementedError
 
-    def each_loss(self, batch: Batch, level: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`."""
-        return self.head()(self.hidden(batch, level), labels, self.mask_id)
+    def each_loss(self, batch: Batch, level: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
+        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`. The readout works at the other positions alone.
+
+        share: how many these are on average. A prediction of memory takes so many: its tensors have no data to count.
+        """
+        hidden, hides = self.hidden(batch, level), labels != IGNORED
+        if isinstance(labels, FakeTensor):
+            count = round(share * labels.numel())
+            losses = self.head()(hidden.flatten(0, 1)[:count], labels.flatten()[:count], self.mask_id)
+            return pad(losses, (0, labels.numel() - count)).reshape(labels.shape)
+        losses = self.head()(hidden[hides], labels[hides], self.mask_id)
+        return losses.new_zeros(labels.shape).masked_scatter(hides, losses)
 
     def logits_at(self, batch: Batch, level: Tensor, where: Tensor) -> Tensor:
         """Logits of the tokens at the M positions `where` [N, T] is true: [M, V]."""

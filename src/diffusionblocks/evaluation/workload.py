@@ -22,7 +22,7 @@ from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.memory.predict import Network, Predictor, Step, Traces
 from diffusionblocks.network import BlockModel
-from diffusionblocks.partition import split_layers
+from diffusionblocks.partition import Partition, split_layers
 from diffusionblocks.recipes import SHORT_NAMES, TARGETS, Recipe, load_recipe
 from diffusionblocks.recipes.networks import network_config, sample_shape
 from diffusionblocks.tasks import CausalLM
@@ -204,7 +204,12 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
         steps = [Step((work.num_layers - sizes[-1], sizes[-1]))]
     else:
         steps = [Step((sizes[0] if method == "shallow" else work.num_layers,))]
-    return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps)
+    share = 1.0
+    if work.blocks.target == "masked":  # the first block meets the most masks
+        split = count if kind == "diffusionblocks" else 1
+        partition = Partition(work.blocks.masking(), split, work.blocks.overlap, work.blocks.borders)
+        share = partition.mean_mass(0 if split > 1 else None)
+    return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps, masked_share=share)
 
 
 def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:

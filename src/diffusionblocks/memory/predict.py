@@ -61,7 +61,7 @@ class Network:
         kind: networks of one kind have the same `build`, so they share traces.
         build: layers per block -> model (called on the meta device: weights get no storage).
         batch: number of samples -> batch of that size, as the training data would give it.
-        steps: one per block.
+        steps: one per block. masked_share: of the tokens of a text that are masked in the block where most are, on average.
 
     All layers have the same shape in every supported family, so depth can be extrapolated.
     """
@@ -70,6 +70,7 @@ class Network:
     build: Callable[[Sequence[int]], BlockModel]
     batch: Callable[[int], dict[str, Tensor]]
     steps: Sequence[Step]
+    masked_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Predictor:
         self.network, self.task, self.config = network, task, config
         self._traces: Traces = {} if traces is None else traces
         memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
-        self._kind = (network.kind, *(getattr(config, name) for name in memory))
+        self._kind = (network.kind, network.masked_share, *(getattr(config, name) for name in memory))
 
     def at(self, batch_size: int, accumulation: int = 1) -> Prediction:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
@@ -250,6 +251,7 @@ class Predictor:
         _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel | WholeDenoiser):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
+            model.partition.masked_share = self.network.masked_share
         trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
         batch = self.network.batch(samples * parts)
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
@@ -329,6 +331,11 @@ def _off_meta(*modules: nn.Module) -> None:
 
 
 class _AnyLevels(Partition):
+    masked_share = 1.0
+
+    def mean_mass(self, block: int | None) -> float:
+        return self.masked_share
+
     def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(count)
 

@@ -66,12 +66,13 @@ class MaskedLM:
     def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
         """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats. A block's share
         of the bound is that times the length of its range, so that shares add up and losses compare."""
-        network, tokens = _masked(model), batch["input_ids"]
-        level, weights = network.partition.spread(None if whole_range else block, len(tokens))
+        network, tokens, own = _masked(model), batch["input_ids"], None if whole_range else block
+        level, weights = network.partition.spread(own, len(tokens))
         level, weights = level.to(tokens.device), weights.to(tokens.device)
         real, denoiser = batch.get("attention_mask"), network.denoiser(block)
         hidden = hide(tokens, denoiser.shares(level), denoiser.mask_id, real=real, exact=self.masking == "exact")
-        losses = denoiser.each_loss({**batch, "noisy_target": hidden.tokens}, level, hidden.labels)
+        share = network.partition.mean_mass(own)
+        losses = denoiser.each_loss({**batch, "noisy_target": hidden.tokens}, level, hidden.labels, share)
         lengths = real.sum(1) if real is not None else tokens.new_full((len(tokens),), tokens.shape[1])
         return StepOutput((losses.sum(1) * hidden.weights * weights * lengths).sum() / lengths.sum(), None)
 
