@@ -75,7 +75,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 def _run(method: str) -> Any:
     return prepare(
-        load_recipe("mdlm-pydocs", [("method", method), ("train.branch_at", 0.0), ("train.residency", "device")])
+        load_recipe("mdlm-pydocs", [("method", method), ("train.residency", "device")])
     )
 
 
