@@ -151,10 +151,8 @@ def plot(results: list[dict[str, Any]]) -> None:
     axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured by the profiler (MiB)", ylabel="predicted (MiB)")
     worst = max(abs(row["error"]) for row in results)
-    axes.set_title(
-        f"peak training memory: {len(results)} runs, largest error {worst:.1%}\ncircles ViT, triangles DiT, squares Llama,"
-        " diamonds masked text"
-    )
+    shapes = "circles ViT, triangles DiT, squares Llama, diamonds masked text"
+    axes.set_title(f"peak training memory: {len(results)} runs, largest error {worst:.1%}\n{shapes}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(Path(__file__).parents[1] / "docs" / "memory.png", dpi=130)

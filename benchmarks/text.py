@@ -74,9 +74,7 @@ def _ratio(over: list[float], under: list[float]) -> dict[str, float]:
 
 
 def _run(method: str) -> Any:
-    return prepare(
-        load_recipe("mdlm-pydocs", [("method", method), ("train.residency", "device")])
-    )
+    return prepare(load_recipe("mdlm-pydocs", [("method", method), ("train.residency", "device")]))
 
 
 def _sampling() -> dict[str, Any]:
