@@ -139,4 +139,4 @@ def test_blocks_of_next_token_denoisers_are_not_there_yet(settings, capsys, tmp_
     assert main(["train", *words]) == 2
     assert "cannot be split into denoisers of the next token yet" in capsys.readouterr().err
     assert main(["train", *words, "--preset", "paper"]) == 2
-    assert "unknown preset 'paper'" in capsys.readouterr().err
+    assert "has no preset 'paper' yet" in capsys.readouterr().err

@@ -137,6 +137,8 @@ def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     own = content.get("presets", {})
     kind = task_kind(content)
     general = {"paper": PAPER[kind]} if kind in PAPER else {}
+    if name == "paper" and not general:
+        raise UserError(f"the task {kind} has no preset 'paper' yet: it trains whole networks")
     if name not in general | own:
         raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
     return merge(general.get(name, {}), own.get(name, {}))

@@ -32,7 +32,7 @@ def network_config(recipe: Recipe, num_outputs: int) -> NetworkConfig:
     if settings.pretrained:
         return _pretrained(recipe, num_outputs, channels, size)
     adapter = find_adapter(settings.model_class)
-    check_target(recipe, adapter)
+    check_target(recipe, adapter, settings.model_class)
     if size % settings.patch_size:
         what = "data.image_size" if not recipe.data.vae else "the latent size"
         raise UserError(f"{what} {size} is not divisible by model.patch_size {settings.patch_size}")
@@ -91,7 +91,7 @@ def _dit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> d
 def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> NetworkConfig:
     name, dropout = recipe.model.pretrained, recipe.model.dropout
     config = pretrained_config(name)
-    check_target(recipe, config.adapter)
+    check_target(recipe, config.adapter, config.class_name)
     assert isinstance(recipe.data, DataConfig)
     diffusers = config.adapter.library == "diffusers"
     channels_key, size_key = ("in_channels", "sample_size") if diffusers else ("num_channels", "image_size")
@@ -111,11 +111,10 @@ def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> N
     return dataclasses.replace(config, attention=recipe.model.attention)
 
 
-def check_target(recipe: Recipe, adapter: Adapter) -> None:
+def check_target(recipe: Recipe, adapter: Adapter, class_name: str) -> None:
     """Raises UserError when the task is none of what the network can be made to estimate."""
     if TARGETS[recipe.task.kind] not in adapter.targets:
-        name = recipe.model.pretrained or recipe.model.model_class
-        raise UserError(f"the task {recipe.task.kind} cannot train a {name}; set model.model_class or task.kind")
+        raise UserError(f"the task {recipe.task.kind} cannot train a {class_name}; set model.model_class or task.kind")
 
 
 def _of_tokens(recipe: Recipe) -> NetworkConfig:
@@ -127,12 +126,12 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
     mask = {"mask_token_id": tokenizer.mask_id} if masked else {}
     if settings.pretrained:
         config = pretrained_config(settings.pretrained)
-        check_target(recipe, config.adapter)
+        check_target(recipe, config.adapter, config.class_name)
         _check_pretrained_tokens(settings.pretrained, config, data, tokenizer)
         size = max(tokenizer.size, config.get("vocab_size"))
         return _with_dropout(config.changed(vocab_size=size, **mask), settings)
     adapter = find_adapter(settings.model_class)
-    check_target(recipe, adapter)
+    check_target(recipe, adapter, settings.model_class)
     if settings.model_class == "RobertaForMaskedLM":
         raise UserError("a new RobertaForMaskedLM would count positions from a padding token: take BertForMaskedLM")
     _check_heads(settings)
