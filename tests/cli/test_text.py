@@ -152,7 +152,7 @@ def test_packed_and_padded_windows_train(settings, packing, capsys, tmp_path):
     words = ["--data.packing", packing, "--data.tokenizer", "bytes", "--output-dir", str(tmp_path / "run")]
     metrics = run_json(capsys, "train", "mdlm-pydocs", *settings, *words)["metrics"]
     assert metrics["bits_per_byte"]["value"] == pytest.approx(metrics["nats_per_token"]["value"] / 0.693147, rel=1e-5)
-    assert 6 < metrics["bits_per_byte"]["value"] < 9  # hardly trained: log2 of 256
+    assert 5 < metrics["bits_per_byte"]["value"] < 9  # hardly trained: log2 of 256
 
 
 @pytest.mark.parametrize(
@@ -214,8 +214,8 @@ def test_plan_shows_blocks_of_a_text_network(capsys):
         (["--data.image-size", "8"], "unknown key 'data.image_size'"),
         (["--task.masking", "all"], "masking must be one of"),
         (["--model.model-class", "ViTForImageClassification"], "cannot train a ViTForImageClassification"),
-        (["--model.hidden-size", "18"], "not divisible by model.num_attention_heads"),
-        (["--model.hidden-size", "12"], "even number"),
+        (["--model.hidden-size", "17"], "not divisible by model.num_attention_heads"),
+        (["--model.hidden-size", "18"], "even number"),
         (["--data.max-documents", "-1"], "at least 0"),
         (["--method", "exact"], "masked diffusion has no exact mode"),
         (["--blocks.context", "features"], "blocks.context"),

@@ -15,7 +15,7 @@ from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import TARGETS, Recipe, build, merge, preset
+from diffusionblocks.recipes import BRANCHING, TARGETS, Recipe, build, merge, preset
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
@@ -132,6 +132,9 @@ def for_method(recipe: Recipe, name: str) -> Recipe:
     if method.adapts and not recipe.model.pretrained:
         raise UserError(f"the method {name} adapts a pretrained network: set model.pretrained to its name or folder")
     own = recipe.methods.get(name, {})
+    if recipe.model.start or recipe.model.pretrained:  # such blocks do not branch, whatever is best for new ones
+        kept = {key: value for key, value in own.get("train", {}).items() if key not in BRANCHING}
+        own = {**own, "train": kept}
     recipe = build(merge(recipe.as_dict(), own)) if own else recipe
     return method.prepare(dataclasses.replace(recipe, method=name))
 

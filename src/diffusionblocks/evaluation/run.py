@@ -172,7 +172,8 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
 
 def _absent(recipe: Recipe, summary: Path) -> Splits | None:
     """Splits with nothing in them, for a model that is only to be run; None where the data must tell its classes."""
-    nothing = Unread(recipe.train.batch_size)
+    train = for_method(recipe, recipe.method).train
+    nothing = Unread(max(train.batch_size, train.own_batch))
     if isinstance(recipe.data, TextConfig):
         return TextSplits(nothing, nothing, nothing, load_tokenizer(recipe.data.tokenizer, _masked(recipe)))
     names = json.loads(summary.read_text()).get("classes") if summary.is_file() else None

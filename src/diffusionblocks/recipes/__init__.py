@@ -153,6 +153,8 @@ def task_kind(content: Mapping[str, Any]) -> str:
     return kind
 
 
+BRANCHING = ("branch_at", "own_batch", "own_rate", "decay_from")  # settings of `train` that only branching runs have
+
 SHORT_NAMES = {
     "num_blocks": "blocks.num_blocks",
     "steps": "train.steps",
@@ -188,7 +190,10 @@ def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) ->
         content = merge(content, preset(content, name))
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
-    content["methods"] = {name: _without(own, changes) for name, own in content.get("methods", {}).items()}
+    taken = changes
+    if changes.get("train", {}).get("branch_at") == 0:  # and what a recipe says about branching goes with it
+        taken = merge(changes, {"train": dict.fromkeys(BRANCHING)})
+    content["methods"] = {name: _without(own, taken) for name, own in content.get("methods", {}).items()}
     return build(content)
 
 
