@@ -9,7 +9,7 @@ from typing import Any
 
 from diffusionblocks.adapters import find_adapter, pretrained_config
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.adapters.networks import NetworkConfig, new_config
+from diffusionblocks.adapters.networks import NetworkConfig, network_class, new_config
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.latents import latent_shape
@@ -145,17 +145,11 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
         "intermediate_size": settings.intermediate_size,
         "max_position_embeddings": data.length,
     }
+    _check_rotary(adapter, settings)
     config = new_config(adapter, settings.model_class, sizes, settings.attention)
     heads, size = settings.num_attention_heads, settings.hidden_size // settings.num_attention_heads
     same = {"num_key_value_heads": heads, "head_dim": size}  # where the family's default is its own
     config = config.changed(**{name: value for name, value in same.items() if hasattr(config.config, name)})
-    if rotary := getattr(config.config, "rope_parameters", None):
-        turned = int(size * rotary.get("partial_rotary_factor", 1.0))
-        if turned < 2 or turned % 2:
-            raise UserError(
-                f"rotary positions turn pairs of numbers: {turned} of the {size} of a head (model.hidden_size / "
-                "model.num_attention_heads) must be an even number of at least 2"
-            )
     return _with_dropout(config, settings)
 
 
@@ -200,6 +194,20 @@ def _load_of_tokens(config: NetworkConfig, name_or_path: str) -> Any:
     if wanted > own:
         network.resize_token_embeddings(wanted)
     return network
+
+
+def _check_rotary(adapter: Adapter, settings: ModelConfig) -> None:
+    """Raises UserError where a head cannot have rotary positions, in words of the recipe (transformers may raise its own)."""
+    rotary = getattr(network_class(settings.model_class, adapter).config_class(), "rope_parameters", None)
+    if rotary is None:
+        return
+    size = settings.hidden_size // settings.num_attention_heads
+    turned = int(size * rotary.get("partial_rotary_factor", 1.0))
+    if turned < 2 or turned % 2:
+        raise UserError(
+            f"rotary positions turn pairs of numbers: {turned} of the {size} of a head (model.hidden_size / "
+            "model.num_attention_heads) must be an even number of at least 2"
+        )
 
 
 def _check_heads(settings: ModelConfig) -> None:
