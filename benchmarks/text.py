@@ -38,6 +38,7 @@ TURNS = 8
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.output_dir) / "quality"
     words = ["--methods", arguments.methods, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
+    words += ["--seed", str(arguments.seed)]
     words += ["--train.evaluate-every", str(arguments.every)]
     if code := dblocks(["compare", "mdlm-pydocs", *words, "--output-dir", str(folder)]):
         raise SystemExit(code)
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=3, help="the first (0 to 2 were used while settings were chosen)")
     parser.add_argument(
         "--every", type=int, default=500, help="block steps between evaluations on the validation split"
     )

@@ -130,16 +130,18 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
         _only(arguments, "images", ("class", "guidance", "grid", "steps", "sampler", "seed"))
         return _sample_images(arguments, run)
     if isinstance(run.recipe.task, MaskedLM):
-        _only(arguments, "text", ("prompt", "length", "temperature", "top_p", "steps", "sampler", "seed"))
+        _only(arguments, "text", (*WRITING, "steps", "sampler"))
         return _sample_texts(arguments, run)
     if isinstance(run.recipe.task, CausalLM):
-        _only(arguments, "text, one token after the other", ("prompt", "length", "temperature", "top_p", "seed"))
+        denoisers = ("steps", "sampler") if run.model.num_blocks > 1 else ()
+        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *denoisers))
         return _sample_texts(arguments, run)
     _only(arguments, "classes", ())
     return _sample_labels(arguments, load_run(folder, overrides))
 
 
-SAMPLING = ("class", "guidance", "grid", "prompt", "length", "temperature", "top_p", "steps", "sampler", "seed")
+WRITING = ("prompt", "length", "temperature", "top_p", "top_k", "seed")
+SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler")
 
 
 def _only(arguments: argparse.Namespace, makes: str, known: Sequence[str]) -> None:
@@ -153,7 +155,7 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
     from diffusionblocks.evaluation.text import sample_texts
 
     wanted = {"sampling_steps": arguments.steps, "sampler": arguments.sampler}
-    wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     settings = {name: value for name, value in wanted.items() if value is not None}
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
@@ -163,13 +165,15 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         prompt=arguments.prompt or "",
         length=arguments.length or 0,
         seed=arguments.seed or 0,
+        stop=[text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in arguments.stop or []],
+        stream=(lambda piece: print(piece, end="", flush=True)) if arguments.stream and not arguments.json else None,
         **settings,
     )
     if arguments.output:
         Path(arguments.output).write_text("\n".join(found["texts"]) + "\n")
         found["output"] = arguments.output
     if not arguments.json:
-        print("\n".join(found["texts"]))
+        print("" if arguments.stream else "\n".join(found["texts"]))
         steps = f", {found['steps']} steps" if "steps" in found else ""
         print(f"{found['tokens_per_second']:.0f} tokens/s{steps}", file=sys.stderr)
     return found
@@ -279,6 +283,13 @@ def _export(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import export_block
 
     output = Path(arguments.output) if arguments.output else None
+    if arguments.block is None:
+        from diffusionblocks.evaluation.run import export_network
+
+        path = export_network(Path(arguments.run_dir), output, _overrides(rest))
+        if not arguments.json:
+            print(f"Hugging Face model: {path}")
+        return {"output": str(path)}
     path = export_block(Path(arguments.run_dir), arguments.block, output, _overrides(rest))
     if not arguments.json:
         print(f"block {arguments.block}: {path}")
@@ -314,7 +325,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
     "sample": (_sample, "images or texts of a trained run, or predictions of a classifier"),
     "compare": (_compare, "train several methods on one recipe and print one table"),
     "plan": (_plan, "predict the memory of every method, and what fits a card"),
-    "export": (_export, "write the weights of one block of a trained run"),
+    "export": (_export, "write a trained run as an ordinary Hugging Face model, or the weights of one block"),
     "report": (_report, "one self-contained HTML page from run folders"),
 }
 
@@ -345,7 +356,9 @@ def _build_parser(settings: str) -> _Parser:
     for name in ("train", "compare"):
         added[name].add_argument("recipe", metavar="RECIPE_OR_YAML", help="a built-in recipe or a YAML file")
         added[name].add_argument("--output-dir", metavar="DIR", help="run folder (default: below runs/)")
-        added[name].add_argument("--preset", help="'paper', or a preset of the recipe")
+        added[name].add_argument(
+            "--preset", help="a preset: paper (next-token models: information, features), or one of the recipe"
+        )
         added[name].formatter_class, added[name].epilog = argparse.RawDescriptionHelpFormatter, settings
     added["train"].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
     added["compare"].add_argument("--methods", default="end-to-end,shallow,diffusionblocks", help="separated by commas")
@@ -360,8 +373,10 @@ def _build_parser(settings: str) -> _Parser:
         "--memory", metavar="SIZE", help="the card's memory, such as 16GiB (default: the GPU here)"
     )
     added["plan"].add_argument("--num-blocks", metavar="B,B,...", help="numbers of blocks (default: some divisors)")
-    added["plan"].add_argument("--preset", help="'paper', or a preset of the recipe")
-    added["export"].add_argument("--block", type=int, required=True, help="number of the block")
+    added["plan"].add_argument(
+        "--preset", help="a preset: paper (next-token models: information, features), or one of the recipe"
+    )
+    added["export"].add_argument("--block", type=int, help="only the weights of this block, as safetensors")
     for name in ("evaluate", "sample", "export"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
     sampling = added["sample"]
@@ -382,6 +397,13 @@ def _build_parser(settings: str) -> _Parser:
     )
     sampling.add_argument("--temperature", type=float, help="text: 0 = the likeliest tokens (default: the recipe's)")
     sampling.add_argument("--top-p", type=float, help="text: share of probability to draw from (default: the recipe's)")
+    sampling.add_argument("--top-k", type=int, help="text: draw from so many likeliest tokens (default: the recipe's)")
+    sampling.add_argument(
+        "--stop", action="append", help="text: end before this string; \\n is a line break (may be given several times)"
+    )
+    sampling.add_argument(
+        "--stream", action="store_const", const=True, help="text: print one text as it is written (--num 1)"
+    )
     sampling.add_argument("--seed", type=int, help="of the noise (default 0)")
     for name in ("sample", "report", "export"):
         added[name].add_argument("--output", metavar="FILE")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,14 @@ class LevelEmbedding(nn.Module):
         return self.mlp(features.to(next(self.mlp.parameters()).dtype))
 
 
+class Condition(NamedTuple):
+    """Of a sequence of which only a part is noisy. embedding: of the level [N, C]; None = no part is. first: from which
+    position on norms are modulated; those before are as they were."""
+
+    embedding: Tensor | None
+    first: int = 0
+
+
 class ModulatedNorm(nn.Module):
     """norm(x) * (1 + scale) + shift, scale and shift linear in the condition and zero at first."""
 
@@ -42,12 +50,18 @@ class ModulatedNorm(nn.Module):
         self.modulation = nn.Linear(condition_width, 2 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
-        self.condition: Tensor | None = None  # set by ConditionedLayer for the length of one forward
+        self.condition: Condition | None = None  # set by ConditionedLayer for the length of one forward
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.condition is not None, "a ModulatedNorm runs inside its ConditionedLayer"
-        scale, shift = self.modulation(self.condition)[:, None].chunk(2, dim=-1)  # [N, 1, D] each
-        return self.norm(x) * (1 + scale) + shift
+        embedding, first = self.condition
+        normed = self.norm(x)
+        if embedding is None:
+            return normed
+        scale, shift = self.modulation(embedding)[:, None].chunk(2, dim=-1)  # [N, 1, D] each
+        if not first:
+            return normed * (1 + scale) + shift
+        return torch.cat([normed[:, :first], normed[:, first:] * (1 + scale) + shift], 1)
 
 
 class ConditionedLayer(nn.Module):
@@ -70,10 +84,10 @@ class ConditionedLayer(nn.Module):
             setattr(owner, name, modulated)
             self._modulated.append(modulated)
 
-    def forward(self, hidden: Tensor, condition: Tensor, *arguments: Any) -> Tensor:
+    def forward(self, hidden: Tensor, condition: Tensor | Condition, *arguments: Any) -> Tensor:
         """hidden [N, T, D], condition [N, C] -> [N, T, D]; arguments go to the layer as they are."""
         for norm in self._modulated:
-            norm.condition = condition
+            norm.condition = condition if isinstance(condition, Condition) else Condition(condition)
         try:
             output = self.layer(hidden, *arguments)
         finally:

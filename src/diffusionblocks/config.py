@@ -19,22 +19,25 @@ class BlocksConfig:
         num_blocks: B, the one dial.
         layers_per_block: explicit uneven split; empty = equal parts.
         context: `input` (every block reads x) or `features` (block b reads what block b-1 made of x, detached).
-        target_entry: where the noisy target enters the network: `replace` the first token ([DB]), `add` to it
-            through a projection that starts at zero, or `none` (only the readout sees it).
+        target_entry: where the noisy target enters the network: `replace` the first token ([DB]; of tokens: a noisy sequence
+            beside the clean one), `add` to it through a projection that starts at zero (labels only), or `none` (only the
+            readout sees it).
         readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own).
-        target: what blocks estimate: `label`, `image` or `masked` tokens; `auto` = what the network is made for.
-        levels: `information` (equal shares of nats; labels only) or `log-normal` ([DB]); `auto` = information for labels,
-            log-normal for images. schedule: of masked tokens, `linear` or `cosine`.
+        target: what blocks estimate: `label`, `image`, `masked` tokens or the next one (`causal`); `auto` = what the network is
+            made for.
+        levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]); `auto` = information
+            where it can be, log-normal for images. schedule: of masked tokens, `linear` or `cosine`.
         borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
         least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
         sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
         condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
             and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
-        head_layers: extra layers between a block's trunk and its readout (features context); not handed on.
+        head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last block of
+            next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands nothing on.
     """
 
     num_blocks: int = 3
@@ -63,7 +66,7 @@ class BlocksConfig:
         "readout": ("bayes", "linear"),
         "target_table": ("fixed", "trained"),
         "shared": ("trained", "frozen", "copies"),
-        "target": ("auto", "label", "image", "masked"),
+        "target": ("auto", "label", "image", "masked", "causal"),
         "levels": ("auto", "information", "log-normal"),
         "schedule": ("linear", "cosine"),
         "borders": ("equal-mass", "uniform"),
@@ -88,6 +91,8 @@ class BlocksConfig:
                 alike = target == "masked" and name == "condition_width"
                 if getattr(self, name) != getattr(BlocksConfig, name) and not alike:
                     raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises {what}")
+        if target == "causal":
+            self._check_causal()
         if target == "image" and self.levels == "information":
             raise UserError("blocks.levels information needs a discrete target; images take log-normal")
         if target == "masked" and self.levels != "auto":
@@ -109,17 +114,43 @@ class BlocksConfig:
                 "blocks.target_table trained needs blocks.shared trained or frozen: blocks must agree on the table"
             )
 
+    def _check_causal(self) -> None:
+        if self.target_entry == "add":
+            raise UserError("blocks.target_entry add is for labels; next-token denoisers take replace or none")
+        if self.target_entry == "none" and self.readout == "linear":
+            raise UserError(
+                "blocks.readout linear needs a noisy target that the network reads: set blocks.target_entry replace"
+            )
+        if self.target_entry == "none" and self.condition_width:
+            raise UserError(
+                "blocks.condition_width is for next-token denoisers that read the noisy target (blocks.target_entry replace)"
+            )
+        if self.target_entry == "replace" and self.context == "features" and not self.head_layers:
+            raise UserError(
+                "blocks.target_entry replace in features context needs blocks.head_layers: they read the noisy target"
+            )
+
+    def heads(self, last: bool, target: str) -> int:
+        """Head layers of a block; `last`: of the one that hands nothing on."""
+        return 0 if target == "causal" and last and self.target_entry == "none" else self.head_layers
+
+    def evaluations(self, layers: int, last: bool, target: str) -> int:
+        """Layers that a sample passes in a step of a block of `layers`. A noisy sequence beside the clean one counts as much."""
+        twice = 2 if target == "causal" and self.target_entry == "replace" else 1
+        return layers * twice if self.context == "input" else layers + self.heads(last, target) * twice
+
     def may_branch(self, layers: list[range]) -> bool:
         """Whether blocks can start as copies of one: equal depth, the same input, nothing trained in common."""
         alike = len({len(span) for span in layers}) == 1
         return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
 
-    def distribution(self, table: Tensor | None = None) -> LevelDistribution:
-        """Of Gaussian noise levels; `table` [V, D] holds the embeddings of a discrete target."""
+    def distribution(self, table: Tensor | None = None, prior: Tensor | None = None) -> LevelDistribution:
+        """Of Gaussian noise levels; `table` [V, D] holds the embeddings of a discrete target, `prior` [V] how often each is met
+        (None = all alike)."""
         if self.levels == "information" or (self.levels == "auto" and table is not None):
             assert table is not None
             return Information(
-                table, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
+                table, prior, sigma_min=self.sigma_min, sigma_max=self.sigma_max, least_hidden=self.least_hidden
             )
         return LogNormal(self.p_mean, self.p_std, self.sigma_min, self.sigma_max)
 

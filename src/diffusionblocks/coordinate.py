@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Parts
+from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Parts, documents_apart
 
 
 class BlockCoordinateModel(EndToEndModel):
@@ -63,16 +63,17 @@ class BlockCoordinateModel(EndToEndModel):
             for index in range(self.num_blocks):
                 self.block(index).requires_grad_(index == active)
         hidden = self.stem(batch)
+        views = [view] if (view := documents_apart(batch, hidden)) is not None else []
         for index in range(self.num_blocks):
             block = self.block(index)
             if active is None or index == active:
-                hidden = block("trunk", hidden)
+                hidden = block("trunk", hidden, *views)
             elif index < active:
                 with torch.no_grad():
-                    hidden = block("trunk", hidden)
+                    hidden = block("trunk", hidden, *views)
             else:
                 for layer in block.layers:
-                    hidden = checkpoint(layer, hidden, use_reentrant=False)
+                    hidden = checkpoint(layer, hidden, *views, use_reentrant=False)
         return hidden
 
     def layer_evaluations(self, index: int) -> float:

@@ -7,7 +7,7 @@ For a target y with finitely many values, z = y + sigma eps and eta = 1 / (2 sig
 with equality for the posterior mean of the model's own p(y) (I-MMSE: Guo, Shamai, Verdu 2005; mismatched case: Verdu 2010;
 continuous-time ELBO: Kingma et al. 2021, arXiv 2107.00630). So every block owns a share of the nats, its noise range's, and
 the shares add up. Outside the range of levels, what is left is added exactly: above, the distance of z from pure noise;
-below, the entropy of a pixel given z.
+below, what the lowest level still hides, of a pixel or of a token.
 """
 
 from __future__ import annotations
@@ -68,6 +68,64 @@ def image_bound(
     high, low = partition.levels.highest, partition.levels.lowest
     prior = clean.cpu().double().square().flatten(1).sum(1) / (2 * high**2)  # KL of N(y, high^2) from N(0, high^2)
     return Shares(shares, prior, _hidden_pixels(clean, low, generator))
+
+
+class TokenShares(NamedTuple):
+    """Nats per token [M] each. blocks: of the noise range of each block [M, B]. prior: of what lies above the highest level.
+    hidden: of what the lowest level hides, which the last block tells."""
+
+    blocks: Tensor
+    prior: Tensor
+    hidden: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.blocks.sum(1) + self.prior + self.hidden
+
+
+def token_bound(
+    measure: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+    count: tuple[int, ...],
+    partition: Partition,
+    *,
+    levels_per_block: int = 8,
+    lowest: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> TokenShares:
+    """Upper bounds of -log p(token) in nats, unbiased estimates by stratified sampling.
+
+    The integral may end at any level: what is left there is the cross-entropy of a token given z.
+
+    In every block's range, `levels_per_block` strata of equal mass; a level is drawn evenly in eta inside each, so that errors
+    are weighed by the length of the stratum alone.
+
+    Args:
+        measure: (block, sigma of shape `count`) -> squared errors ||y - D(z)||^2 and cross-entropies -log p(y | z), of
+            shape [M] or [N, R], for z = y + sigma eps drawn there.
+        count: shape of the levels that are drawn: one per text [N], or one per token.
+        lowest: level at which the integral ends; it is moved into the range of the last block.
+    """
+    last = partition.range(partition.num_blocks - 1)
+    lowest = min(max(lowest, last.low), last.high)
+    _, losses = measure(partition.num_blocks - 1, torch.full(count, lowest))
+    hidden = losses.double().cpu().flatten()
+    blocks = []
+    for block in range(partition.num_blocks):
+        span, found = partition.range(block), torch.zeros_like(hidden)
+        end = max(span.low, lowest)
+        low_mass = partition.levels.mass(torch.tensor(end, dtype=torch.float64)).item()
+        masses = torch.linspace(span.high_mass, low_mass, levels_per_block + 1, dtype=torch.float64)
+        edges = partition.levels.level(masses)
+        edges[0], edges[-1] = span.high, end
+        etas = 1 / (2 * edges**2)
+        for low, high in zip(etas[:-1].tolist(), etas[1:].tolist(), strict=True):
+            if high > low:
+                eta = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+                errors, _ = measure(block, (2 * eta).rsqrt().clamp(end, span.high).float())
+                found += (high - low) * errors.double().cpu().flatten()
+        blocks.append(found)
+    above = 1 / (2 * partition.levels.highest**2)  # there the estimate is 0, and y has unit norm
+    return TokenShares(torch.stack(blocks, 1), torch.full_like(hidden, above), hidden)
 
 
 def _strata(low: float, length: float, count: int, parts: int, generator: torch.Generator | None) -> Iterator[Tensor]:

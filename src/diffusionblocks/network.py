@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusionblocks.attention import View, causally
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution
@@ -34,7 +35,7 @@ class Parts:
 
     Args:
         target: what denoisers made of the network estimate: `label`, `image`, `masked` (tokens that a mask hides), or
-            `causal` (it can only be trained whole, on the next token).
+            `causal` (the next token).
         stem: forward(batch) -> hidden [N, T, D].
         layers: the residual layers, each forward(hidden) -> hidden, or forward(hidden, condition) where the network has
             conditions of its own (`image`: timestep and class; tokens: a `View`).
@@ -101,16 +102,16 @@ class Block(nn.Module):
                 hidden = layer(hidden, *arguments)
         return hidden
 
-    @property
-    def depth(self) -> int:
-        """Layers that a sample passes when the block trains on it."""
-        return len(self.layers)
-
     # One entry point for all uses, so that compiling the block (nn.Module.compile) covers them.
     def forward(self, use: str, *arguments: Any) -> Tensor:
         """use `trunk`: (hidden, *conditions) -> hidden."""
         assert use == "trunk", use
         return self.run(self.layers, *arguments)
+
+
+def documents_apart(batch: Batch, hidden: Tensor) -> View | None:
+    """What causal layers must be told about a batch: who attends to whom where several documents share a row; else None."""
+    return causally(batch, hidden) if "segments" in batch else None
 
 
 class BlockModel(nn.Module):
@@ -142,8 +143,8 @@ class BlockModel(nn.Module):
         return owners
 
     def layer_evaluations(self, index: int) -> float:
-        """Layers that one sample passes when block `index` trains on it (trunk and head)."""
-        return self.block(index).depth
+        """Layers that one sample passes when block `index` trains on it."""
+        return len(self.block(index).layers)
 
 
 class EndToEndModel(BlockModel):
@@ -185,7 +186,8 @@ class EndToEndModel(BlockModel):
 
     def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
         """What the last layer hands to the readout [N, T, D]."""
-        return self.block(0)("trunk", self.stem(batch))
+        hidden = self.stem(batch)
+        return self.block(0)("trunk", hidden, documents_apart(batch, hidden))
 
     @property
     def stem(self) -> nn.Module:
@@ -252,7 +254,8 @@ class Denoiser(nn.Module):
         self.index = index
         self.block, self.shared = block, shared
 
-    def _part(self, name: str) -> Any:
+    def part(self, name: str) -> Any:
+        """`stem` or `readout`: the block's own, or the one that all share."""
         own = getattr(self.block, name)
         return self.shared[name] if own is None else own
 
@@ -271,7 +274,7 @@ class DiffusionBlocksModel(BlockModel):
     def __init__(self, parts: Parts, config: BlocksConfig, source: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         config.check(parts.target)
-        self.config, self.source = config, dict(source or {})
+        self.config, self.source, self.target = config, dict(source or {}), parts.target
         self.layers = split_layers(len(parts.layers), config.num_blocks, config.layers_per_block)
         self.shared = nn.ModuleDict()
         self.partition = Partition(self._levels(parts), config.num_blocks, config.overlap, config.borders)
@@ -299,11 +302,25 @@ class DiffusionBlocksModel(BlockModel):
         self.block(index)  # checks the index
         return self._denoisers[0 if self.one_for_all else index]
 
+    @torch.no_grad()
     def context(self, batch: Batch, index: int) -> Tensor | None:
-        """Features context: the clean stream that enters block `index` [N, T, D]. None where it reads the input."""
-        return None
+        """Features context: the clean stream that enters block `index` [N, T, D], computed by the blocks before it.
+
+        None in input context and for block 0.
+        """
+        if self.config.context == "input" or index == 0:
+            return None
+        hidden: Tensor | None = None
+        for before in range(index):
+            hidden = self.denoiser(before).trunk(batch if hidden is None else {**batch, "context": hidden})
+        return hidden
+
+    def layer_evaluations(self, index: int) -> float:
+        return self.config.evaluations(len(self.layers[index]), index == self.num_blocks - 1, self.target)
 
     def owner_of_shared_parts(self) -> str:
+        if self.config.context == "features" and self.config.shared == "copies":
+            return "block 0 owns the stem, each block its readout"
         return {
             "trained": "trained by every block's step",
             "frozen": "frozen",

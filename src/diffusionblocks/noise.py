@@ -135,8 +135,8 @@ class Information(_GaussianLevels):
         prior: probabilities [V]; uniform when None.
         least_hidden: the lowest level still hides this share of the entropy. Below it a batch teaches little, since
             the noisy target almost gives the answer away.
-        samples: Monte-Carlo draws per grid point. The draws are common to all points and seeded, so the same
-            table always gives the same partition.
+        samples: Monte-Carlo draws per grid point, fewer for tables of more than 128 rows. The draws are common to all points
+            and seeded, so the same table always gives the same partition.
     """
 
     def __init__(
@@ -153,6 +153,8 @@ class Information(_GaussianLevels):
         super().__init__(sigma_min, sigma_max)
         if not 0 <= least_hidden < 1:
             raise UserError(f"least_hidden is a share in [0, 1), got {least_hidden}")
+        if len(table) > 128:
+            samples, points = min(samples, max(128, (1 << 19) // len(table))), 65
         log_sigma = torch.linspace(math.log(sigma_min), math.log(sigma_max), points, dtype=torch.float64)
         entropy = _conditional_entropy(table, prior, log_sigma.exp(), samples)
         mass = torch.cummax(entropy, dim=0).values
@@ -191,7 +193,7 @@ def _conditional_entropy(table: Tensor, prior: Tensor | None, sigmas: Tensor, sa
     labels = torch.multinomial(log_prior.exp(), samples, replacement=True, generator=generator)
     # Only z @ table.T enters, and it is Gaussian with covariance table @ table.T: draw it in V dimensions if smaller.
     noise = torch.randn(samples, table.shape[1], generator=generator, dtype=torch.float64) @ table.T
-    signal, half_norm = (table @ table.T)[labels], table.square().sum(1) / 2
+    signal, half_norm = table[labels] @ table.T, table.square().sum(1) / 2
     entropies = []
     for sigma in sigmas:
         logits = log_prior + (signal - half_norm + sigma * noise) / sigma**2

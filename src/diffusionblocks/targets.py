@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from diffusionblocks.noise import unit_rows
+from diffusionblocks.readout import Evidence, weight_of
 
 
 def label_table(num_classes: int, width: int) -> Tensor:
@@ -52,18 +53,23 @@ class CategoricalTarget(nn.Module):
         return unit_rows(self.table) if isinstance(self.table, nn.Parameter) else self.table
 
     def clean(self, labels: Tensor) -> Tensor:
-        """labels [N] -> y [N, D]."""
+        """labels [...] -> y [..., D]."""
         return self.rows[labels]
 
     def logits(self, raw: Tensor, noisy_target: Tensor, sigma: Tensor) -> Tensor:
-        """Network output [N, V], z [N, D], sigma [N] -> log p(v | x, z) up to a constant [N, V]."""
+        """Network output [..., V], z [..., D], sigma [...] -> log p(v | x, z) up to a constant [..., V]."""
+        evidence = self.evidence(noisy_target, sigma)
+        return raw if evidence is None else raw.float() + weight_of(evidence)
+
+    def evidence(self, noisy_target: Tensor, sigma: Tensor) -> Evidence | None:
+        """What z [..., D] at levels sigma (of its first dimensions) tells; None where the network has to say it all."""
         if not self.bayes:
-            return raw
-        evidence = noisy_target.float() @ self.rows.float().T / sigma.float()[:, None] ** 2
-        return raw.float() + evidence
+            return None
+        level = sigma.float().reshape(*sigma.shape, *[1] * (noisy_target.dim() - sigma.dim()))
+        return Evidence(noisy_target.float() / level**2, self.rows)
 
     def estimate(self, logits: Tensor) -> Tensor:
-        """Posterior mean of y: softmax(logits) @ table, [N, V] -> [N, D]."""
+        """Posterior mean of y: softmax(logits) @ table, [..., V] -> [..., D]."""
         return logits.float().softmax(-1) @ self.rows.float()
 
     def losses(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
@@ -72,6 +78,6 @@ class CategoricalTarget(nn.Module):
 
 
 def add_noise(clean: Tensor, sigma: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """z = y + sigma eps. clean [N, ...], sigma [N]; eps is drawn on the CPU so that devices agree on it."""
+    """z = y + sigma eps. clean [N, ...], sigma of its first dimensions; eps is drawn on the CPU so that devices agree on it."""
     noise = torch.randn(clean.shape, generator=generator).to(clean)
-    return clean + sigma.to(clean).reshape(-1, *[1] * (clean.dim() - 1)) * noise
+    return clean + sigma.to(clean).reshape(*sigma.shape, *[1] * (clean.dim() - sigma.dim())) * noise

@@ -134,9 +134,97 @@ def test_mistakes_in_sampling_get_one_clear_line(trained, capsys, arguments, wor
     assert words in capsys.readouterr().err
 
 
-def test_blocks_of_next_token_denoisers_are_not_there_yet(settings, capsys, tmp_path):
-    words = ["lm-pydocs", *settings, "--method", "diffusionblocks", "--output-dir", str(tmp_path / "run")]
-    assert main(["train", *words]) == 2
-    assert "cannot be split into denoisers of the next token yet" in capsys.readouterr().err
-    assert main(["train", *words, "--preset", "paper"]) == 2
-    assert "has no preset 'paper' yet" in capsys.readouterr().err
+SETTINGS_OF_BLOCKS = ["--task.levels-per-block", "2", "--num-blocks", "3"]
+
+
+@pytest.mark.parametrize("preset", ["paper", "information", "features"])
+def test_blocks_of_next_token_denoisers_on_the_command_line(settings, preset, capsys, tmp_path):
+    """Trained, evaluated, sampled and exported, under the same names as every run."""
+    folder = str(tmp_path / "run")
+    words = ["--preset", preset, "--method", "diffusionblocks", *SETTINGS_OF_BLOCKS]
+    summary = run_json(capsys, "train", "lm-pydocs", *settings, *words, "--output-dir", folder)
+    metrics = summary["metrics"]
+    assert summary["num_blocks"] == 3
+    of_block = "nats_block_" if preset == "features" else "share_block_"
+    names = {"nats_per_token", "perplexity", "bits_per_byte", "entropy", "repetition_4", "distinct_2_real"}
+    assert names | {f"{of_block}{i}" for i in range(3)} | {f"scrambled_block_{i}" for i in range(3)} <= set(metrics)
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(metrics["nats_per_token"]["value"]))
+    again = run_json(capsys, "evaluate", folder)["metrics"]
+    assert again == metrics
+    found = run_json(capsys, "sample", folder, "--num", "2", "--prompt", "One two", "--length", "12", "--top-k", "5")
+    assert all(text.startswith("One two") for text in found["texts"]) and found["tokens_per_second"] > 0
+    layers = {"paper": 12, "information": 6, "features": 6}[preset]  # the clean token, and noisy ones
+    assert found["layer_evaluations_per_text"] == layers * 12
+    code = main(["export", folder, "--output", str(tmp_path / "plain")])
+    if preset == "features":
+        from transformers import AutoModelForCausalLM
+
+        assert code == 0
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
+        run = load_run(tmp_path / "run", with_data=False)
+        tokens = torch.randint(0, 12, (2, 6))
+        torch.testing.assert_close(plain(tokens).logits, run.model.eval().network(tokens).logits)
+    else:
+        assert code == 2
+        assert "no ordinary language model" in capsys.readouterr().err
+
+
+def test_stop_strings_and_streaming(trained, capsys):
+    plain = run_json(capsys, "sample", str(trained), "--num", "3", "--prompt", "One", "--seed", "2")
+    stop = plain["texts"][0][8]
+    found = run_json(capsys, "sample", str(trained), "--num", "3", "--prompt", "One", "--seed", "2", "--stop", stop)
+    for text, whole in zip(found["texts"], plain["texts"], strict=True):
+        cut = whole.find(stop, 3)
+        assert text == (whole if cut < 0 else whole[:cut])
+    capsys.readouterr()
+    words = ["sample", str(trained), "--num", "1", "--prompt", "One", "--seed", "2", "--stream"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    alone = run_json(capsys, *words[:-1])["texts"][0]
+    assert shown.out == alone + "\n" and "tokens/s" in shown.err
+    assert main(["sample", str(trained), "--num", "2", "--stream"]) == 2
+    assert "--stream writes one text" in capsys.readouterr().err
+
+
+def test_all_presets_in_one_table(settings, capsys, tmp_path):
+    """At equal layer evaluations: the paper's second sequence and the heads of features cost steps."""
+    names = ["end-to-end", "diffusionblocks-features", "diffusionblocks-information", "diffusionblocks-paper"]
+    words = ["--methods", ",".join(names), *SETTINGS_OF_BLOCKS, "--steps", "12", "--task.num-samples", "0"]
+    words += ["--output-dir", str(tmp_path / "compare")]
+    found = run_json(capsys, "compare", "lm-pydocs", *settings, *words)["results"]
+    assert [result["method"] for result in found] == names
+    whole = found[0]["layer_evaluations"]
+    assert all(abs(result["layer_evaluations"] / whole - 1) < 0.15 for result in found)
+    assert found[3]["samples_seen"] < found[2]["samples_seen"]
+
+
+def test_mauve_judges_samples_as_the_teacher_sees_them(settings, capsys, tmp_path):
+    pytest.importorskip("mauve")
+    teacher = make_tokenizer(tmp_path / "teacher")
+    make_llama(vocab_size=40, mask_token_id=None).save_pretrained(teacher)
+    words = ["--task.teacher", teacher, "--task.mauve", "true", "--task.num-samples", "12"]
+    summary = run_json(capsys, "train", "lm-pydocs", *settings, *words, "--output-dir", str(tmp_path / "run"))
+    assert 0 < summary["metrics"]["mauve"]["value"] <= 1
+    assert main(["train", "lm-pydocs", *settings, "--task.mauve", "true", "--output-dir", str(tmp_path / "no")]) == 2
+    assert "set task.teacher" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model.attention", "flex_attention", "--device", "cpu"], "cannot train on a CPU"),
+        (["--model.attention", "flash"], "model.attention must be sdpa or eager or flex_attention"),
+        (["--blocks.target-entry", "add"], "take replace or none"),
+        (["--task.top-k", "-1"], "must not be negative"),
+        (["--train.branch-at", "0.5"], "train.branch_at needs blocks.context input"),
+    ],
+)
+def test_mistakes_in_training_get_one_clear_line(settings, capsys, tmp_path, arguments, words):
+    more = ["--method", "diffusionblocks", "--preset", "features", *arguments, "--output-dir", str(tmp_path / "run")]
+    assert main(["train", "lm-pydocs", *settings, *more]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_other_tasks_have_no_presets_of_language_models(capsys, tmp_path):
+    assert main(["train", "digits", "--method", "diffusionblocks-features", "--output-dir", str(tmp_path / "x")]) == 2
+    assert "unknown preset 'features'" in capsys.readouterr().err

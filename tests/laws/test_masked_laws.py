@@ -19,6 +19,7 @@ from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.partition import Partition
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers import unmasking
+from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.training import checkpoint
 from tests.conftest import (
     Counting,
@@ -330,7 +331,6 @@ def test_a_whole_network_is_saved_as_an_ordinary_one(width, tmp_path):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: dblocks.convert(make_llama()), "target='masked'"),
         (lambda: blocks(make_llama(mask_token_id=None)), "mask_token_id"),
         (lambda: blocks(make_llama(mask_token_id=99)), "not among the network's 13 tokens"),
         (lambda: blocks(context="features"), "blocks.context is for networks that denoise labels"),
@@ -448,7 +448,7 @@ def test_ancestral_sampling_with_the_exact_posterior_gives_the_joint_distributio
             logits[known == value, 1 - value] = -torch.inf
         return logits[where]
 
-    sampler = unmasking.ancestral(2, schedule, unmasking.chooser())
+    sampler = unmasking.ancestral(2, schedule, Choice())
     start = torch.full((4000, 2), 2)
     equal = [
         (found := sampler(denoise, start, unmasking.even(1.0, steps), generator=torch.Generator().manual_seed(0)))[:, 0]
@@ -469,7 +469,7 @@ def test_confidence_takes_the_likeliest_tokens_first():
         return logits[where]
 
     seen = []
-    sampler = unmasking.by_confidence(8, MaskingSchedule(), unmasking.chooser(0.0))
+    sampler = unmasking.by_confidence(8, MaskingSchedule(), Choice(0.0))
     sampler(
         lambda z, level, where: seen.append(z) or denoise(z, level, where), torch.full((1, 8), 8), unmasking.even(1, 4)
     )
@@ -538,10 +538,10 @@ def test_a_block_with_tied_embeddings_travels(name, tmp_path):
 def test_temperature_and_top_p_act_when_a_token_is_chosen():
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log().expand(4000, 3)
     generator = torch.Generator().manual_seed(0)
-    assert (unmasking.chooser(0.0)(logits, generator) == 0).all()
-    assert set(unmasking.chooser(1.0, 0.7)(logits, generator).tolist()) == {0, 1}
-    assert set(unmasking.chooser(1.0, 0.5)(logits, generator).tolist()) == {0}
-    plain = unmasking.chooser()(logits, generator).bincount(minlength=3) / 4000
+    assert (Choice(0.0)(logits, generator) == 0).all()
+    assert set(Choice(1.0, 0.7)(logits, generator).tolist()) == {0, 1}
+    assert set(Choice(1.0, 0.5)(logits, generator).tolist()) == {0}
+    plain = Choice()(logits, generator).bincount(minlength=3) / 4000
     assert plain.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
-    sharp = unmasking.chooser(0.5)(logits, generator).bincount(minlength=3) / 4000
+    sharp = Choice(0.5)(logits, generator).bincount(minlength=3) / 4000
     assert sharp.tolist() == pytest.approx([0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46], abs=0.03)

@@ -164,11 +164,9 @@ def test_chunked_cross_entropy_equals_the_plain_one(monkeypatch, kept, never):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_language_models_say_that_they_cannot_be_split_into_next_token_denoisers_yet():
-    with pytest.raises(UserError, match="target='masked'"):
-        dblocks.convert(make_llama(), 2)
-    with pytest.raises(UserError, match="trains whole language models"):
-        dblocks.CausalLM().step(dblocks.EndToEndModel(take_apart(make_vit())), 0, {})
+def test_the_task_of_language_models_refuses_other_networks():
+    with pytest.raises(UserError, match="trains language models"):
+        dblocks.CausalLM().step(dblocks.EndToEndModel(take_apart(make_vit())), 0, {"input_ids": torch.zeros(1, 2)})
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

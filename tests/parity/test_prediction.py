@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -88,6 +89,26 @@ def test_prediction_agrees_with_the_profiler_on_masked_text(choice, overrides):
     layers = [work.num_layers // choice.num_blocks] * choice.num_blocks
     found = profiled_peak(lambda: dblocks.Trainer(build(layers), work.task, make_data(16), None, train), work.batch(8))
     assert predicted == pytest.approx(found, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"preset": "features"},
+        {"preset": "information", "num_blocks": 2},
+        {"preset": "paper"},
+        {"blocks.target_entry": "replace", "blocks.condition_width": 8, "data.packing": "documents"},
+    ],
+    ids=["features", "information", "paper", "read-by-the-head"],
+)
+def test_prediction_agrees_with_the_profiler_on_next_token_blocks(overrides):
+    sizes = {"model.hidden_size": 32, "model.intermediate_size": 96, "train.batch_size": 8, "train.device": "cpu"}
+    recipe = load_recipe("lm-stdlib", {**sizes, "data.length": 64, **overrides}.items())
+    work, count = from_recipe(recipe, "lm-stdlib"), recipe.blocks.num_blocks
+    found = predictor(work, Choice(method="diffusionblocks", num_blocks=count))
+    build, train = found.network.build, work.train("diffusionblocks")
+    trainer = partial(dblocks.Trainer, build([6 // count] * count), work.task, make_data(16), None, train)
+    assert found.at(8).device.total == pytest.approx(profiled_peak(trainer, work.batch(8)), rel=0.03)
 
 
 def test_the_profiler_s_figure_ignores_garbage_of_earlier_profiles():

@@ -11,7 +11,8 @@ from diffusionblocks.data import corpora, text
 from diffusionblocks.data.corpora import TextConfig, documents
 from diffusionblocks.data.text import TextData, load_text, units
 from diffusionblocks.data.tokenizers import Bytes, Characters, load_tokenizer
-from diffusionblocks.evaluation.text import distinct_2, entropy, start_of
+from diffusionblocks.evaluation.judges import distinct_2, entropy
+from diffusionblocks.evaluation.prompts import start_of
 
 POEM = "One two, three: 4 small Birds sit in the tree.\n"
 

@@ -68,11 +68,7 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
 
         unknown = next(name for name in options if name not in BlocksConfig.__dataclass_fields__)
         raise UserError(f"unknown option {unknown!r}{nearest(unknown, BlocksConfig.__dataclass_fields__)}") from None
-    if (target := find_adapter(type(model).__name__).target(config.target)) not in BLOCKS:
-        raise UserError(
-            f"{type(model).__name__} cannot be split into denoisers of the next token yet: pass target='masked' for masked "
-            "diffusion, or train it whole (end-to-end, lora, exact, last-block)"
-        )
+    target = find_adapter(type(model).__name__).target(config.target)
     config.target = target
     parts = take_apart(model, target)
     own = model.config.to_diff_dict() if hasattr(model.config, "to_diff_dict") else dict(model.config)

@@ -21,7 +21,11 @@ class PositionStem(nn.Module):
         self.tokens, self.positions, self.dropout = tokens, positions, dropout
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return self.dropout(self.tokens(batch["input_ids"]) + self.positions(token_positions(batch)))
+        return self.place(self.tokens(batch["input_ids"]), token_positions(batch))
+
+    def place(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings [N, T, D] at `positions` [N or 1, T]."""
+        return self.dropout(hidden + self.positions(positions))
 
 
 class PositionLayer(nn.Module):
@@ -32,8 +36,8 @@ class PositionLayer(nn.Module):
         self.layer, self._config = layer, config
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
-        view = view or causal_view(self._config, hidden)
-        return self.layer(hidden, attention_mask=view.mask, is_causal=view.causal)
+        view = causal_view(self._config, hidden) if view is None else view
+        return self.layer(hidden, attention_mask=view.mask, is_causal=view.causal, past_key_values=view.cache)
 
 
 GPT2 = Adapter(
@@ -58,7 +62,9 @@ GPT_NEOX = Adapter(
     readout=("gpt_neox.final_layer_norm", "lm_head"),
     make_stem=TokenStem,
     make_readout=lambda model, *modules: TokenReadout(*modules),
-    make_layer=lambda model, layer: RotaryLayer(layer, model.get_submodule("gpt_neox.rotary_emb"), model.config),
+    make_layer=lambda model, layer: RotaryLayer(
+        layer, model.get_submodule("gpt_neox.rotary_emb"), model.config, cache="layer_past"
+    ),
     tied=("lm_head.weight", "gpt_neox.embed_in.weight"),
     targets=("causal", "masked"),
 )

@@ -23,26 +23,38 @@ class TokenStem(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         return self.embedding(batch["input_ids"])
 
+    def place(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """What embeddings [N, T, D] from elsewhere become at `positions`: as they are, layers turn by position themselves."""
+        return hidden
+
 
 class RotaryLayer(nn.Module):
     """A decoder layer with rotary positions: hidden [N, T, D] -> hidden [N, T, D]. Causal unless a view says otherwise.
 
     Rotations are computed where they are used: they have no parameters and cost less than keeping them for all layers.
+
+    Args:
+        layer: of transformers. rotary: the network's module that computes rotations. cache: what `layer` calls its cache.
     """
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any) -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, cache: str = "past_key_values") -> None:
         super().__init__()
-        self.layer, self._rotary, self._config = layer, (rotary,), config
+        self.layer, self._rotary, self._config, self._cache = layer, (rotary,), config, cache
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
-        view = view or causal_view(self._config, hidden, _window(self.layer, self._config))
+        window = _window(self.layer, self._config)
+        if view is None:
+            view = causal_view(self._config, hidden, window)
+        elif view.causal:
+            view = view.within(window)
         return self.layer(
             hidden,
             attention_mask=view.mask,
             position_ids=view.positions,
             position_embeddings=rotary(hidden, view.positions),
             is_causal=view.causal,
+            **{self._cache: view.cache},
         )
 
 

@@ -52,13 +52,21 @@ def _checkpointing(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, activation_checkpointing=True))
 
 
-def _paper(recipe: Recipe) -> Recipe:
-    content = recipe.as_dict()
-    content = merge(merge(content, preset(content, "paper")), {"train": {"own_batch": 0}})
-    # All methods of a comparison draw their samples alike.
-    kept = {"image-generation": ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")}
-    content = merge(content, {"task": {name: getattr(recipe.task, name) for name in kept.get(recipe.task.kind, ())}})
-    return _blocks(build(merge(content, recipe.methods.get("diffusionblocks-paper", {}))))
+def _with_preset(name: str) -> Callable[[Recipe], Recipe]:
+    """The recipe with a preset laid over it, as a method of its own."""
+
+    def prepare(recipe: Recipe) -> Recipe:
+        content = recipe.as_dict()
+        changes = preset(content, name)
+        content = merge(content, changes)
+        if not content["train"]["branch_at"]:
+            content = merge(content, {"train": {"own_batch": 0}})
+        # All methods of a comparison draw their samples alike.
+        kept = {"image-generation": ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")}
+        content = merge(content, {"task": {key: getattr(recipe.task, key) for key in kept.get(recipe.task.kind, ())}})
+        return _blocks(build(merge(content, recipe.methods.get(f"diffusionblocks-{name}", {}))))
+
+    return prepare
 
 
 def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
@@ -111,7 +119,15 @@ METHODS: dict[str, Method] = {
     ),
     "shallow": Method("the first L/B layers end to end: the same memory as a block", _one_block, _shallow_model),
     "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _blocks, _blocks_model),
-    "diffusionblocks-paper": Method("B blocks with the paper's settings (preset paper)", _paper, _blocks_model),
+    "diffusionblocks-paper": Method(
+        "B blocks with the paper's settings (preset paper)", _with_preset("paper"), _blocks_model
+    ),
+    "diffusionblocks-information": Method(
+        "next-token blocks on the tokens alone (preset information)", _with_preset("information"), _blocks_model
+    ),
+    "diffusionblocks-features": Method(
+        "next-token blocks on features of one another (preset features)", _with_preset("features"), _blocks_model
+    ),
     "exact": Method("block-coordinate: the ordinary loss, one block's parameters at a time", _exact, _exact_model),
     "full": Method("fine-tunes all of a pretrained network", _one_block, _end_to_end_model, True),
     "lora": Method("low-rank adaptation of a pretrained network (peft)", _one_block, _lora_model, True),
@@ -165,7 +181,8 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
         return steps if budget == "samples" else round(steps * num_layers / passes)
     num_blocks, blocks, train = len(spans), prepared.blocks, prepared.train
     if budget == "layer-evaluations":
-        passes = num_layers + num_blocks * blocks.head_layers
+        target = TARGETS[recipe.task.kind]
+        passes = sum(blocks.evaluations(len(span), span is spans[-1], target) for span in spans)
         if method == "exact":  # as BlockCoordinateModel.layer_evaluations counts
             after = sum(num_layers - span.stop for span in spans)
             passes = num_blocks * num_layers / 3 + num_layers * 2 / 3 + after * 2 / 3

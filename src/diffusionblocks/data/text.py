@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -275,8 +274,3 @@ def units(part: TextData, tokenizer: Tokenizer) -> Units:
         if count >= COUNTED:
             break
     return Units(max(characters, 1) / count, max(size, 1) / count)
-
-
-def bits(nats_per_token: float, per_token: float) -> float:
-    """nats per token -> bits per unit, of which a token has `per_token`."""
-    return nats_per_token / math.log(2) / per_token

@@ -7,6 +7,7 @@ import logging
 import re
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -131,6 +132,10 @@ class HuggingFace:
             raise UserError(f"the tokenizer {name_or_path!r} has no token that ends a document (eos, sep or bos)")
         self.separator, unknown = found, self.own.unk_token_id
         self.spelled = found if unknown is None else int(unknown)
+
+    def save(self, folder: Path) -> None:
+        """Writes the tokenizer beside a network."""
+        self.own.save_pretrained(folder)
 
     def encode(self, text: str) -> np.ndarray:
         ids = np.asarray(self.own(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=np.uint32)

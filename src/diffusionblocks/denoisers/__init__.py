@@ -1,10 +1,11 @@
-"""What denoisers estimate: labels, images, or masked tokens. The registry maps a network's target to its model."""
+"""What denoisers estimate: labels, images, masked or next tokens. The registry maps a network's target to its model."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from diffusionblocks.config import BlocksConfig
+from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork
 from diffusionblocks.denoisers.labels import LabelBlocks
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork
@@ -14,6 +15,7 @@ BLOCKS: dict[str, type[DiffusionBlocksModel]] = {
     "label": LabelBlocks,
     "image": ImageBlocks,
     "masked": MaskedBlocks,
+    "causal": CausalBlocks,
 }
 
 

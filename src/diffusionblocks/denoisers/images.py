@@ -84,8 +84,8 @@ class ImageDenoiser(Denoiser):
         return denoise(self._call, batch, level)
 
     def _call(self, image: Tensor, condition: Condition) -> Tensor:
-        hidden = self.block("trunk", self._part("stem")(image), condition)
-        return self._part("readout")(hidden, condition)
+        hidden = self.block("trunk", self.part("stem")(image), condition)
+        return self.part("readout")(hidden, condition)
 
 
 class ImageBlocks(DiffusionBlocksModel):

@@ -69,10 +69,6 @@ class LabelBlock(Block):
         self.level, self.entry = level, entry
         self.head = nn.ModuleList(head or [])
 
-    @property
-    def depth(self) -> int:
-        return len(self.layers) + len(self.head)
-
     def denoise(
         self, hidden: Tensor, scaled_target: Tensor, c_noise: Tensor, readout: nn.Module, first: Tensor | None
     ) -> Tensor:
@@ -124,12 +120,12 @@ class LabelDenoiser(Denoiser):
         c = coefficients(level.float())
         scaled = c.input[:, None] * noisy
         if self.config.context == "input":
-            stem, readout = self._part("stem"), self._part("readout")
+            stem, readout = self.part("stem"), self.part("readout")
             raw = self.block("denoise", stem(batch), scaled, c.noise, readout, getattr(stem, "first_position", None))
             context = None
         else:
             context = self.trunk(batch)
-            raw = self.block("read", context, scaled, c.noise, self._part("readout"))
+            raw = self.block("read", context, scaled, c.noise, self.part("readout"))
         logits = self.target.logits(raw, noisy, level)
         loss = self.target.losses(logits, batch["labels"]).mean() if "labels" in batch else None
         return DenoiserOutput(self.target.estimate(logits), raw, logits, context, loss)
@@ -138,7 +134,7 @@ class LabelDenoiser(Denoiser):
         """Features context: the clean stream that leaves this block [N, T, D]."""
         hidden = batch.get("context")
         if self.index == 0:
-            hidden = self._part("stem")(batch)
+            hidden = self.part("stem")(batch)
         elif hidden is None:
             raise UserError(
                 f"block {self.index} reads the features of block {self.index - 1}: pass them as batch['context']"
@@ -196,30 +192,13 @@ class LabelBlocks(DiffusionBlocksModel):
                 readout=copy.deepcopy(parts.readout),
             )
 
-    @torch.no_grad()
-    def context(self, batch: Batch, index: int) -> Tensor | None:
-        """Features context: the clean stream that enters block `index` [N, T, D], computed by the blocks before it.
-
-        None in input context and for block 0.
-        """
-        if self.config.context == "input" or index == 0:
-            return None
-        hidden: Tensor | None = None
-        for before in range(index):
-            hidden = self.denoiser(before).trunk(batch if hidden is None else {**batch, "context": hidden})
-        return hidden
-
-    def owner_of_shared_parts(self) -> str:
-        features = "block 0 owns the stem, each block its readout"
-        return features if self.config.context == "features" else super().owner_of_shared_parts()
-
 
 def fresh_copy(layer: nn.Module) -> nn.Module:
     """A copy of `layer` with weights drawn anew: normal(0, 0.02) matrices, zero biases, norms left as they are."""
     layer = copy.deepcopy(layer)
     for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+        if isinstance(weight := getattr(module, "weight", None), nn.Parameter) and weight.dim() == 2:
+            nn.init.trunc_normal_(weight, std=0.02)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
     return layer

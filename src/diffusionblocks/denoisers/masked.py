@@ -180,11 +180,11 @@ class MaskedDenoiser(Denoiser, Answers):
 
     def hidden(self, batch: Batch, level: Tensor) -> Tensor:
         read = read_batch(batch)
-        hidden = self._part("stem")(read)
+        hidden = self.part("stem")(read)
         return self.block("denoise", hidden, condition(level), both_ways(read, hidden))
 
     def head(self) -> TokenReadout:
-        return self._part("readout")
+        return self.part("readout")
 
     def shares(self, level: Tensor) -> Tensor:
         return self.schedule.mass(level)

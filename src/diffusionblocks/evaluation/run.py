@@ -27,7 +27,8 @@ from diffusionblocks.data.images import ImageSplits
 from diffusionblocks.data.latents import load_data
 from diffusionblocks.data.stream import Unread
 from diffusionblocks.data.text import TextSplits, load_text
-from diffusionblocks.data.tokenizers import load_tokenizer
+from diffusionblocks.data.tokenizers import HuggingFace, load_tokenizer
+from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
@@ -75,6 +76,8 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
     if recipe.model.start:
         _start(model, Path(recipe.model.start))
     trainer = Trainer(model, recipe.task, data.train, data.validation, recipe.train, output_dir=output_dir)
+    if recipe.model.attention == "flex_attention" and trainer.device.type == "cpu":
+        raise UserError("model.attention flex_attention cannot train on a CPU: take sdpa there")
     return Run(recipe, data, model, trainer)
 
 
@@ -221,6 +224,25 @@ def export_block(folder: Path, block: int, output: Path | None, overrides: Itera
     return path
 
 
+def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Path:
+    """Writes a trained run as an ordinary Hugging Face model, with its tokenizer where that is one, and returns the folder.
+
+    Raises UserError where the blocks are none.
+    """
+    run = load_run(folder, overrides, with_data=False)
+    run.trainer.use_averages()
+    path = output or folder / "huggingface"
+    if isinstance(run.model, EndToEndModel):
+        run.model.save_pretrained(path)
+    elif isinstance(run.model, CausalBlocks):
+        run.model.save_network(path)
+    else:
+        raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
+    if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
+        run.data.tokenizer.save(path)
+    return path
+
+
 def _split(recipe: Recipe, data: Splits) -> Any:
     return data.test if recipe.evaluate_on == "test" else data.validation
 
@@ -283,9 +305,11 @@ def _sampled(run: Run) -> dict[str, Any]:
     if isinstance(task, ImageGeneration):
         names = ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
     elif isinstance(task, MaskedLM):
-        names = ("num_samples", "sampler", "sampling_steps", "temperature", "top_p", "teacher")
+        names = ("num_samples", "sampler", "sampling_steps", "temperature", "top_p", "top_k", "teacher")
     elif isinstance(task, CausalLM):
-        names = ("num_samples", "temperature", "top_p", "teacher")
+        names = ("num_samples", "temperature", "top_p", "top_k", "teacher")
+        if isinstance(run.model, CausalBlocks) and not run.model.is_ordinary:
+            names += ("sampler", "sampling_steps")
     if not names:
         return {}
     return {"sampling": {name: getattr(task, name) for name in names}}

@@ -1,29 +1,38 @@
-"""Texts from a trained run, a masked diffusion or a causal model: samples, what they are like, and likelihood in units that compare across tokenizers."""
+"""Texts from a trained run, a masked diffusion or a causal model: samples, and likelihood in units that compare across
+tokenizers."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffusionblocks.data.stream import Unread
-from diffusionblocks.data.text import bits, units
+from diffusionblocks.data.stream import Unread, in_order
+from diffusionblocks.data.text import units
 from diffusionblocks.data.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.readout import IGNORED, chunked_cross_entropy
+from diffusionblocks.evaluation.judges import (
+    check_teacher,
+    distinct_2,
+    entropy,
+    generative_perplexity,
+    mauve,
+    repetition,
+)
+from diffusionblocks.evaluation.prompts import beginning, start_of
+from diffusionblocks.readout import IGNORED
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import CausalLM, MaskedLM
-from diffusionblocks.tasks.base import Metric, mean_with_error
+from diffusionblocks.tasks.base import Metric, mean_with_error, on_device
 
 AT_ONCE = 64  # texts made together, or fewer ...
 LOGITS = 1 << 26  # ... so that their logits stay below this number
+CONTROLLED = 128  # windows on which the scrambled-target control is measured
 
 
 class Texts(NamedTuple):
@@ -58,14 +67,19 @@ def generate(
     return Texts(torch.cat(found), passes, time.perf_counter() - began)
 
 
-def go_on(run: Any, start: Tensor, length: int, *, seed: int = 0, task: CausalLM | None = None) -> Texts:
-    """Causal models: continues `start` [N, P] to [N, length]. Every token passes every layer once."""
+def go_on(
+    run: Any, start: Tensor, length: int, *, seed: int = 0, task: CausalLM | None = None, watch: Any = None
+) -> Texts:
+    """Causal models: continues `start` [N, P] to [N, length]. watch: as in `CausalLM.sample`; then all texts are written
+    together."""
     task, model, found, began = task or run.recipe.task, run.model, list[Tensor](), time.perf_counter()
-    for first in range(0, len(start), AT_ONCE):
-        part = start[first : first + AT_ONCE].to(run.trainer.device)
-        found.append(task.sample(model, part, length, seed=derive(seed, "samples", first)).cpu())
-    layers = sum(len(span) for span in model.layers)
-    return Texts(torch.cat(found), len(start) * (length - 1) * layers, time.perf_counter() - began)
+    together = len(start) if watch is not None else AT_ONCE
+    for first in range(0, len(start), together):
+        part = start[first : first + together].to(run.trainer.device)
+        found.append(task.sample(model, part, length, seed=derive(seed, "samples", first), watch=watch).cpu())
+    passes = getattr(task.reader(model), "layers_per_token", sum(len(span) for span in model.layers))
+    tokens = torch.cat(found)
+    return Texts(tokens, len(start) * (tokens.shape[1] - 1) * passes, time.perf_counter() - began)
 
 
 def new_texts(run: Any, num: int, *, seed: int = 0) -> Texts:
@@ -86,32 +100,45 @@ def blank(run: Any, num: int, length: int = 0) -> Tensor:
 def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metric]:
     """What the task measured, in bits per character and per byte, and what samples are like.
 
-    `entropy` (of the tokens of a text, in nats), `distinct_2` (share of different pairs of neighbouring tokens) and, with a
-    teacher, `generative_perplexity`; the first two also of as many real texts (`..._real`): a perplexity alone rewards
-    repetition.
+    `entropy` (of the tokens of a text, in nats), `distinct_2` (share of different pairs of neighbouring tokens),
+    `repetition_4` (share of runs of four tokens that a text had before) and, with a teacher, `generative_perplexity` and
+    `mauve`; the first three also of as many real texts (`..._real`): a perplexity alone rewards repetition. Of next-token
+    denoisers also what their losses owe to the noisy target (`CausalLM.scrambled`).
     """
     task, tokenizer = run.recipe.task, run.data.tokenizer
     per_token = units(split, tokenizer)
     nats = measured["nats_per_token"]
     found = {
-        "bits_per_character": _scaled(nats, bits(1.0, per_token.characters)),
-        "bits_per_byte": _scaled(nats, bits(1.0, per_token.bytes)),
+        "bits_per_character": _scaled(nats, 1 / math.log(2) / per_token.characters),
+        "bits_per_byte": _scaled(nats, 1 / math.log(2) / per_token.bytes),
         **measured,
     }
+    if isinstance(task, CausalLM):
+        found["perplexity"] = _exponential(nats)
+        found |= task.scrambled(run.model, on_device(in_order(_some(split), CONTROLLED), run.trainer.device))
     if task.num_samples:
         run.model.eval()
         made = new_texts(run, task.num_samples).tokens
         rows = min(task.num_samples, len(split))
         batch = split.__getitems__([index * len(split) // rows for index in range(rows)])
         real = batch["input_ids"].masked_fill(batch.get("attention_mask", torch.ones(1)) == 0, IGNORED)
-        for name, measure in (("entropy", entropy), ("distinct_2", distinct_2)):
+        for name, measure in (("entropy", entropy), ("distinct_2", distinct_2), ("repetition_4", repetition)):
             found[name] = mean_with_error(torch.tensor([measure(text) for text in made.tolist()]))
             texts = [[token for token in text if token != IGNORED] for text in real.tolist()]
             found[f"{name}_real"] = mean_with_error(torch.tensor([measure(text) for text in texts]))
         if task.teacher:
             written = [plain(text, tokenizer) for text in made.tolist()]
             found["generative_perplexity"] = generative_perplexity(task.teacher, written, run.trainer.device)
+            if task.mauve:
+                own = [plain([token for token in text if token != IGNORED], tokenizer) for text in real.tolist()]
+                found["mauve"] = mauve(task.teacher, written, own, run.trainer.device)
     return found
+
+
+def _some(split: Any) -> Any:
+    """Windows evenly from the whole split, enough for a control."""
+    rows = min(CONTROLLED, len(split))
+    return torch.utils.data.Subset(split, [index * len(split) // rows for index in range(rows)])
 
 
 def plain(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
@@ -119,138 +146,39 @@ def plain(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     return tokenizer.decode([token for token in tokens if token != tokenizer.separator or tokenizer.between])
 
 
+def _exponential(metric: Metric) -> Metric:
+    value = math.exp(min(metric.value, 700.0))
+    return Metric(value, None if metric.stderr is None else value * metric.stderr)
+
+
 def _scaled(metric: Metric, factor: float) -> Metric:
     return Metric(metric.value * factor, None if metric.stderr is None else metric.stderr * factor)
 
 
-def entropy(tokens: Sequence[int]) -> float:
-    """Of the distribution of tokens inside one text, nats."""
-    counts = torch.tensor(list(Counter(tokens).values()), dtype=torch.float64)
-    shares = counts / counts.sum()
-    return -(shares * shares.log()).sum().item()
-
-
-def distinct_2(tokens: Sequence[int]) -> float:
-    """Share of pairs of neighbours that are different pairs (Li et al. 2016, arXiv 1510.03055)."""
-    pairs = list(pairwise(tokens))
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
-def check_teacher(name: str) -> None:
-    """Raises UserError unless `name` is a causal language model of transformers (by its config) with a tokenizer."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    try:
-        classes = AutoConfig.from_pretrained(name).architectures or []
-        AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the teacher {name!r}: {str(error).splitlines()[0]}") from None
-    if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in classes):
-        raise UserError(
-            f"the teacher {name!r} is a {', '.join(classes) or 'network without a class'}, no causal language model"
-        )
-
-
-@torch.no_grad()
-def generative_perplexity(name: str, texts: Sequence[str], device: torch.device) -> Metric:
-    """exp of the mean nats per token of the teacher `name` on texts, its own tokens; standard error over texts."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_teacher(name)
-    model: Any = AutoModelForCausalLM.from_pretrained(name).eval().to(device)
-    tokenizer: Any = AutoTokenizer.from_pretrained(name)
-    longest = getattr(model.config, "max_position_embeddings", None) or 1024
-    sums, counts = [], []
-    for text in texts:
-        ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][:longest], device=device)[None]
-        if ids.shape[1] < 2:
-            continue
-        hidden = model.base_model(ids).last_hidden_state[0, :-1]
-        losses = chunked_cross_entropy(hidden, model.get_output_embeddings(), ids[0, 1:])
-        sums.append(losses.double().sum().cpu())
-        counts.append(len(losses))
-    if not counts:
-        raise UserError("the samples are too short for the teacher: none has two of its tokens")
-    nats, tokens = torch.stack(sums), torch.tensor(counts, dtype=torch.float64)
-    mean = nats.sum() / tokens.sum()
-    spread = mean_with_error((nats - mean * tokens) / tokens.mean()).stderr
-    value = mean.exp().item()
-    return Metric(value, None if spread is None else value * spread)
-
-
-# ---------------------------------------------------------------- prompts
-
-_BLANKS = re.compile(r"\{(\d+)\}")
-
-
-def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) -> Tensor:
-    """A text with blanks -> tokens [T], masked where they are to be filled in.
-
-    Args:
-        prompt: `{n}` stands for n masked tokens. window: T of the trained network. length: of the result, what follows the
-            prompt is masked; 0 = the window, or just the prompt where it has blanks.
-
-    Raises UserError when the prompt is longer than the window, or leaves nothing to fill in.
-    """
-    assert tokenizer.mask_id is not None
-    parts: list[int] = []
-    blanks, total = False, 0
-    for index, piece in enumerate(_BLANKS.split(prompt)):
-        if index % 2:
-            parts += [tokenizer.mask_id] * min(int(piece), window)
-            blanks, total = blanks or int(piece) > 0, total + int(piece)
-        elif piece:
-            more = _with_edges(piece, tokenizer)
-            if not more:
-                raise UserError(f"the tokenizer makes no token of {piece!r} in the prompt")
-            parts, total = parts + more, total + len(more)
-    if length > window or total > window:
-        what = f"--length {length}" if length > window else f"the prompt has {total} tokens and"
-        raise UserError(f"{what} exceeds the network's window of {window} tokens")
-    length = length or (len(parts) if blanks else window)
-    if length < len(parts):
-        raise UserError(f"--length {length} is less than the {len(parts)} tokens of the prompt")
-    parts += [tokenizer.mask_id] * (length - len(parts))
-    if tokenizer.mask_id not in parts:
-        raise UserError(
-            f"the prompt fills the window of {window} tokens and leaves nothing to write; shorten it, or put blanks in it: {{5}} "
-            "stands for 5 tokens"
-        )
-    return torch.tensor(parts)
-
-
-def _with_edges(piece: str, tokenizer: Tokenizer) -> list[int]:
-    """Tokens of a piece of a prompt; characters keep the white space at its edges, which encoding strips."""
-    ids = tokenizer.encode(piece).tolist()
-    if tokenizer.between:
-        edge = list(tokenizer.between)
-        ids = (edge if piece[0].isspace() else []) + ids + (edge if piece[-1].isspace() and piece.strip() else [])
-    return ids
-
-
-def _beginning(prompt: str, tokenizer: Tokenizer, window: int, length: int) -> list[int]:
-    """Tokens of a prompt that a causal model goes on from. Raises UserError where it cannot."""
-    if _BLANKS.search(prompt):
-        raise UserError("blanks such as {5} are for masked diffusion; this run's model only continues a text")
-    tokens = _with_edges(prompt, tokenizer) if prompt else []
-    if prompt and not tokens:
-        raise UserError(f"the tokenizer makes no token of {prompt!r} in the prompt")
-    if max(length, len(tokens)) > window:
-        raise UserError(f"{max(length, len(tokens))} tokens exceed the network's window of {window}")
-    if len(tokens) >= (length or window):
-        raise UserError(f"the prompt fills the {length or window} tokens and leaves nothing to write")
-    return tokens
-
-
 def sample_texts(
-    run: Any, num: int, *, prompt: str = "", length: int = 0, seed: int = 0, **settings: Any
+    run: Any,
+    num: int,
+    *,
+    prompt: str = "",
+    length: int = 0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    stream: Callable[[str], Any] | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Makes `num` texts from a prompt (see `start_of`; empty = from nothing).
 
-    settings: fields of the task that differ from the run's. Returns texts, settings, cost and tokens per second.
+    Args:
+        stop: causal models: texts end before the first of these strings.
+        stream: causal models, one text: called with every piece of it as it is written.
+        settings: fields of the task that differ from the run's.
+
+    Returns texts, settings, cost and tokens per second.
     """
     if num < 1:
         raise UserError(f"--num must be at least 1, got {num}")
+    if stream is not None and num > 1:
+        raise UserError(f"--stream writes one text; got --num {num}")
     task = dataclasses.replace(run.recipe.task, **settings)
     tokenizer, window = run.data.tokenizer, run.recipe.data.length
     if length < 0 or length == 1:
@@ -262,25 +190,86 @@ def sample_texts(
         with run.trainer.averaged():
             made = generate(run, start, seed=seed, task=task)
         tokens, written = made.tokens, int((start == run.model.mask_id).sum())
+        texts = [tokenizer.decode(text) for text in tokens.tolist()]
         how = {"sampler": task.sampler, "steps": task.sampling_steps}
     else:
-        own = _beginning(prompt, tokenizer, window, length)
+        own = beginning(prompt, tokenizer, window, length)
         start = torch.tensor([tokenizer.separator, *own]).expand(num, -1)
+        progress = _Writing(tokenizer, len(own), stop, stream)
         with run.trainer.averaged():
-            made = go_on(run, start, (length or window) + 1, seed=seed, task=task)
-        tokens, written = made.tokens[:, 1:], num * ((length or window) - len(own))
+            made = go_on(
+                run,
+                start,
+                (length or window) + 1,
+                seed=seed,
+                task=task,
+                watch=progress if stop or stream is not None else None,
+            )
+        tokens = made.tokens[:, 1:]
+        texts, written = [progress.text(text) for text in tokens.tolist()], num * (tokens.shape[1] - len(own))
+        progress.finish(texts[0])
+        how = {"stop": list(stop)} if stop else {}
     return {
-        "texts": [tokenizer.decode(text) for text in tokens.tolist()],
+        "texts": texts,
         "num": num,
         "length": tokens.shape[1],
         **how,
         "temperature": task.temperature,
         "top_p": task.top_p,
+        "top_k": task.top_k,
         "seed": seed,
         "layer_evaluations_per_text": made.layer_evaluations / num,
         "seconds": round(made.seconds, 3),
         "tokens_per_second": round(written / made.seconds, 1),
     }
+
+
+class _Writing:
+    """Watches texts being written: ends them at stop strings, and shows the first as it grows.
+
+    Args:
+        prompted: tokens of the prompt, in which no stop string is looked for.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompted: int, stop: Sequence[str], stream: Callable[[str], Any] | None
+    ) -> None:
+        self.tokenizer, self.prompted, self.stop, self.stream = tokenizer, prompted, stop, stream
+        self.shown = 0
+        self._done: set[int] = set()
+
+    def __call__(self, tokens: Tensor) -> bool:
+        """tokens [N, t], the first being the separator -> whether all texts have ended."""
+        for row, text in enumerate(tokens[:, 1:].tolist()):
+            if self.stop and row not in self._done and self._end(self.tokenizer.decode(text), text) is not None:
+                self._done.add(row)
+        if self.stream is not None:
+            held = max(map(len, self.stop), default=1) - 1  # it may be the beginning of a stop string
+            text = self.text(tokens[0, 1:].tolist())
+            text = text if 0 in self._done else text[: max(0, len(text) - held)]
+            self._show(text.rstrip("\ufffd"))  # it may be the beginning of a character
+        return len(self._done) == len(tokens)
+
+    def text(self, tokens: list[int]) -> str:
+        """Up to its stop string."""
+        text = self.tokenizer.decode(tokens)
+        return text[: self._end(text, tokens)]
+
+    def finish(self, text: str) -> None:
+        if self.stream is not None:
+            self._show(text)
+
+    def _show(self, text: str) -> None:
+        """What is new."""
+        assert self.stream is not None
+        if len(text) > self.shown:
+            self.stream(text[self.shown :])
+            self.shown = len(text)
+
+    def _end(self, text: str, tokens: list[int]) -> int | None:
+        first = len(self.tokenizer.decode(tokens[: self.prompted]))
+        places = [place for stop in self.stop if (place := text.find(stop, first)) >= 0]
+        return min(places, default=None)
 
 
 def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
@@ -309,5 +298,9 @@ def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
 
 def check(task: Task, split: Any) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
-    if task.teacher and task.num_samples and not isinstance(split, Unread):
+    if isinstance(split, Unread):
+        return
+    if task.mauve and not task.teacher:
+        raise UserError("task.mauve compares texts as a language model sees them: set task.teacher")
+    if task.teacher and task.num_samples:
         check_teacher(task.teacher)

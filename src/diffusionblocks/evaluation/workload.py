@@ -77,6 +77,8 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
     flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(str(value)))]
     data = recipe.data
     config = network_config(recipe, 0 if isinstance(data, TextConfig) else count_classes(data))
+    if config.attention == "flex_attention":  # compiled kernels cannot be traced; the mask is all that differs
+        config = dataclasses.replace(config, attention="sdpa")
 
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
@@ -193,8 +195,12 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
     kind = method if method in _BUILDERS else "end-to-end"
     build, count = _BUILDERS[kind], len(sizes)
     if kind == "diffusionblocks":
-        alone = work.blocks.context == "input"
-        steps = [Step((size,)) if alone or index == 0 else Step((1, size), 1) for index, size in enumerate(sizes)]
+        if work.blocks.context == "input":
+            steps = [Step((size,)) for size in sizes]
+        else:  # one that hands on, and one that does not: the last block may have another head than those before it
+            steps = [Step((1, size, 1), 1) for size in sizes]
+            steps[0], steps[-1] = Step((sizes[0], 1)), Step((1, sizes[-1]), 1)
+            steps = steps if count > 1 else [Step((sizes[0],))]
     elif kind == "exact":  # layers after the active block keep their inputs, layers before it keep nothing
         after = [sum(sizes[index + 1 :]) for index in range(count)]
         steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]

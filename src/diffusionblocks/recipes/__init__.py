@@ -33,7 +33,7 @@ class ModelConfig:
         intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
         patch_size: of networks that read images.
         start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
-        attention: the attention implementation, `sdpa` or `eager`.
+        attention: the attention implementation, `sdpa`, `eager` or, for text, `flex_attention` (GPU: a mask without a table).
     """
 
     model_class: str = "ViTForImageClassification"
@@ -101,7 +101,7 @@ DATA: dict[str, Any] = {
 TARGETS = {"classification": "label", "image-generation": "image", "masked-lm": "masked", "causal-lm": "causal"}
 
 # What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
-PAPER: dict[str, dict[str, Any]] = {
+_PAPER: dict[str, dict[str, Any]] = {
     "classification": {
         "blocks": {
             "context": "input",
@@ -129,16 +129,64 @@ PAPER: dict[str, dict[str, Any]] = {
         "task": {"masking": "independent"},
         "train": {"order": "random", "branch_at": 0.0},
     },
+    "causal-lm": {
+        "blocks": {
+            "context": "input",
+            "target_entry": "replace",
+            "readout": "linear",
+            "target_table": "trained",
+            "shared": "trained",
+            "levels": "log-normal",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "overlap": 0.1,
+            "head_layers": 0,
+            "condition_width": 64,
+        },
+        "task": {"sampler": "euler"},
+        "train": {"order": "random", "branch_at": 0.0},
+    },
+}
+
+# Named changes that every recipe of a task has.
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {kind: {"paper": changes} for kind, changes in _PAPER.items()}
+PRESETS["causal-lm"] |= {
+    # Every block reads the tokens; levels by information, exact evidence in the readout, ancestral sampling.
+    "information": {
+        "blocks": {
+            "context": "input",
+            "target_entry": "none",
+            "readout": "bayes",
+            "target_table": "fixed",
+            "shared": "copies",
+            "levels": "information",
+            "overlap": 0.05,
+            "head_layers": 0,
+            "condition_width": 0,
+        },
+        "task": {"sampler": "categorical"},
+    },
+    # Blocks on features of one another; the last one answers, and all of them are an ordinary language model.
+    "features": {
+        "blocks": {
+            "context": "features",
+            "target_entry": "none",
+            "readout": "bayes",
+            "target_table": "fixed",
+            "levels": "information",
+            "overlap": 0.05,
+            "head_layers": 1,
+            "condition_width": 0,
+        },
+        "train": {"order": "sweep", "branch_at": 0.0},
+    },
 }
 
 
 def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
     own = content.get("presets", {})
-    kind = task_kind(content)
-    general = {"paper": PAPER[kind]} if kind in PAPER else {}
-    if name == "paper" and not general:
-        raise UserError(f"the task {kind} has no preset 'paper' yet: it trains whole networks")
+    general = PRESETS[task_kind(content)]
     if name not in general | own:
         raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
     return merge(general.get(name, {}), own.get(name, {}))

@@ -24,9 +24,13 @@ def network_config(recipe: Recipe, num_outputs: int) -> NetworkConfig:
     Raises UserError for sizes that cannot work together.
     """
     settings = recipe.model
-    if settings.attention not in ("sdpa", "eager"):
-        raise UserError(f"model.attention must be sdpa or eager, got {settings.attention!r}")
-    if isinstance(recipe.data, TextConfig):
+    text = isinstance(recipe.data, TextConfig)
+    known = ("sdpa", "eager", "flex_attention") if text else ("sdpa", "eager")
+    if settings.attention not in known:
+        raise UserError(f"model.attention must be {' or '.join(known)}, got {settings.attention!r}")
+    if settings.attention == "flex_attention" and settings.dropout:
+        raise UserError("model.attention flex_attention has no dropout: set model.dropout to 0")
+    if text:
         return _of_tokens(recipe)
     channels, size = sample_shape(recipe.data)
     if settings.pretrained:

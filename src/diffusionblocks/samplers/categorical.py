@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -11,8 +12,10 @@ from diffusionblocks.samplers import Denoise, Sampler
 from diffusionblocks.targets import CategoricalTarget, add_noise
 
 
-def ancestral(target: CategoricalTarget) -> Sampler:
+def ancestral(target: CategoricalTarget, choose: Callable[..., Tensor] | None = None) -> Sampler:
     """A sampler that draws v from p(v | x, z) and puts fresh noise on its row: z' = e_v + sigma' eps.
+
+    choose: (logits [N, V], generator) -> v [N], for a draw that somebody watches; None = `torch.multinomial`.
 
     Exact at any number of steps when the posterior is exact, unlike Euler steps along the posterior mean, which
     are biased for discrete targets.
@@ -22,8 +25,11 @@ def ancestral(target: CategoricalTarget) -> Sampler:
         for level, following in pairwise(levels):
             output = denoise(z, level)
             assert output.logits is not None
-            probabilities = output.logits.float().softmax(-1).cpu()
-            drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(z.device)
+            if choose is None:
+                probabilities = output.logits.float().softmax(-1).cpu()
+                drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(z.device)
+            else:
+                drawn = choose(output.logits, generator)
             z = add_noise(target.clean(drawn), z.new_full((len(z),), following), generator=generator)
         return z
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.samplers import Sampler
-
-Choose = Callable[[Tensor, torch.Generator | None], Tensor]
+from diffusionblocks.samplers.choice import Choose
 
 
 def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sampler:
@@ -26,9 +25,10 @@ def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sample
     def sample(
         denoise: Callable, z: Tensor, levels: list[float], *, generator: torch.Generator | None = None
     ) -> Tensor:
-        for level, following in pairwise(levels):
+        masses = schedule.mass(torch.tensor(levels, dtype=torch.float64)).tolist()
+        for level, (mass, following) in zip(levels, pairwise(masses), strict=False):
             masked = z == mask_id
-            freed = torch.rand(z.shape, generator=generator).to(z.device) < _freed_share(schedule, level, following)
+            freed = torch.rand(z.shape, generator=generator).to(z.device) < (mass - following) / mass
             now = masked & freed if following > 0 else masked
             if now.any():
                 z = z.masked_scatter(now, choose(denoise(z, level, now), generator))
@@ -68,31 +68,6 @@ SAMPLERS: dict[str, Callable[[int, MaskingSchedule, Choose], Sampler]] = {
 }
 
 
-def chooser(temperature: float = 1.0, top_p: float = 1.0) -> Choose:
-    """Draws tokens from logits [M, V]: temperature 0 takes the likeliest; top_p keeps the likeliest tokens that together have
-    this probability (Holtzman et al. 2020, arXiv 1904.09751)."""
-
-    def choose(logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        if temperature == 0:
-            return logits.argmax(-1)
-        probabilities = (logits.float() / temperature).softmax(-1)
-        if top_p < 1:
-            ordered, places = probabilities.sort(-1, descending=True)
-            dropped = ordered.cumsum(-1) - ordered >= top_p  # the first always stays
-            probabilities = torch.zeros_like(probabilities).scatter(-1, places, ordered.masked_fill(dropped, 0))
-        # By the inverse distribution function, with uniform numbers from the CPU, so that devices agree on them.
-        below = probabilities.cumsum(-1)
-        places = torch.rand(len(logits), 1, generator=generator).to(below) * below[:, -1:]
-        return torch.searchsorted(below, places, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
-
-    return choose
-
-
 def even(highest: float, steps: int) -> list[float]:
     """Levels at even distances in t, from `highest` to 0 inclusive: `steps` of them above 0."""
     return [highest * (steps - i) / steps for i in range(steps + 1)]
-
-
-def _freed_share(schedule: MaskingSchedule, level: float, following: float) -> float:
-    masses = schedule.mass(torch.tensor([level, following], dtype=torch.float64)).tolist()
-    return (masses[0] - masses[1]) / masses[0]

@@ -17,7 +17,8 @@ from torch import Tensor
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel
-from diffusionblocks.samplers.unmasking import SAMPLERS, chooser, even
+from diffusionblocks.samplers.choice import Choice
+from diffusionblocks.samplers.unmasking import SAMPLERS, even
 from diffusionblocks.tasks.base import Metric, StepOutput, per_token
 
 
@@ -31,9 +32,10 @@ class MaskedLM:
             with less variance the first way.
         levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
         sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
-        temperature, top_p: of the distribution that a token is drawn from, when it is unmasked.
+        temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see `Choice`).
         num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none.
+        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none. mauve:
+            also compare them with real texts, as the teacher sees both.
     """
 
     kind: str = "masked-lm"
@@ -43,8 +45,10 @@ class MaskedLM:
     sampling_steps: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
     num_samples: int = 256
     teacher: str = ""
+    mauve: bool = False
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "kind": ("masked-lm",),
@@ -56,12 +60,12 @@ class MaskedLM:
         check_choices("task", self, self.CHOICES)
         if self.sampling_steps < 1:
             raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1:
-            raise UserError(
-                f"task.temperature must not be negative and task.top_p in (0, 1], got {self.temperature} and {self.top_p}"
-            )
+        self._choice()
         if self.levels_per_text < 1 or self.num_samples < 0:
             raise UserError("task.levels_per_text must be at least 1 and task.num_samples at least 0")
+
+    def _choice(self) -> Choice:
+        return Choice(self.temperature, self.top_p, self.top_k)
 
     def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
         """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats. A block's share
@@ -148,7 +152,7 @@ class MaskedLM:
             at = torch.full((len(z),), level, device=z.device)
             return model.denoiser(block).logits_at({"noisy_target": z}, at, where)
 
-        sampler = SAMPLERS[self.sampler](mask_id, schedule, chooser(self.temperature, self.top_p))  # type: ignore[arg-type]
+        sampler = SAMPLERS[self.sampler](mask_id, schedule, self._choice())  # type: ignore[arg-type]
         levels = even(schedule.level(share).item(), self.sampling_steps)
         return sampler(denoise, tokens, levels, generator=torch.Generator().manual_seed(seed))
 
