@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/dblocks compare digits --preset demo --methods end-to-end,shallow,diffusionblocks --jobs 2 --output-dir runs/demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +26,10 @@ from diffusionblocks.recipes import load_recipe
 from diffusionblocks.tasks import MaskedLM
 from environment import describe
 from generation import curve
+from timing import alternating, compared
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = "end-to-end,shallow,diffusionblocks"
-TURNS = 8
 
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -62,22 +59,6 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"sampling": _sampling(), "training": _training()}
 
 
-def _alternating(calls: dict[str, Callable[[], Any]]) -> dict[str, list[float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(TURNS + 1):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            if turn:  # the first is a warm-up
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
-
-
-def _ratio(over: list[float], under: list[float]) -> dict[str, float]:
-    ratios = [a / b for a, b in zip(over, under, strict=True)]
-    return {"value": statistics.fmean(ratios), "stderr": statistics.stdev(ratios) / len(ratios) ** 0.5}
-
-
 def _run(method: str) -> Any:
     return prepare(load_recipe("mdlm-pydocs", [("method", method), ("train.residency", "device")]))
 
@@ -88,14 +69,12 @@ def _sampling() -> dict[str, Any]:
     texts = 64
     for run in runs.values():
         run.model.eval()
-    seconds = _alternating({name: (lambda run=run: generate(run, blank(run, texts))) for name, run in runs.items()})
+    seconds = alternating({name: (lambda run=run: generate(run, blank(run, texts))) for name, run in runs.items()})
     recipe = runs["diffusionblocks"].recipe
-    tokens = texts * recipe.data.length
     return {
         "num_blocks": recipe.blocks.num_blocks,
         "sampler": f"{recipe.task.sampler}, {recipe.task.sampling_steps} steps, {texts} texts of {recipe.data.length} tokens",
-        "tokens_per_second": {name: tokens / statistics.median(found) for name, found in seconds.items()},
-        "of_end_to_end": _ratio(seconds["end-to-end"], seconds["diffusionblocks"]),
+        **compared(seconds, texts * recipe.data.length, "end-to-end"),
     }
 
 
@@ -104,65 +83,35 @@ def _training() -> dict[str, Any]:
     found = {}
     for method in ("end-to-end", "diffusionblocks"):
         run = _run(method)
-        batch = next(iter(run.trainer.stream.load([0])))
         blocks = run.model.num_blocks
-        config = run.model.source["config"] if blocks > 1 else run.model._network[0].config.to_dict()
-        config = LlamaForCausalLM.config_class.from_dict({**config, "num_hidden_layers": 6 // blocks})
-        plain = LlamaForCausalLM(config)
-        plain.config._attn_implementation = "sdpa"
-
-        def ours(run: Any = run, batch: Any = batch, blocks: int = blocks) -> None:
-            for block in range(blocks):
-                run.recipe.task.step(run.model, block, batch).loss.backward()
-                run.model.zero_grad(set_to_none=True)
-
-        def theirs(plain: Any = plain, batch: Any = batch, blocks: int = blocks) -> None:
-            for _ in range(blocks):
-                plain(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss.backward()
-                plain.zero_grad(set_to_none=True)
-
-        calls = {
-            "ours": lambda ours=ours: [ours() for _ in range(4)],
-            "plain": lambda theirs=theirs: [theirs() for _ in range(4)],
-        }
-        seconds = _alternating(calls)
-        tokens = 4 * batch["input_ids"].numel()
-        found[method] = {
-            "tokens_per_second": {name: tokens / statistics.median(own) for name, own in seconds.items()},
-            "of_plain_transformers": _ratio(seconds["plain"], seconds["ours"]),
-        }
-    found["large vocabulary"] = _large_vocabulary()
+        config = run.model.source["config"] if blocks > 1 else run.model.network.config.to_dict()
+        plain = LlamaForCausalLM(LlamaConfig.from_dict({**config, "num_hidden_layers": 6 // blocks}))
+        batch = next(iter(run.trainer.stream.load([0])))
+        found[method] = _against_plain(run.model, run.recipe.task, plain, batch, 4)
+    # Where the readout weighs most: 32,000 tokens at width 256.
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8}
+    plain = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, mask_token_id=31_999, **sizes))
+    model = whole_network(take_apart(plain, "masked"), BlocksConfig())
+    batch = {"input_ids": torch.randint(0, 31_999, (8, 128), generator=torch.Generator().manual_seed(0))}
+    found["large vocabulary"] = _against_plain(model, MaskedLM(), plain, batch, 1)
     return found
 
 
-def _large_vocabulary() -> dict[str, Any]:
-    """The same where the readout weighs most: 32,000 tokens at width 256."""
-    config = LlamaConfig(
-        vocab_size=32_000,
-        mask_token_id=31_999,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-    )
-    plain = LlamaForCausalLM(config)
-    model, task = whole_network(take_apart(plain, "masked"), BlocksConfig()), MaskedLM()
-    batch = {"input_ids": torch.randint(0, 31_999, (8, 128), generator=torch.Generator().manual_seed(0))}
+def _against_plain(model: Any, task: Any, plain: Any, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, Any]:
+    """One step of every block of `model` against as many of the plain network, which is as deep as a block."""
+    tokens = batch["input_ids"]
 
     def ours() -> None:
-        task.step(model, 0, batch).loss.backward()
-        model.zero_grad(set_to_none=True)
+        for block in list(range(model.num_blocks)) * repeats:
+            task.step(model, block, batch).loss.backward()
+            model.zero_grad(set_to_none=True)
 
     def theirs() -> None:
-        plain(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss.backward()
-        plain.zero_grad(set_to_none=True)
+        for _ in range(model.num_blocks * repeats):
+            plain(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            plain.zero_grad(set_to_none=True)
 
-    seconds = _alternating({"ours": ours, "plain": theirs})
-    tokens = batch["input_ids"].numel()
-    return {
-        "tokens_per_second": {name: tokens / statistics.median(own) for name, own in seconds.items()},
-        "of_plain_transformers": _ratio(seconds["plain"], seconds["ours"]),
-    }
+    return compared(alternating({"plain": theirs, "ours": ours}), repeats * tokens.numel(), "plain")
 
 
 PARTS = {"quality": quality, "speed": speed}

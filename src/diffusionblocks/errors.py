@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Iterable, Mapping
 
 
@@ -32,3 +33,8 @@ def check_choices(group: str, options: object, choices: Mapping[str, tuple[str, 
     for name, known in choices.items():
         if getattr(options, name) not in known:
             raise UserError(f"{group}.{name} must be one of {', '.join(known)}; got {getattr(options, name)!r}")
+
+
+def quiet_hub() -> None:
+    """Silences the retries that huggingface_hub announces one by one; the error that ends them says it once."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

@@ -16,7 +16,7 @@ from tests.unit.test_text import POEM, make_tokenizer
 
 SETTINGS = [
     *("--steps", "4", "--batch-size", "8", "--model.hidden-size", "16", "--model.intermediate-size", "32"),
-    *("--data.length", "16", "--task.num-samples", "3"),
+    *("--data.length", "16", "--task.num-samples", "3", "--method", "end-to-end"),
 ]
 
 
@@ -105,6 +105,25 @@ def test_a_pretrained_language_model_is_adapted(settings, method, capsys, tmp_pa
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
         tokens = torch.randint(0, 12, (2, 6))
         torch.testing.assert_close(saved(tokens).logits, run.model.eval()({"input_ids": tokens}))
+
+
+def test_a_tokenizer_with_more_tokens_than_the_network_is_refused(settings, capsys, tmp_path):
+    folder = make_tokenizer(tmp_path / "llama")
+    make_llama(vocab_size=5, mask_token_id=None).save_pretrained(folder)
+    words = [*settings, "--model.pretrained", folder, "--data.tokenizer", folder, "--data.length", "8"]
+    assert main(["train", "lm-folder", *words, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "knows 5: set data.tokenizer to its own" in capsys.readouterr().err
+
+
+def test_documents_with_nothing_in_them_are_refused(settings, capsys, tmp_path):
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number}.txt").write_text("")
+    words = [*SETTINGS, "--data.path", str(folder), "--data.packing", "padded"]
+    words += ["--data.cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path / "run")]
+    assert main(["train", "lm-pydocs", *words]) == 2
+    assert "the text has 0 tokens" in capsys.readouterr().err
 
 
 def test_the_command_that_plan_prints_for_a_language_model_runs(settings, capsys, tmp_path):

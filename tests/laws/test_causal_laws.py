@@ -33,6 +33,7 @@ PRESETS = {
     "information": {},
     "information, read by layers": {"target_entry": "replace", "condition_width": 8},
     "features": {"context": "features", "head_layers": 1},
+    "features, one readout": {"context": "features", "head_layers": 1, "shared": "trained"},
     "features, read by the head": {
         "context": "features",
         "head_layers": 1,
@@ -208,10 +209,11 @@ def test_an_untouched_conversion_on_features_is_the_original(make, tied):
         torch.testing.assert_close(logits, network(**batch).logits[:, :-1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", ["copies", "trained"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_blocks_on_features_are_saved_as_an_ordinary_model(make, tied, tmp_path):
+def test_blocks_on_features_are_saved_as_an_ordinary_model(make, tied, shared, tmp_path):
     """After training: plain transformers reads it, without this package, and gets the same logits."""
-    model = dblocks.convert(make(tie_word_embeddings=tied), 3, context="features", head_layers=1)
+    model = dblocks.convert(make(tie_word_embeddings=tied), 3, context="features", head_layers=1, shared=shared)
     dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, config(order="sweep", branch_at=0.0)).fit()
     model.eval().save_network(tmp_path / "plain")
     plain, batch = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval(), tokens_like()
@@ -388,6 +390,7 @@ def test_layer_evaluations_count_the_second_sequence_and_the_heads():
         for name, options in PRESETS.items()
     }
     assert counted["paper"] == [4, 4, 4] and counted["information"] == [2, 2, 2]
+    assert counted["features, one readout"] == counted["features"]
     assert counted["features"] == [3, 3, 2] and counted["features, read by the head"] == [4, 4, 4]
 
 

@@ -206,9 +206,10 @@ def test_windows_of_a_stream_are_the_documents_one_after_the_other():
 
 
 def test_padded_windows_hold_one_document_each():
-    data = TextData(np.arange(100), np.array([[0, 7], [20, 41]]), 10, "padded")
+    """What would hold a single token is left out."""
+    data = TextData(np.arange(100), np.array([[0, 7], [10, 11], [20, 42], [50, 61]]), 10, "padded")
     batch = data.__getitems__(range(len(data)))
-    assert batch["attention_mask"].sum(1).tolist() == [7, 10, 10, 1]
+    assert batch["attention_mask"].sum(1).tolist() == [7, 10, 10, 2, 10]
     assert batch["input_ids"][0, :7].tolist() == list(range(7))
     assert batch["input_ids"][3, 0] == 40
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib
 import json
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, quiet_hub
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,7 @@ def read_config(name_or_path: str) -> tuple[str, Any, str | None]:
 
     Raises UserError when there is none.
     """
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it announces every retry; the error below says it once
+    quiet_hub()
     for subfolder in (None, "transformer"):
         local = Path(name_or_path, subfolder or "", "config.json")
         if local.is_file() and "_class_name" in (content := _json(local)):

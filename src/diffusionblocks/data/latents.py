@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from diffusionblocks.data.cache import cache_folder, file_hash
 from diffusionblocks.data.images import DataConfig, ImageData, ImageSplits, load_images
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, quiet_hub
 from diffusionblocks.precondition import SIGMA_DATA
 from diffusionblocks.seeds import derive
 
@@ -77,9 +77,7 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
         from diffusers import AutoencoderKL
     except ImportError:
         raise UserError("latents need diffusers: pip install 'diffusionblocks[images]'") from None
-    logging.getLogger("huggingface_hub").setLevel(
-        logging.ERROR
-    )  # it announces every retry; the error below says it once
+    quiet_hub()
     try:
         own = AutoencoderKL.load_config(config.vae)
     except (OSError, ValueError) as error:

@@ -50,6 +50,7 @@ class TextData(Dataset):
             starts = [np.arange(start, end, length) for start, end in spans]
             ends = [np.minimum(begin + length, end) for begin, (_, end) in zip(starts, spans, strict=True)]
             spans = np.stack([np.concatenate(starts), np.concatenate(ends)], 1) if len(spans) else spans
+            spans = spans[spans[:, 1] - spans[:, 0] >= 2]  # one token alone teaches nothing
         self.spans = spans
         self.ends = np.cumsum(spans[:, 1] - spans[:, 0])  # in the split's own count of tokens
 
@@ -141,6 +142,8 @@ def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSp
         tokenizer,
     )
     for name, part in zip(("training", "validation", "test"), splits, strict=False):
+        if len(part) == 0 and config.packing == "padded":
+            raise UserError(f"the {name} text has no document of at least two tokens")
         if len(part) == 0:
             raise UserError(
                 f"the {name} text has {part.num_tokens} tokens, less than one window of {config.length}: give it more text, "

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, quiet_hub
 
 log = logging.getLogger("diffusionblocks")
 BLANK = "_"  # how a masked token is shown
@@ -109,9 +109,7 @@ class HuggingFace:
     def __init__(self, name_or_path: str, mask: bool = True) -> None:
         from transformers import AutoTokenizer
 
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # announces every retry; the error below says it once
+        quiet_hub()
         try:
             self.own: Any = AutoTokenizer.from_pretrained(name_or_path)
         except (OSError, ValueError, ImportError) as error:

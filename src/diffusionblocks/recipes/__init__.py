@@ -160,20 +160,24 @@ PRESETS["causal-lm"] |= {
             "target_table": "fixed",
             "shared": "copies",
             "levels": "information",
+            "least_hidden": 0.65,
             "overlap": 0.05,
             "head_layers": 0,
             "condition_width": 0,
         },
         "task": {"sampler": "categorical"},
     },
-    # Blocks on features of one another; the last one answers, and all of them are an ordinary language model.
+    # Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly any
+    # evidence (each is a complete predictor) and one readout for all measure best (docs/LOG.md).
     "features": {
         "blocks": {
             "context": "features",
             "target_entry": "none",
             "readout": "bayes",
             "target_table": "fixed",
+            "shared": "trained",
             "levels": "information",
+            "least_hidden": 0.97,
             "overlap": 0.05,
             "head_layers": 1,
             "condition_width": 0,

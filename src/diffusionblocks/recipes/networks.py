@@ -24,13 +24,12 @@ def network_config(recipe: Recipe, num_outputs: int) -> NetworkConfig:
     Raises UserError for sizes that cannot work together.
     """
     settings = recipe.model
-    text = isinstance(recipe.data, TextConfig)
-    known = ("sdpa", "eager", "flex_attention") if text else ("sdpa", "eager")
+    known = ("sdpa", "eager", *(["flex_attention"] if isinstance(recipe.data, TextConfig) else []))
     if settings.attention not in known:
         raise UserError(f"model.attention must be {' or '.join(known)}, got {settings.attention!r}")
     if settings.attention == "flex_attention" and settings.dropout:
         raise UserError("model.attention flex_attention has no dropout: set model.dropout to 0")
-    if text:
+    if isinstance(recipe.data, TextConfig):
         return _of_tokens(recipe)
     channels, size = sample_shape(recipe.data)
     if settings.pretrained:
@@ -169,6 +168,12 @@ def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig,
     if data.tokenizer in ("characters", "bytes") and not ours:
         raise UserError(
             f"{name} does not read {data.tokenizer}: set data.tokenizer to its own tokenizer (often {name} as well)"
+        )
+    added = tokenizer.mask_id is not None  # at most the mask
+    if tokenizer.size > own.vocab_size + added:
+        raise UserError(
+            f"the tokenizer {data.tokenizer!r} has {tokenizer.size} tokens, {name} knows {own.vocab_size}: set data.tokenizer to its "
+            "own"
         )
     use = Path(name) / "denoiser.json"
     if use.is_file() and json.loads(use.read_text()).get("conditioned"):
