@@ -28,6 +28,17 @@ from environment import describe
 
 TARGET = Path(__file__).parent / "results" / "memory.json"
 COUNTS = (1, 2, 3, 4, 6)
+NEXT_TOKEN = {  # the presets of next-token blocks
+    "features": {"context": "features", "head_layers": 1, "shared": "trained"},
+    "information": {},
+    "paper": {
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "condition_width": 64,
+    },
+}
 
 
 def vit(num_layers: int) -> Any:
@@ -86,6 +97,10 @@ def rows() -> Iterator[dict[str, Any]]:
                 yield {**whole, "method": "diffusionblocks", "num_blocks": count}
                 recomputed = {"activation_checkpointing": True}
                 yield {**whole, "method": "diffusionblocks", "num_blocks": count, "train": recomputed}
+    for blocks in NEXT_TOKEN.values():
+        for count in (3, 4):
+            whole = {"family": "llama", "method": "diffusionblocks", "num_blocks": count, "train": {}}
+            yield {**whole, "blocks": blocks}
     for train in ({"precision": "bf16"}, {"precision": "bf16-true"}, {"optimizer": "sgd"}, {"accumulation": 2}):
         yield {"family": "vit", "method": "end-to-end", "num_blocks": 1, "train": train, "blocks": {}}
     settings = ({"residency": "device"}, {"optimizer": "adafactor"}, {"optimizer": "adamw-8bit"}, {"ema_decay": 0.99})

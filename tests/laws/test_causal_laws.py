@@ -44,12 +44,14 @@ PRESETS = {
 FAMILIES = {"llama": make_llama, "gpt2": make_gpt2, "neox": make_neox}
 
 
-def mistral(**changes):
-    from transformers import MistralConfig, MistralForCausalLM
+def other(name, **changes):
+    """A family that shares the adapter of Llama."""
+    import transformers
 
     torch.manual_seed(0)
     sizes = dict(vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2)
-    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=1, sliding_window=4, **changes))
+    config = getattr(transformers, f"{name}Config")(**sizes, num_key_value_heads=1, head_dim=8, **changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config)
 
 
 @pytest.fixture(params=PRESETS, ids=list(PRESETS))
@@ -87,8 +89,17 @@ def all_logits(model, batch, noisy, level=0.5):
 
 
 def test_a_clean_token_changes_only_what_comes_after_it(make, preset):
-    """METHOD 5.11: rows up to the one that predicts token i stay; the later ones move."""
-    model, batch = stirred(dblocks.convert(make(), 3, **preset)), tokens_like()
+    """Rows up to the one that predicts token i stay; the later ones move."""
+    check_for_leaks(make(), preset)
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Qwen3"])
+def test_no_family_leaks(name, preset):
+    check_for_leaks(other(name), preset)
+
+
+def check_for_leaks(network, preset):
+    model, batch = stirred(dblocks.convert(network, 3, **preset)), tokens_like()
     noisy = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         before = all_logits(model, batch, noisy)
@@ -116,7 +127,7 @@ def test_a_noisy_target_changes_its_own_row_alone(make, preset):
 @pytest.mark.parametrize("name", ["paper", "information", "features"])
 def test_windows_of_attention_are_kept(name):
     """A layer that looks back 4 tokens, alone in its block, does so beside noisy targets as well."""
-    model = stirred(dblocks.convert(mistral(), 3, **PRESETS[name]))
+    model = stirred(dblocks.convert(other("Mistral", sliding_window=4), 3, **PRESETS[name]))
     batch, noisy = tokens_like(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(1))
     changed = {"input_ids": batch["input_ids"].clone()}
     changed["input_ids"][:, 0] += 1

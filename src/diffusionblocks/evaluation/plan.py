@@ -44,7 +44,7 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
             yield Choice(method="last-block", num_blocks=count)
         if not isinstance(work.task, ImageGeneration | MaskedLM):
             yield Choice(method="exact", num_blocks=count)
-        if not isinstance(work.task, CausalLM):
+        if not (isinstance(work.task, CausalLM) and work.pretrained):  # new heads would harm what was learned
             yield Choice(method="diffusionblocks", num_blocks=count)
             yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 
@@ -100,9 +100,17 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
         count = choice.num_blocks
         return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
     if choice.method == "diffusionblocks":
-        heads = choice.num_blocks * work.blocks.head_layers
-        one_call = own if isinstance(work.task, ImageGeneration | MaskedLM) else layers + heads
-        return (layers + heads) * recomputed, one_call
+        blocks = work.blocks
+        lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
+        trained = sum(blocks.evaluations(1, last, blocks.target) - 1 for last in lasts)  # beside the layers
+        if blocks.context == "input":  # a second sequence passes every layer
+            trained *= own
+        heads = sum(blocks.heads(last, blocks.target) for last in lasts)
+        if isinstance(work.task, ImageGeneration | MaskedLM):
+            return (layers + trained) * recomputed, own
+        if isinstance(work.task, CausalLM):  # a clean token, and the noisy ones that layers read
+            return (layers + trained) * recomputed, layers + (0 if blocks.target_entry == "none" else trained)
+        return (layers + trained) * recomputed, layers + heads
     return layers * recomputed, layers
 
 
