@@ -25,9 +25,10 @@ from timing import alternating, compared
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "lm-stdlib"
 DENOISERS = [f"diffusionblocks-{preset}" for preset in ("features", "information", "paper")]
-BUDGETS = {  # end-to-end has the same steps in both
-    "layer-evaluations": ["end-to-end", "shallow", *DENOISERS],
-    "samples": ["shallow", "diffusionblocks-features"],
+COMPARISONS = {  # methods, and what else; in both budgets end-to-end and features make the same steps
+    "layer-evaluations": (["end-to-end", "shallow", *DENOISERS], []),
+    "samples": (["shallow"], ["--budget", "samples"]),
+    "head": (["diffusionblocks"], ["--budget", "samples", "--blocks.head-layers", "1"]),
 }
 WRITTEN = 32  # texts written together
 NAMES = ("nats_per_token", "perplexity", "bits_per_byte", "entropy", "entropy_real", "distinct_2", "distinct_2_real")
@@ -36,11 +37,10 @@ NAMES += ("repetition_4", "repetition_4_real")
 
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for budget in arguments.budgets.split(","):
-        folder = Path(arguments.output_dir) / budget
-        words = ["--methods", ",".join(BUDGETS[budget]), "--budget", budget, "--seeds", str(arguments.seeds)]
-        words += ["--seed", str(arguments.seed), "--jobs", str(arguments.jobs)]
-        if code := dblocks(["compare", RECIPE, *words, "--output-dir", str(folder)]):
+    for name, (methods, more) in COMPARISONS.items():
+        folder = Path(arguments.output_dir) / name
+        words = ["--methods", ",".join(methods), *more, "--seeds", str(arguments.seeds), "--seed", str(arguments.seed)]
+        if code := dblocks(["compare", RECIPE, *words, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]):
             raise SystemExit(code)
         runs = {}
         for path in sorted(folder.glob("*/seed-*/summary.json")):
@@ -52,17 +52,16 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
             }
             runs[f"{path.parts[-3]} {path.parts[-2]}"] = {"metrics": metrics, "wall_seconds": summary["wall_seconds"]}
         results = json.loads((folder / "compare.json").read_text())["results"]
-        found[budget] = {"command": f"dblocks compare {RECIPE} " + " ".join(words), "results": results, "runs": runs}
+        found[name] = {"command": f"dblocks compare {RECIPE} " + " ".join(words), "results": results, "runs": runs}
     return found
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """New networks: what a step costs does not depend on the weights."""
     torch.set_num_threads(1)
-    runs = {
-        method: prepare(load_recipe(RECIPE, [("method", method), ("train.residency", "device")]))
-        for method in ("end-to-end", *DENOISERS)
-    }
+    same = [("train.residency", "device")]
+    runs = {method: prepare(load_recipe(RECIPE, [("method", method), *same])) for method in ("end-to-end", *DENOISERS)}
+    runs["features, head of one layer"] = prepare(load_recipe(RECIPE, [("blocks.head_layers", 1), *same]))
     batch = next(iter(runs["end-to-end"].trainer.stream.load([0])))
 
     def round_of_steps(run: Any) -> None:
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="the first (settings were chosen with 0)")
-    parser.add_argument("--budgets", default=",".join(BUDGETS))
     parser.add_argument("--output-dir", default="runs/causal")
     arguments = parser.parse_args()
     found = PARTS[arguments.part](arguments)

@@ -29,7 +29,8 @@ from environment import describe
 TARGET = Path(__file__).parent / "results" / "memory.json"
 COUNTS = (1, 2, 3, 4, 6)
 NEXT_TOKEN = {  # the presets of next-token blocks
-    "features": {"context": "features", "head_layers": 1, "shared": "trained"},
+    "features": {"context": "features", "shared": "trained"},
+    "features with heads": {"context": "features", "head_layers": 1, "shared": "trained"},
     "information": {},
     "paper": {
         "target_entry": "replace",

@@ -54,7 +54,10 @@ def fails(capsys, *arguments):
 def test_the_readme_examples_run(monkeypatch, tmp_path):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     parts = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    classify, generate, write = (part.replace("=1500", "=4").replace("steps=2500", "steps=4") for part in parts)
+    steps = ("=1500", "steps=2500", "steps=700")
+    for long in steps:
+        parts = [part.replace(long, f"{long.partition('=')[0]}=4") for part in parts]
+    classify, generate, write, speak = parts
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     exec(classify, namespace)
@@ -64,6 +67,8 @@ def test_the_readme_examples_run(monkeypatch, tmp_path):
     assert namespace["images"].shape == (10, 1, 8, 8)
     exec(write, namespace)
     assert namespace["written"].shape == (4, 64)
+    exec(speak, namespace)
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ PRESETS = {
     "information": {},
     "information, read by layers": {"target_entry": "replace", "condition_width": 8},
     "features": {"context": "features", "head_layers": 1},
-    "features, one readout": {"context": "features", "head_layers": 1, "shared": "trained"},
+    "features, one readout": {"context": "features", "shared": "trained"},
     "features, read by the head": {
         "context": "features",
         "head_layers": 1,
@@ -401,7 +401,7 @@ def test_layer_evaluations_count_the_second_sequence_and_the_heads():
         for name, options in PRESETS.items()
     }
     assert counted["paper"] == [4, 4, 4] and counted["information"] == [2, 2, 2]
-    assert counted["features, one readout"] == counted["features"]
+    assert counted["features, one readout"] == [2, 2, 2]
     assert counted["features"] == [3, 3, 2] and counted["features, read by the head"] == [4, 4, 4]
 
 

@@ -94,10 +94,15 @@ def test_prediction_agrees_with_the_profiler_on_masked_text(choice, overrides):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"preset": "features"},
+        {"preset": "features", "blocks.head_layers": 1},
         {"preset": "information", "num_blocks": 2},
         {"preset": "paper"},
-        {"blocks.target_entry": "replace", "blocks.condition_width": 8, "data.packing": "documents"},
+        {
+            "blocks.target_entry": "replace",
+            "blocks.head_layers": 1,
+            "blocks.condition_width": 8,
+            "data.packing": "documents",
+        },
     ],
     ids=["features", "information", "paper", "read-by-the-head"],
 )

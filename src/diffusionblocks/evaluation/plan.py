@@ -102,7 +102,7 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     if choice.method == "diffusionblocks":
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
-        trained = sum(blocks.evaluations(1, last, blocks.target) - 1 for last in lasts)  # beside the layers
+        trained: float = sum(blocks.evaluations(1, last, blocks.target) - 1 for last in lasts)  # beside the layers
         if blocks.context == "input":  # a second sequence passes every layer
             trained *= own
         heads = sum(blocks.heads(last, blocks.target) for last in lasts)
