@@ -259,6 +259,13 @@ class Denoiser(nn.Module):
         own = getattr(self.block, name)
         return self.shared[name] if own is None else own
 
+    def entering(self, batch: Batch) -> Tensor:
+        """Features context: the clean stream that a block after the first goes on from. Raises UserError when it is missing."""
+        if "context" not in batch:
+            before = self.index - 1
+            raise UserError(f"block {self.index} reads the features of block {before}: pass them as batch['context']")
+        return batch["context"]
+
 
 class DiffusionBlocksModel(BlockModel):
     """B denoisers, one noise range each. `diffusionblocks.convert` builds the subclass for a network's target.

@@ -430,3 +430,54 @@ def test_a_denoiser_says_what_it_needs():
     alone = model.denoiser(0)(tokens_like(), torch.ones(2))
     assert alone.logits.shape == (2, 9, 13) and alone.estimate.shape == (2, 9, 16) and alone.loss > 0
     assert per_token(torch.tensor([1.0]), torch.tensor([2.0])).value == 0.5 and math.isfinite(alone.loss.item())
+
+
+def trained(name, folder=None, **changes):
+    torch.manual_seed(0)
+    model = dblocks.convert(make_llama(), 3, **PRESETS[name])
+    settings = config(order="sweep", visit_steps=2, checkpoint_every=3, **changes)
+    return dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, settings, output_dir=folder)
+
+
+@pytest.mark.parametrize("name", ["paper", "information", "features, one readout", "features, read by the head"])
+def test_where_blocks_rest_and_stopping_change_nothing(name, tmp_path):
+    """Residency on disk and a run that is killed and goes on: the weights are those of the plain run, bit for bit."""
+    plain = trained(name)
+    plain.fit()
+    away = trained(name, residency="disk")
+    away.fit()
+    assert same(weights(away.model), weights(plain.model))
+    killed = trained(name, tmp_path)
+    visits, original = iter(range(100)), killed.visit
+
+    def stopping(*arguments):
+        if next(visits) == 4:
+            raise RuntimeError("killed")
+        return original(*arguments)
+
+    killed.visit = stopping
+    with pytest.raises(RuntimeError, match="killed"):
+        killed.fit()
+    going_on = trained(name, tmp_path)
+    going_on.fit()
+    assert same(weights(going_on.model), weights(plain.model))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_every_preset_trains_in_half_precision(name, precision):
+    trainer = trained(name, precision=precision, activation_checkpointing=True)
+    trainer.fit()
+    assert math.isfinite(trainer.evaluate(Counting())["nats_per_token"].value)
+    with trainer.averaged():
+        assert trainer.task.sample(trainer.model, tokens_like()["input_ids"], 12).shape == (2, 12)
+
+
+def test_hidden_rows_are_the_same_with_and_without_a_padded_end():
+    model, batch = stirred(dblocks.convert(make_llama(), 3)), tokens_like()
+    padded = {"input_ids": torch.cat([batch["input_ids"], torch.zeros(2, 3, dtype=torch.long)], 1)}
+    padded["attention_mask"] = (torch.arange(13) < 10).long().expand(2, -1)
+    for index in range(3):
+        found, _ = model.denoiser(index).rows(padded, None, None)
+        torch.testing.assert_close(found[:, :9], model.denoiser(index).rows(batch, None, None)[0])
+    assert (following(padded)[:, 9:] == IGNORED).all()

@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.adapters.llama import RotaryLayer, TokenStem, causal_view
+from diffusionblocks.adapters.llama import TokenStem, causal_view, rotary_layers, token_readout
 from diffusionblocks.attention import View, token_positions
-from diffusionblocks.readout import TokenReadout
 
 
 class PositionStem(nn.Module):
@@ -47,7 +46,7 @@ GPT2 = Adapter(
     layer_norms=("layer.ln_1", "layer.ln_2"),
     readout=("transformer.ln_f", "lm_head"),
     make_stem=PositionStem,
-    make_readout=lambda model, *modules: TokenReadout(*modules),
+    make_readout=token_readout,
     make_layer=lambda model, layer: PositionLayer(layer, model.config),
     tied=("lm_head.weight", "transformer.wte.weight"),
     targets=("causal", "masked"),
@@ -61,10 +60,8 @@ GPT_NEOX = Adapter(
     layer_norms=("layer.input_layernorm", "layer.post_attention_layernorm"),
     readout=("gpt_neox.final_layer_norm", "lm_head"),
     make_stem=TokenStem,
-    make_readout=lambda model, *modules: TokenReadout(*modules),
-    make_layer=lambda model, layer: RotaryLayer(
-        layer, model.get_submodule("gpt_neox.rotary_emb"), model.config, cache="layer_past"
-    ),
+    make_readout=token_readout,
+    make_layer=rotary_layers("gpt_neox.rotary_emb", cache="layer_past"),
     tied=("lm_head.weight", "gpt_neox.embed_in.weight"),
     targets=("causal", "masked"),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -82,6 +82,15 @@ def _window(layer: Any, config: Any) -> int | None:
     return getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
 
 
+def token_readout(model: Any, norm: nn.Module, head: nn.Linear) -> TokenReadout:
+    return TokenReadout(norm, head)
+
+
+def rotary_layers(rotary: str, cache: str = "past_key_values") -> Callable[[Any, nn.Module], RotaryLayer]:
+    """make_layer of a family whose module `rotary` turns by position."""
+    return lambda model, layer: RotaryLayer(layer, model.get_submodule(rotary), model.config, cache)
+
+
 LLAMA = Adapter(
     model_classes=("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"),
     stem=("model.embed_tokens",),
@@ -89,8 +98,8 @@ LLAMA = Adapter(
     layer_norms=("layer.input_layernorm", "layer.post_attention_layernorm"),
     readout=("model.norm", "lm_head"),
     make_stem=TokenStem,
-    make_readout=lambda model, *modules: TokenReadout(*modules),
-    make_layer=lambda model, layer: RotaryLayer(layer, model.get_submodule("model.rotary_emb"), model.config),
+    make_readout=token_readout,
+    make_layer=rotary_layers("model.rotary_emb"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
     targets=("causal", "masked"),
 )

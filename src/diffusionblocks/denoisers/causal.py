@@ -30,13 +30,13 @@ from torch.nn.functional import cross_entropy
 from diffusionblocks.attention import side_by_side, token_positions
 from diffusionblocks.conditioning import Condition, ConditionedLayer, LevelEmbedding
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.denoisers.labels import fresh_copy
+from diffusionblocks.denoisers.labels import categorical_target, fresh_copy
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, Block, Denoiser, DenoiserOutput, DiffusionBlocksModel, Parts, documents_apart
 from diffusionblocks.noise import Information, LevelDistribution
 from diffusionblocks.precondition import coefficients
 from diffusionblocks.readout import IGNORED, TokenReadout, chunk_size
-from diffusionblocks.targets import CategoricalTarget, add_noise, label_table
+from diffusionblocks.targets import CategoricalTarget, add_noise
 
 HIDDEN = 1e-3
 
@@ -137,14 +137,13 @@ class CausalDenoiser(Denoiser):
 
         noisy [N, R, D], level [N]: only needed where `reads_noise`.
         """
-        read, context = clean_tokens(batch), None
-        hidden = context = self.trunk(batch) if self.config.context == "features" else None
-        if hidden is None:
-            hidden = self.part("stem")(read)
+        read, features = clean_tokens(batch), self.config.context == "features"
+        hidden = self.trunk(batch) if features else self.part("stem")(read)
+        context = hidden if features else None
         if not self.reads_noise:
             return self.block("read", hidden, None, 0, documents_apart(read, hidden)), context
         assert noisy is not None and level is not None
-        entering = self.enter(noisy, level, token_positions(batch)[:, 1:]).to(hidden.dtype)
+        entering = self.enter(noisy, level, token_positions(batch)[:, 1:]).to(hidden)
         view = side_by_side(batch, hidden, flex=self.flex)
         first = hidden.shape[1]
         both = self.block("read", torch.cat([hidden, entering], 1), coefficients(level.float()).noise, first, view)
@@ -153,17 +152,13 @@ class CausalDenoiser(Denoiser):
     def enter(self, noisy: Tensor, level: Tensor, positions: Tensor) -> Tensor:
         """z [N, R, D] at level [N] -> what the layers read of it: c_in z, at the positions of the tokens that it hides."""
         scaled = coefficients(level.float()).input[:, None, None] * noisy
+        scaled = scaled.to(next(self.block.parameters()).dtype)
         return scaled if self.config.context == "features" else self.part("stem").place(scaled, positions)
 
     def trunk(self, batch: Batch) -> Tensor:
         """Features context: the clean stream that leaves this block [N, R, D]."""
-        hidden, read = batch.get("context"), clean_tokens(batch)
-        if self.index == 0:
-            hidden = self.part("stem")(read)
-        elif hidden is None:
-            raise UserError(
-                f"block {self.index} reads the features of block {self.index - 1}: pass them as batch['context']"
-            )
+        read = clean_tokens(batch)
+        hidden = self.entering(batch) if self.index else self.part("stem")(read)
         return self.block("trunk", hidden, documents_apart(read, hidden))
 
     def measure(self, hidden: Tensor, noisy: Tensor, level: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,16 +179,13 @@ class CausalBlocks(DiffusionBlocksModel):
     """Blocks that denoise the embedding of the next token."""
 
     def __init__(self, parts: Parts, config: BlocksConfig, source: Any = None) -> None:
-        flex = getattr(parts.network.config, "_attn_implementation", "") == "flex_attention"
-        self._flex = flex
+        self._flex = getattr(parts.network.config, "_attn_implementation", "") == "flex_attention"
         super().__init__(parts, config, source)
         self._ordinary = (parts.network,)  # in a tuple: its parameters are registered once, through the blocks
 
     def _levels(self, parts: Parts) -> LevelDistribution:
-        table, config = label_table(parts.num_classes, parts.width), self.config
-        target = CategoricalTarget(table, trainable=config.target_table == "trained", bayes=config.readout == "bayes")
-        self.shared["target"] = target
-        return config.distribution(table, zipf(parts.num_classes))
+        self.shared["target"] = target = categorical_target(parts, self.config)
+        return self.config.distribution(target.rows.detach(), zipf(parts.num_classes))
 
     def revealing_level(self) -> float:
         """The level below which noise hides a token no more: a thousandth of what it hides at most, by the rows alone."""

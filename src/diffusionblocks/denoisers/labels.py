@@ -132,24 +132,15 @@ class LabelDenoiser(Denoiser):
 
     def trunk(self, batch: Batch) -> Tensor:
         """Features context: the clean stream that leaves this block [N, T, D]."""
-        hidden = batch.get("context")
-        if self.index == 0:
-            hidden = self.part("stem")(batch)
-        elif hidden is None:
-            raise UserError(
-                f"block {self.index} reads the features of block {self.index - 1}: pass them as batch['context']"
-            )
-        return self.block("trunk", hidden)
+        return self.block("trunk", self.entering(batch) if self.index else self.part("stem")(batch))
 
 
 class LabelBlocks(DiffusionBlocksModel):
     """Blocks that denoise the embedding of a label."""
 
     def _levels(self, parts: Parts) -> LevelDistribution:
-        table, config = label_table(parts.num_classes, parts.width), self.config
-        target = CategoricalTarget(table, trainable=config.target_table == "trained", bayes=config.readout == "bayes")
-        self.shared["target"] = target
-        return config.distribution(table)
+        self.shared["target"] = target = categorical_target(parts, self.config)
+        return self.config.distribution(target.rows.detach())
 
     def _denoiser(self, index: int) -> LabelDenoiser:
         return LabelDenoiser(index, self.block(index), self.shared, self.config)
@@ -191,6 +182,12 @@ class LabelBlocks(DiffusionBlocksModel):
                 head=[self._conditioned(layer, parts) for layer in head],
                 readout=copy.deepcopy(parts.readout),
             )
+
+
+def categorical_target(parts: Parts, config: BlocksConfig) -> CategoricalTarget:
+    """The embeddings of a network's classes or tokens, common to all its blocks."""
+    table = label_table(parts.num_classes, parts.width)
+    return CategoricalTarget(table, trainable=config.target_table == "trained", bayes=config.readout == "bayes")
 
 
 def fresh_copy(layer: nn.Module) -> nn.Module:
