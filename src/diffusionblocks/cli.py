@@ -121,6 +121,7 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    from diffusionblocks.denoisers.causal import CausalBlocks
     from diffusionblocks.evaluation.run import load_run
     from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
 
@@ -133,8 +134,9 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
         _only(arguments, "text", (*WRITING, "steps", "sampler"))
         return _sample_texts(arguments, run)
     if isinstance(run.recipe.task, CausalLM):
-        denoisers = ("steps", "sampler") if run.model.num_blocks > 1 else ()
-        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *denoisers))
+        walks = isinstance(run.model, CausalBlocks) and not run.model.is_ordinary
+        more = ("steps", "sampler") if walks else ()
+        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
         return _sample_texts(arguments, run)
     _only(arguments, "classes", ())
     return _sample_labels(arguments, load_run(folder, overrides))
@@ -173,7 +175,8 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         Path(arguments.output).write_text("\n".join(found["texts"]) + "\n")
         found["output"] = arguments.output
     if not arguments.json:
-        print("" if arguments.stream else "\n".join(found["texts"]))
+        between = "\n---\n" if any("\n" in text for text in found["texts"]) else "\n"
+        print("" if arguments.stream else between.join(found["texts"]))
         steps = f", {found['steps']} steps" if "steps" in found else ""
         print(f"{found['tokens_per_second']:.0f} tokens/s{steps}", file=sys.stderr)
     return found

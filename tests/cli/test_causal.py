@@ -174,6 +174,9 @@ def test_blocks_of_next_token_denoisers_on_the_command_line(settings, preset, ca
     assert all(text.startswith("One two") for text in found["texts"]) and found["tokens_per_second"] > 0
     layers = {"paper": 12, "information": 6, "features": 6}[preset]  # the clean token, and noisy ones
     assert found["layer_evaluations_per_text"] == layers * 12
+    walks = preset != "features"
+    assert main(["sample", folder, "--num", "1", "--steps", "2", "--length", "4"]) == (0 if walks else 2)
+    capsys.readouterr()
     code = main(["export", folder, "--output", str(tmp_path / "plain")])
     if preset == "features":
         from transformers import AutoModelForCausalLM

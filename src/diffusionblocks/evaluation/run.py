@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,12 +232,13 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
     run = load_run(folder, overrides, with_data=False)
     run.trainer.use_averages()
     path = output or folder / "huggingface"
-    if isinstance(run.model, EndToEndModel):
-        run.model.save_pretrained(path)
-    elif isinstance(run.model, CausalBlocks):
-        run.model.save_network(path)
-    else:
+    if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
+    with _without_progress():
+        if isinstance(run.model, EndToEndModel):
+            run.model.save_pretrained(path)
+        else:
+            run.model.save_network(path)
     if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
         run.data.tokenizer.save(path)
     return path
@@ -263,13 +264,22 @@ def _cuda_peak(recipe: Recipe, data: Splits) -> PeakMemory:
 def _save_model(run: Run, output_dir: Path) -> None:
     """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel)
+    run.trainer.use_averages()
+    with _without_progress():
+        run.model.save_pretrained(output_dir / "model")
+    run.trainer.use_averages()  # back
+
+
+@contextlib.contextmanager
+def _without_progress() -> Iterator[None]:
+    """transformers shows a progress bar for the one file that it writes."""
     from transformers.utils import logging as of_transformers
 
-    of_transformers.disable_progress_bar()  # for the one file it writes
-    run.trainer.use_averages()
-    run.model.save_pretrained(output_dir / "model")
-    run.trainer.use_averages()  # back
-    of_transformers.enable_progress_bar()
+    of_transformers.disable_progress_bar()
+    try:
+        yield
+    finally:
+        of_transformers.enable_progress_bar()
 
 
 def _summary(
