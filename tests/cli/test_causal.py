@@ -249,4 +249,4 @@ def test_mistakes_in_training_get_one_clear_line(settings, capsys, tmp_path, arg
 
 def test_other_tasks_have_no_presets_of_language_models(capsys, tmp_path):
     assert main(["train", "digits", "--method", "diffusionblocks-features", "--output-dir", str(tmp_path / "x")]) == 2
-    assert "unknown preset 'features'" in capsys.readouterr().err
+    assert "diffusionblocks-features is not for the task classification" in capsys.readouterr().err

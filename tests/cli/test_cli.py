@@ -16,8 +16,7 @@ from PIL import Image
 
 from diffusionblocks.baselines.methods import METHODS, steps_for_budget
 from diffusionblocks.cli import main
-from diffusionblocks.errors import UserError
-from diffusionblocks.recipes import built_in, load_recipe
+from diffusionblocks.recipes import PRESETS, TARGETS, built_in, load_recipe
 from tests.conftest import make_vit
 
 SMALL = [
@@ -105,23 +104,19 @@ def test_recipes_lists_one_line_each(capsys):
     )
 
 
-WHOLE = ("lm-pydocs", "lm-folder")  # recipes of tasks that train whole networks
-
-
 @pytest.mark.parametrize("name", sorted(built_in()))
 @pytest.mark.parametrize("preset", ["", "paper"])
 def test_every_recipe_loads_and_survives_yaml(name, preset, tmp_path):
-    if preset and name in WHOLE:
-        with pytest.raises(UserError, match="has no preset 'paper' yet"):
-            load_recipe(name, [("preset", preset)])
-        return
     recipe = load_recipe(name, [("preset", preset)] if preset else [])
     path = tmp_path / "copy.yaml"
     path.write_text(yaml.safe_dump(recipe.as_dict()))
     assert load_recipe(str(path)).as_dict() == recipe.as_dict()
     recipe.train.check()
-    recipe.blocks.check()
-    for method in set(FROM_SCRATCH) - ({"diffusionblocks-paper"} if name in WHOLE else set()):
+    recipe.blocks.check(TARGETS[recipe.task.kind])
+    others = {f"diffusionblocks-{name}" for name in PRESETS["causal-lm"]} - {
+        f"diffusionblocks-{name}" for name in PRESETS[recipe.task.kind]
+    }
+    for method in set(FROM_SCRATCH) - others:
         for budget in ("layer-evaluations", "samples"):
             assert steps_for_budget(recipe, method, budget) >= 1
 

@@ -15,7 +15,7 @@ from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import BRANCHING, TARGETS, Recipe, build, merge, preset
+from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, merge, preset
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
@@ -57,6 +57,8 @@ def _with_preset(name: str) -> Callable[[Recipe], Recipe]:
 
     def prepare(recipe: Recipe) -> Recipe:
         content = recipe.as_dict()
+        if name not in PRESETS[recipe.task.kind]:
+            raise UserError(f"the method diffusionblocks-{name} is not for the task {recipe.task.kind}")
         changes = preset(content, name)
         content = merge(content, changes)
         if not content["train"]["branch_at"]:
