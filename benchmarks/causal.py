@@ -28,7 +28,6 @@ DENOISERS = [f"diffusionblocks-{preset}" for preset in ("features", "information
 COMPARISONS = {  # methods, and what else; in both budgets end-to-end and features make the same steps
     "layer-evaluations": (["end-to-end", "shallow", *DENOISERS], []),
     "samples": (["shallow"], ["--budget", "samples"]),
-    "head": (["diffusionblocks"], ["--budget", "samples", "--blocks.head-layers", "1"]),
 }
 WRITTEN = 32  # texts written together
 NAMES = ("nats_per_token", "perplexity", "bits_per_byte", "entropy", "entropy_real", "distinct_2", "distinct_2_real")
