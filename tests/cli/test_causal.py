@@ -212,7 +212,7 @@ def test_all_presets_in_one_table(settings, capsys, tmp_path):
     """At equal layer evaluations: the paper's second sequence and the heads of features cost steps."""
     names = ["end-to-end", "diffusionblocks-features", "diffusionblocks-information", "diffusionblocks-paper"]
     words = ["--methods", ",".join(names), *SETTINGS_OF_BLOCKS, "--steps", "12", "--task.num-samples", "0"]
-    words += ["--output-dir", str(tmp_path / "compare")]
+    words += ["--jobs", "2", "--output-dir", str(tmp_path / "compare")]
     found = run_json(capsys, "compare", "lm-pydocs", *settings, *words)["results"]
     assert [result["method"] for result in found] == names
     whole = found[0]["layer_evaluations"]
