@@ -44,7 +44,7 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
             yield Choice(method="last-block", num_blocks=count)
         if not isinstance(work.task, ImageGeneration | MaskedLM):
             yield Choice(method="exact", num_blocks=count)
-        if not (isinstance(work.task, CausalLM) and work.pretrained):  # new heads would harm what was learned
+        if not (isinstance(work.task, CausalLM) and work.pretrained):  # local losses may harm what was learned
             yield Choice(method="diffusionblocks", num_blocks=count)
             yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 

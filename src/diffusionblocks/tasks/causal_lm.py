@@ -102,6 +102,9 @@ class CausalLM:
         """
         sums: list[dict[str, Tensor]] = []
         counts: list[Tensor] = []
+        lowest = 0.0
+        if isinstance(model, CausalBlocks) and not model.is_ordinary:
+            lowest = model.revealing_level()  # once: it is estimated by sampling
         for index, batch in enumerate(batches):
             wanted = following(batch) != IGNORED
             if not isinstance(model, CausalBlocks):
@@ -109,7 +112,7 @@ class CausalLM:
             elif model.is_ordinary:
                 found = self._each_block(model, batch)
             else:
-                found = self._bound(model, batch, torch.Generator().manual_seed(index))
+                found = self._bound(model, batch, lowest, torch.Generator().manual_seed(index))
             sums.append({name: losses.double().sum(1).cpu() for name, losses in found.items()})
             counts.append(wanted.sum(1).cpu().double())
         tokens = torch.cat(counts)
@@ -127,10 +130,10 @@ class CausalLM:
                 entering["context"] = context
         return {"nats_per_token": found[f"nats_block_{model.num_blocks - 1}"], **found}
 
-    def _bound(self, model: CausalBlocks, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+    def _bound(self, model: CausalBlocks, batch: Batch, lowest: float, generator: torch.Generator) -> dict[str, Tensor]:
         """Shares of the bound of every row [N, R], 0 where there is nothing to predict."""
         wanted = following(batch) != IGNORED
-        shares = self.bound(model, batch, generator)
+        shares = self.bound(model, batch, lowest=lowest, generator=generator)
         found = {f"share_block_{i}": column for i, column in enumerate(shares.blocks.unbind(1))}
         # The ends belong to the blocks beside them.
         found["share_block_0"] = found["share_block_0"] + shares.prior
@@ -141,8 +144,13 @@ class CausalLM:
         return {name: empty.masked_scatter(wanted.cpu(), values) for name, values in rows.items()}
 
     @torch.no_grad()
-    def bound(self, model: CausalBlocks, batch: Batch, generator: torch.Generator | None = None) -> TokenShares:
-        """-log p of the tokens that rows predict, those with nothing to predict left out: M rows."""
+    def bound(
+        self, model: CausalBlocks, batch: Batch, *, lowest: float = 0.0, generator: torch.Generator | None = None
+    ) -> TokenShares:
+        """-log p of the tokens that rows predict, those with nothing to predict left out: M rows.
+
+        lowest: level at which the integral ends (`CausalBlocks.revealing_level` has the least variance).
+        """
         labels = following(batch)
         wanted, clean = labels != IGNORED, batch["input_ids"][:, 1:]
         reads = model.denoiser(0).reads_noise
@@ -164,7 +172,7 @@ class CausalLM:
             count,
             model.partition,
             levels_per_block=self.levels_per_block,
-            lowest=model.revealing_level(),
+            lowest=lowest,
             generator=generator,
         )
 
