@@ -23,7 +23,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.workload import Choice, Workload, predictor
 from diffusionblocks.memory import profiled_peak
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from environment import describe
 
 TARGET = Path(__file__).parent / "results" / "memory.json"
@@ -77,13 +77,18 @@ FAMILIES = {
     "dit": (dit, images, ImageGeneration(), 16),
     "llama": (llama, tokens, CausalLM(), 4),
     "masked text": (llama, tokens, MaskedLM(), 4),
+    "looped": (llama, tokens, RecurrentLM(), 4),
 }
-TARGETS = {"vit": "label", "dit": "image", "llama": "causal", "masked text": "masked"}
+TARGETS = {"vit": "label", "dit": "image", "llama": "causal", "masked text": "masked", "looped": "recurrent"}
+ITERATIONS = 16  # of looped networks in training
 
 
 def rows() -> Iterator[dict[str, Any]]:
     """What is measured: family, method, blocks, and the settings that differ from the defaults."""
+    yield from of_loops()
     for family in FAMILIES:
+        if family == "looped":
+            continue
         whole = {"family": family, "num_blocks": 1, "train": {}, "blocks": {}}
         for method in ("end-to-end", "checkpointing", *(["lora"] if family != "masked text" else [])):
             yield {**whole, "method": method}
@@ -109,16 +114,37 @@ def rows() -> Iterator[dict[str, Any]]:
         yield {"family": "vit", "method": "diffusionblocks", "num_blocks": 3, "train": train, "blocks": {}}
 
 
+def of_loops() -> Iterator[dict[str, Any]]:
+    """Looped networks of 1 + 2 + 1 layers. truncation: of backpropagation through the iterations."""
+    blocks = {"prelude": 1, "coda": 1}
+    whole = {"family": "looped", "num_blocks": 1, "train": {}, "blocks": blocks}
+    for truncation in (1, 2, 4, 8, 16):
+        yield {**whole, "method": "end-to-end", "truncation": truncation}
+        yield {
+            **whole,
+            "method": "diffusionblocks",
+            "truncation": truncation,
+            "blocks": {**blocks, "condition_width": 64},
+        }
+    for truncation in (8, 16):
+        yield {**whole, "method": "checkpointing", "truncation": truncation}
+    yield {**whole, "method": "shallow"}
+    yield {**whole, "method": "diffusionblocks", "train": {"activation_checkpointing": True}}
+
+
 def run(row: dict[str, Any]) -> dict[str, Any]:
     """Predicts and measures one row."""
     network, batch, task, samples = FAMILIES[row["family"]]
+    num_layers = 4 if row["family"] == "looped" else 12
+    if "truncation" in row:
+        task = RecurrentLM(truncation=row["truncation"], mean_iterations=ITERATIONS, draw="constant")
     train = {"batch_size": samples, "residency": "disk", "device": "cpu", "branch_at": 0.0, **row["train"]}
     settings = dblocks.TrainingConfig(**train)
     work = Workload(
         network=network,
         batch=batch,
-        num_layers=12,
-        blocks=BlocksConfig(target=TARGETS[row["family"]], **row["blocks"]),
+        num_layers=num_layers,
+        blocks=BlocksConfig(num_blocks=row["num_blocks"], target=TARGETS[row["family"]], **row["blocks"]),
         task=task,
         train=lambda method: settings,
         pretrained=False,
@@ -140,6 +166,7 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
         "last-block": [12 - size, size],
     }
     sizes = whole.get(row["method"], [size] * row["num_blocks"])
+    task = task.once() if row["family"] == "looped" and row["method"] == "shallow" else task
     data = [{name: tensor[0] for name, tensor in batch(1).items()}] * samples
     measured = profiled_peak(
         lambda: dblocks.Trainer(made.network.build(sizes), task, data, None, settings),  # type: ignore[arg-type]
@@ -156,7 +183,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
-    for family, marker in (("vit", "o"), ("dit", "^"), ("llama", "s"), ("masked text", "D")):
+    for family, marker in (("vit", "o"), ("dit", "^"), ("llama", "s"), ("masked text", "D"), ("looped", "v")):
         for method in dict.fromkeys(row["method"] for row in results):
             own = [row for row in results if row["family"] == family and row["method"] == method]
             color = f"C{list(dict.fromkeys(row['method'] for row in results)).index(method)}"
@@ -167,7 +194,7 @@ def plot(results: list[dict[str, Any]]) -> None:
     axes.plot(ends, ends, color="0.6", linewidth=1, zorder=0)
     axes.set(xscale="log", yscale="log", xlabel="measured by the profiler (MiB)", ylabel="predicted (MiB)")
     worst = max(abs(row["error"]) for row in results)
-    shapes = "circles ViT, triangles DiT, squares Llama, diamonds masked text"
+    shapes = "circles ViT, triangles DiT, squares Llama, diamonds masked text, v looped"
     axes.set_title(f"peak training memory: {len(results)} runs, largest error {worst:.1%}\n{shapes}", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()

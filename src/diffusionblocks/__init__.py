@@ -29,6 +29,8 @@ _EXPORTS = {
     "Classification": "diffusionblocks.tasks",
     "ImageGeneration": "diffusionblocks.tasks",
     "MaskedLM": "diffusionblocks.tasks",
+    "RecurrentLM": "diffusionblocks.tasks",
+    "LoopedNetwork": "diffusionblocks.denoisers.looped",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",
     "DataConfig": "diffusionblocks.data.images",

@@ -123,7 +123,7 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.denoisers.causal import CausalBlocks
     from diffusionblocks.evaluation.run import load_run
-    from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
+    from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     run = load_run(folder, overrides, with_data=False)
@@ -138,12 +138,16 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
         more = ("steps", "sampler") if walks else ()
         _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
         return _sample_texts(arguments, run)
+    if isinstance(run.recipe.task, RecurrentLM):
+        more = ("iterations", "early_exit", *(("sampler",) if isinstance(run.model, CausalBlocks) else ()))
+        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
+        return _sample_texts(arguments, run)
     _only(arguments, "classes", ())
     return _sample_labels(arguments, load_run(folder, overrides))
 
 
 WRITING = ("prompt", "length", "temperature", "top_p", "top_k", "seed")
-SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler")
+SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler", "iterations", "early_exit")
 
 
 def _only(arguments: argparse.Namespace, makes: str, known: Sequence[str]) -> None:
@@ -158,6 +162,7 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
 
     wanted = {"sampling_steps": arguments.steps, "sampler": arguments.sampler}
     wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
+    wanted |= {"iterations": arguments.iterations, "early_exit": arguments.early_exit}
     settings = {name: value for name, value in wanted.items() if value is not None}
     if arguments.output:
         Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +183,9 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         between = "\n---\n" if any("\n" in text for text in found["texts"]) else "\n"
         print("" if arguments.stream else between.join(found["texts"]))
         steps = f", {found['steps']} steps" if "steps" in found else ""
+        steps += (
+            f", {found['iterations_per_token']:.3g} iterations per token" if "iterations_per_token" in found else ""
+        )
         print(f"{found['tokens_per_second']:.0f} tokens/s{steps}", file=sys.stderr)
     return found
 
@@ -392,6 +400,14 @@ def _build_parser(settings: str) -> _Parser:
     sampling.add_argument(
         "--sampler",
         help="images: euler, heun, dpm-solver++ or churn; text: ancestral or confidence (default: the recipe's)",
+    )
+    sampling.add_argument(
+        "--iterations", type=int, help="looped networks: iterations of the core (default: the recipe's)"
+    )
+    sampling.add_argument(
+        "--early-exit",
+        type=float,
+        help="looped networks: stop iterating when a prediction changes by less than this (KL, nats)",
     )
     sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
     sampling.add_argument("--prompt", help="text: what to go on from; {5} in it is a blank of 5 tokens to fill in")

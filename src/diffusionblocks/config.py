@@ -26,8 +26,8 @@ class BlocksConfig:
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own).
-        target: what blocks estimate: `label`, `image`, `masked` tokens or the next one (`causal`); `auto` = what the network is
-            made for.
+        target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a looped
+            network (`recurrent`); `auto` = what the network is made for.
         levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]); `auto` = information
             where it can be, log-normal for images. schedule: of masked tokens, `linear` or `cosine`.
         borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
@@ -38,6 +38,7 @@ class BlocksConfig:
             and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
         head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last block of
             next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands nothing on.
+        prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
     """
 
     num_blocks: int = 3
@@ -59,6 +60,8 @@ class BlocksConfig:
     overlap: float = 0.05
     condition_width: int = 0
     head_layers: int = 0
+    prelude: int = 0
+    coda: int = 0
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "context": ("input", "features"),
@@ -66,7 +69,7 @@ class BlocksConfig:
         "readout": ("bayes", "linear"),
         "target_table": ("fixed", "trained"),
         "shared": ("trained", "frozen", "copies"),
-        "target": ("auto", "label", "image", "masked", "causal"),
+        "target": ("auto", "label", "image", "masked", "causal", "recurrent"),
         "levels": ("auto", "information", "log-normal"),
         "schedule": ("linear", "cosine"),
         "borders": ("equal-mass", "uniform"),
@@ -93,6 +96,10 @@ class BlocksConfig:
                     raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises {what}")
         if target == "causal":
             self._check_causal()
+        if target == "recurrent":
+            self._check_recurrent()
+        elif self.prelude or self.coda:
+            raise UserError("blocks.prelude and blocks.coda are for looped networks (task.kind recurrent-lm)")
         if target == "image" and self.levels == "information":
             raise UserError("blocks.levels information needs a discrete target; images take log-normal")
         if target == "masked" and self.levels != "auto":
@@ -128,6 +135,18 @@ class BlocksConfig:
         if self.target_entry == "replace" and self.context == "features" and not self.head_layers:
             raise UserError(
                 "blocks.target_entry replace in features context needs blocks.head_layers: they read the noisy target"
+            )
+
+    def _check_recurrent(self) -> None:
+        if self.num_blocks != 1:
+            raise UserError(
+                f"a looped network is not split: its layers are shared by all noise levels; set blocks.num_blocks to 1, got {self.num_blocks}"
+            )
+        if self.prelude < 0 or self.coda < 0:
+            raise UserError(f"blocks.prelude and blocks.coda must not be negative, got {self.prelude} and {self.coda}")
+        if self.target_entry != "none" or self.context != "input":
+            raise UserError(
+                "the state of a looped network is the noisy target: blocks.target_entry and blocks.context do not apply"
             )
 
     def heads(self, last: bool, target: str) -> int:

@@ -13,7 +13,7 @@ below, what the lowest level still hides, of a pixel or of a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -126,6 +126,38 @@ def token_bound(
         blocks.append(found)
     above = 1 / (2 * partition.levels.highest**2)  # there the estimate is 0, and y has unit norm
     return TokenShares(torch.stack(blocks, 1), torch.full_like(hidden, above), hidden)
+
+
+def walk_bound(
+    told: Callable[[Tensor, float, Tensor | None, float], Tensor],
+    clean: Tensor,
+    levels: Sequence[float],
+    *,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Upper bounds of -log p(token) in nats [M] when a token is drawn along K levels (`samplers.categorical.bridge`).
+
+    z_1 to z_K are ever less noisy versions of y, each z_k = z_{k+1} + more noise. A walk draws v from p(v | z_k) and z_{k+1} from
+    q(z_{k+1} | z_k, v); so its p(z_{k+1} | z_k) is a mixture, whose distance from q(z_{k+1} | z_k, y) is exact (the ELBO of a
+    chain: [VDM] section 2, here with a discrete target). In all:
+
+        -log p(y) <= E[-log p(y|z_K) + sum over k < K of (log p(y|z_k, z_{k+1}) - log p(y|z_k))] + 1 / (2 sigma_1^2)
+
+    For posteriors of one p(y|x) the sum telescopes to -log p(y|x) at any K; with K it comes to `token_bound`.
+
+    Args:
+        told: (z, sigma, z', sigma') -> log p(y | z, z') - log p(y | z) [M], where z' at the lower level sigma' is added to what is
+            known; without z' (None, 0) it is known that the token is y, and what remains is -log p(y | z).
+        clean: y [N, R, D]. levels: sigma of the K levels, falling.
+    """
+    z = add_noise(clean, torch.full((len(clean),), levels[-1]), generator=generator)
+    total = told(z, levels[-1], None, 0.0).double().cpu()
+    for level, following in zip(reversed(levels[:-1]), reversed(levels[1:]), strict=True):
+        more = torch.full((len(clean),), (level**2 - following**2) ** 0.5)
+        noisier = add_noise(z, more, generator=generator)
+        total += told(noisier, level, z, following).double().cpu()
+        z = noisier
+    return total + 1 / (2 * levels[0] ** 2)
 
 
 def _strata(low: float, length: float, count: int, parts: int, generator: torch.Generator | None) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution
 from diffusionblocks.partition import Partition, split_layers
+from diffusionblocks.saving import aligned, load_weights, save_described
 
 Batch = Mapping[str, Tensor]
 
@@ -349,33 +350,15 @@ class DiffusionBlocksModel(BlockModel):
             )
         shared = sum(p.numel() for p in self.shared.parameters())
         rows.append(("shared", ", ".join(self.shared), "", f"{shared:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([*lines, f"context: {self.config.context}; shared parts: {self.owner_of_shared_parts()}"])
+        return f"{aligned(rows)}\ncontext: {self.config.context}; shared parts: {self.owner_of_shared_parts()}"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes weights as safetensors and everything else as JSON; `diffusionblocks.load` reads them back."""
-        from safetensors.torch import save_model
-
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors"))
-        description = {"format": 1, "blocks": asdict(self.config), "source": self.source}
-        (folder / "diffusionblocks.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_described(self, folder, {"blocks": asdict(self.config), "source": self.source})
 
     def start_from(self, folder: str | Path) -> None:
         """Takes over the weights that `save_pretrained` wrote. Raises UserError when they are of another kind of model."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        path = Path(folder) / "model.safetensors"
-        try:
-            load_model(self, str(path))
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no saved DiffusionBlocks model (model.safetensors is missing)") from None
-        except (RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"the weights in {folder} are of another network or conversion: {reason}") from None
+        load_weights(self, folder)
 
     def save_block(self, index: int, path: str | Path) -> None:
         """Writes the weights of one block, as safetensors that say what they are; `load_block` reads them back."""

@@ -200,7 +200,7 @@ def test_every_parameter_has_one_owner_and_blocks_train_alone(make, preset):
         context = model.context(batch, index)
         more = {} if context is None else {"context": context}
         model.zero_grad(set_to_none=True)
-        loss, handed = task.step(model, index, {**batch, **more})
+        loss, handed, _ = task.step(model, index, {**batch, **more})
         loss.backward()
         for other in range(3):
             has = [p.grad is not None for p in model.block(other).parameters()]

@@ -71,6 +71,19 @@ def test_prediction_agrees_with_the_profiler_on_a_diffusion_transformer(choice):
     assert predicted == pytest.approx(measured(work, choice), rel=0.03)
 
 
+@pytest.mark.parametrize("method", ["end-to-end", "checkpointing", "shallow", "diffusionblocks"])
+def test_prediction_agrees_with_the_profiler_on_a_looped_network(method):
+    """Whose steps all make more iterations than gradients flow through."""
+    overrides = {"model.hidden_size": 32, "train.batch_size": 8, "train.device": "cpu", "data.length": 48}
+    settings = {"task.draw": "constant", "task.mean_iterations": 6, "task.truncation": 3}
+    work = from_recipe(load_recipe("looped-pydocs", {**overrides, **settings}.items()), "looped-pydocs")
+    choice = Choice(method=method, checkpointing=method == "checkpointing")
+    predicted = predictor(work, choice).at(8).device.total
+    if method == "shallow":
+        work = dataclasses.replace(work, task=work.task.once())
+    assert predicted == pytest.approx(measured(work, choice), rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("choice", "overrides"),
     [

@@ -14,7 +14,7 @@ LEVELS = [
     {"errors", "seeds"},
     {"noise", "partition", "precondition"},
     {"conditioning", "config", "targets", "attention", "readout"},
-    {"network", "coordinate"},
+    {"network", "coordinate", "saving"},
     {"denoisers"},
     {"adapters", "samplers", "tasks", "data", "likelihood"},
     {"training", "memory"},

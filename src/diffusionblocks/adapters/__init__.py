@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,11 @@ from diffusionblocks.adapters.networks import NetworkConfig, network_class, read
 from diffusionblocks.adapters.vit import DEIT, VIT
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers import BLOCKS
+from diffusionblocks.denoisers.looped import KIND as LOOPED
+from diffusionblocks.denoisers.looped import LoopedNetwork
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import DiffusionBlocksModel, Parts
+from diffusionblocks.saving import load_weights, read_description
 
 ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA, GPT2, GPT_NEOX)
 
@@ -76,21 +78,21 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
     return BLOCKS[parts.target](parts, config, source)
 
 
-def load(folder: str | Path) -> DiffusionBlocksModel:
-    """Reads what `DiffusionBlocksModel.save_pretrained` wrote. Nothing is unpickled."""
-    from safetensors.torch import load_model
+def load(folder: str | Path) -> Any:
+    """Reads what `save_pretrained` of a `DiffusionBlocksModel` or a `LoopedNetwork` wrote. Nothing is unpickled.
 
-    folder = Path(folder)
-    try:
-        description = json.loads((folder / "diffusionblocks.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no saved DiffusionBlocks model (diffusionblocks.json is missing)") from None
+    Raises UserError when there is nothing, or something damaged."""
+    description = read_description(folder)
     source = description["source"]
-    model = build_network(source["class"], source["config"])
     config = BlocksConfig(**description["blocks"])
-    parts = take_apart(model, config.target)
+    network = build_network(source["class"], source["config"])
+    if description.get("kind") == LOOPED:
+        looped = LoopedNetwork(take_apart(network, "recurrent"), config)
+        load_weights(looped, folder)
+        return looped.eval()
+    parts = take_apart(network, config.target)
     blocks = BLOCKS[parts.target](parts, config, source)
-    load_model(blocks, str(folder / "model.safetensors"))
+    load_weights(blocks, folder)
     return blocks.eval()
 
 

@@ -49,7 +49,7 @@ GPT2 = Adapter(
     make_readout=token_readout,
     make_layer=lambda model, layer: PositionLayer(layer, model.config),
     tied=("lm_head.weight", "transformer.wte.weight"),
-    targets=("causal", "masked"),
+    targets=("causal", "masked", "recurrent"),
     depth_key="n_layer",
 )
 
@@ -63,5 +63,5 @@ GPT_NEOX = Adapter(
     make_readout=token_readout,
     make_layer=rotary_layers("gpt_neox.rotary_emb", cache="layer_past"),
     tied=("lm_head.weight", "gpt_neox.embed_in.weight"),
-    targets=("causal", "masked"),
+    targets=("causal", "masked", "recurrent"),
 )

@@ -101,5 +101,5 @@ LLAMA = Adapter(
     make_readout=token_readout,
     make_layer=rotary_layers("model.rotary_emb"),
     tied=("lm_head.weight", "model.embed_tokens.weight"),
-    targets=("causal", "masked"),
+    targets=("causal", "masked", "recurrent"),
 )

@@ -35,4 +35,6 @@ def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, bloc
     wrapped = get_peft_model(network, LoraConfig(r=rank, lora_alpha=alpha, target_modules=maps, modules_to_save=whole))
     parts = adapter.take_apart(network, blocks.target, copied=True)
     parts.network, parts.layers_path = wrapped, f"base_model.model.{adapter.layers}"
-    return whole_network(parts, blocks)
+    model = whole_network(parts, blocks)
+    assert isinstance(model, EndToEndModel)
+    return model

@@ -9,6 +9,7 @@ from typing import Any
 
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
 from diffusionblocks.baselines.lora import lora_model
+from diffusionblocks.config import BlocksConfig
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.denoisers import whole_network
@@ -16,6 +17,7 @@ from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, merge, preset
+from diffusionblocks.tasks import RecurrentLM
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
@@ -45,6 +47,14 @@ def _blocks(recipe: Recipe) -> Recipe:
 def _one_block(recipe: Recipe) -> Recipe:
     train = dataclasses.replace(recipe.train, residency="device", order="sweep", branch_at=0.0, own_batch=0)
     return dataclasses.replace(recipe, train=train)
+
+
+def _shallow(recipe: Recipe) -> Recipe:
+    """Of a looped network: its layers once, which is what DiffusionBlocks trains."""
+    recipe = _one_block(recipe)
+    if isinstance(recipe.task, RecurrentLM):
+        return dataclasses.replace(recipe, task=recipe.task.once())
+    return recipe
 
 
 def _checkpointing(recipe: Recipe) -> Recipe:
@@ -119,7 +129,11 @@ METHODS: dict[str, Method] = {
     "checkpointing": Method(
         "end to end, activations recomputed in the backward pass", _checkpointing, _end_to_end_model
     ),
-    "shallow": Method("the first L/B layers end to end: the same memory as a block", _one_block, _shallow_model),
+    "shallow": Method(
+        "the first L/B layers end to end (looped networks: all layers, once): the same memory as a block",
+        _shallow,
+        _shallow_model,
+    ),
     "diffusionblocks": Method("B blocks trained alone, the recipe's settings", _blocks, _blocks_model),
     "diffusionblocks-paper": Method(
         "B blocks with the paper's settings (preset paper)", _with_preset("paper"), _blocks_model
@@ -137,6 +151,10 @@ METHODS: dict[str, Method] = {
 }
 
 
+# Of looped networks. Their `end-to-end` unrolls the core.
+LOOPED = ("end-to-end", "checkpointing", "shallow", "full", "diffusionblocks", "diffusionblocks-paper")
+
+
 def find_method(name: str) -> Method:
     """Raises UserError for an unknown name."""
     if name not in METHODS:
@@ -149,6 +167,8 @@ def for_method(recipe: Recipe, name: str) -> Recipe:
     method = find_method(name)
     if method.adapts and not recipe.model.pretrained:
         raise UserError(f"the method {name} adapts a pretrained network: set model.pretrained to its name or folder")
+    if isinstance(recipe.task, RecurrentLM) and name not in LOOPED:
+        raise UserError(f"the method {name} is not for looped networks; those that are: {', '.join(LOOPED)}")
     own = recipe.methods.get(name, {})
     if recipe.model.start or recipe.model.pretrained:  # such blocks do not branch, whatever is best for new ones
         kept = {key: value for key, value in own.get("train", {}).items() if key not in BRANCHING}
@@ -175,6 +195,12 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
         num_layers = pretrained_config(recipe.model.pretrained).num_layers
     if method in ("end-to-end", "checkpointing", "full", "lora"):
         return steps
+    if isinstance(recipe.task, RecurrentLM):  # both pass every layer once in a step
+        return (
+            steps
+            if budget == "samples"
+            else round(steps * unrolled_layers(recipe.task, recipe.blocks, num_layers) / num_layers)
+        )
     spans = split_layers(num_layers, **_split(recipe))
     if method == "shallow":
         return steps if budget == "samples" else round(steps * num_layers / len(spans[0]))
@@ -200,3 +226,9 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     common = branch_steps(train, num_blocks)
     loaded_per_step = (common + train.steps - common // num_blocks) / train.steps
     return max(1, round(steps / loaded_per_step))
+
+
+def unrolled_layers(task: RecurrentLM, blocks: BlocksConfig, num_layers: int) -> float:
+    """Layer evaluations per sample of training a looped network by unrolling it, on average."""
+    made, trained = task.expected()
+    return num_layers + (num_layers - blocks.prelude - blocks.coda) * (trained - 1 + (made - trained) / 3)

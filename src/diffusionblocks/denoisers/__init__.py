@@ -1,4 +1,4 @@
-"""What denoisers estimate: labels, images, masked or next tokens. The registry maps a network's target to its model."""
+"""What denoisers estimate: labels, images, masked or next tokens (in looped networks too). The registry maps a network's target to its model."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork
 from diffusionblocks.denoisers.labels import LabelBlocks
+from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork
-from diffusionblocks.network import DiffusionBlocksModel, EndToEndModel, Parts
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, Parts
 
 BLOCKS: dict[str, type[DiffusionBlocksModel]] = {
     "label": LabelBlocks,
     "image": ImageBlocks,
     "masked": MaskedBlocks,
     "causal": CausalBlocks,
+    "recurrent": LoopedBlocks,
 }
 
 
-def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = None, **options: Any) -> EndToEndModel:
-    """The network as one block, trained as networks of its kind are: a diffusion network as one denoiser of all levels.
+def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = None, **options: Any) -> BlockModel:
+    """The network as one block, trained as networks of its kind are: a diffusion network as one denoiser of all levels, a looped
+    one by unrolling it.
 
     config: supplies the distribution of noise levels, where there is one.
     """
+    if parts.target == "recurrent":
+        return LoopedNetwork(parts, config, **options)
     if parts.target == "image":
         config.check("image")
         return ImageNetwork(parts, num_layers, levels=config.distribution(), **options)

@@ -15,7 +15,7 @@ from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, p
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
-from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
 # Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
 ALLOWANCE = 0.08
@@ -34,6 +34,12 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
     """The rows of the table."""
     yield Choice(method="full" if work.pretrained else "end-to-end")
     yield Choice(method="checkpointing", checkpointing=True)
+    if isinstance(work.task, RecurrentLM):  # not split: the same layers serve all iterations
+        if not work.pretrained:
+            yield Choice(method="shallow")
+        yield Choice(method="diffusionblocks")
+        yield Choice(method="diffusionblocks", checkpointing=True)
+        return
     if work.pretrained:
         yield Choice(method="lora")
         yield Choice(method="lora", checkpointing=True)
@@ -92,6 +98,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     generated: one denoising step, which runs one block)."""
     layers, own = work.num_layers, work.num_layers / choice.num_blocks
     recomputed = 4 / 3 if choice.checkpointing else 1.0
+    if isinstance(work.task, RecurrentLM):
+        return _of_a_loop(work, work.task, choice.method, recomputed)
     if choice.method == "shallow":
         return own * recomputed, own
     if choice.method == "last-block":
@@ -112,6 +120,19 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
             return (layers + trained) * recomputed, layers + (0 if blocks.target_entry == "none" else trained)
         return (layers + trained) * recomputed, layers + heads
     return layers * recomputed, layers
+
+
+def _of_a_loop(work: Workload, task: RecurrentLM, method: str, recomputed: float) -> tuple[float, float]:
+    """Layer applications of a looped network, per token: of training, and of inference with the task's iterations. The coda and
+    readout of a denoiser run at every iteration."""
+    once = work.blocks.prelude + work.blocks.coda
+    core, iterations = work.num_layers - once, task.iterations
+    if method == "shallow":
+        return work.num_layers * recomputed, work.num_layers
+    if method == "diffusionblocks":
+        return work.num_layers * recomputed, work.blocks.prelude + (core + work.blocks.coda) * iterations
+    made, trained = task.expected()
+    return (once + core * trained) * recomputed + core * (made - trained) / 3, once + core * iterations
 
 
 def _command(work: Workload, choice: Choice) -> str | None:
@@ -217,8 +238,11 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     smaller = [dataclasses.replace(ours, accumulation=more) for more in _accumulations(batch_size, parts)]
     recomputed = [] if ours.checkpointing else [dataclasses.replace(choice, checkpointing=True) for choice in smaller]
     method = ours.method if ours.method in BLOCKWISE else "diffusionblocks"
+    looped = isinstance(recipe.task, RecurrentLM)
     counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
     split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
+    if looped:  # one pass per step in place of many
+        split = [dataclasses.replace(ours, method="diffusionblocks")] if ours.method in ("end-to-end", "full") else []
     traces: Traces = {}
     now = predictor(work, ours, traces).at(batch_size, parts)
     found: list[tuple[str, Prediction]] = []

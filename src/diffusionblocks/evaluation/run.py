@@ -29,13 +29,14 @@ from diffusionblocks.data.stream import Unread
 from diffusionblocks.data.text import TextSplits, load_text
 from diffusionblocks.data.tokenizers import HuggingFace, load_tokenizer
 from diffusionblocks.denoisers.causal import CausalBlocks
+from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
 from diffusionblocks.errors import UserError
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.recipes import TARGETS, Recipe, build, changed
 from diffusionblocks.recipes.networks import build_network, network_config
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, NextToken, RecurrentLM
 from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training.trainer import Progress, Trainer
 
@@ -94,7 +95,7 @@ def _masked(recipe: Recipe) -> bool:
 def _check_task(recipe: Recipe, data: Splits) -> None:
     """Raises UserError for what would only fail when the trained run is evaluated."""
     task = recipe.task
-    if isinstance(task, MaskedLM | CausalLM):
+    if isinstance(task, MaskedLM | NextToken):
         from diffusionblocks.evaluation import text
 
         text.check(task, data.test)
@@ -109,7 +110,7 @@ def _check_task(recipe: Recipe, data: Splits) -> None:
 
 def _start(model: BlockModel, folder: Path) -> None:
     """Weights of a trained run. Raises UserError when they do not fit."""
-    if not isinstance(model, DiffusionBlocksModel):
+    if not isinstance(model, DiffusionBlocksModel | LoopedNetwork):
         raise UserError(
             f"model.start is for blocks; a whole network starts from --model.pretrained {folder / 'model'} instead"
         )
@@ -198,7 +199,7 @@ def _measure(run: Run) -> dict[str, Metric]:
     """The task's metrics, and those of samples for tasks that generate."""
     split = _split(run.recipe, run.data)
     metrics = run.trainer.evaluate(split)
-    if isinstance(run.recipe.task, MaskedLM | CausalLM):
+    if isinstance(run.recipe.task, MaskedLM | NextToken):
         from diffusionblocks.evaluation.text import metrics as of_texts
 
         with run.trainer.averaged():
@@ -232,6 +233,10 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
     run = load_run(folder, overrides, with_data=False)
     run.trainer.use_averages()
     path = output or folder / "huggingface"
+    if isinstance(run.model, LoopedNetwork | LoopedBlocks):
+        raise UserError(
+            f"{folder} holds a looped network, which needs this package: diffusionblocks.load reads {folder / 'model'}"
+        )
     if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
     with _without_progress():
@@ -251,6 +256,8 @@ def _split(recipe: Recipe, data: Splits) -> Any:
 def _throwaway_peak(recipe: Recipe, data: Splits) -> PeakMemory:
     """Peak memory of the recipe's steps, on a model that is thrown away."""
     recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False, tensorboard=False))
+    if isinstance(recipe.task, RecurrentLM):
+        recipe = dataclasses.replace(recipe, task=recipe.task.longest())
     return measure_peak(prepare(recipe, None, data).trainer)
 
 
@@ -263,7 +270,7 @@ def _cuda_peak(recipe: Recipe, data: Splits) -> PeakMemory:
 
 def _save_model(run: Run, output_dir: Path) -> None:
     """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
-    assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel)
+    assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel | LoopedNetwork)
     run.trainer.use_averages()
     with _without_progress():
         run.model.save_pretrained(output_dir / "model")
@@ -320,6 +327,8 @@ def _sampled(run: Run) -> dict[str, Any]:
         names = ("num_samples", "temperature", "top_p", "top_k", "teacher")
         if isinstance(run.model, CausalBlocks) and not run.model.is_ordinary:
             names += ("sampler", "sampling_steps")
+    elif isinstance(task, RecurrentLM):
+        names = ("num_samples", "iterations", "early_exit", "temperature", "top_p", "top_k", "teacher")
     if not names:
         return {}
     return {"sampling": {name: getattr(task, name) for name in names}}

@@ -27,7 +27,7 @@ from diffusionblocks.evaluation.judges import (
 from diffusionblocks.evaluation.prompts import beginning, start_of
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import CausalLM, MaskedLM
+from diffusionblocks.tasks import MaskedLM, NextToken, RecurrentLM
 from diffusionblocks.tasks.base import Metric, mean_with_error, on_device
 
 AT_ONCE = 64  # texts made together, or fewer ...
@@ -36,14 +36,15 @@ CONTROLLED = 128  # windows on which the scrambled-target control is measured
 
 
 class Texts(NamedTuple):
-    """tokens [N, T]. layer_evaluations: forward passes of a layer, in all."""
+    """tokens [N, T]. layer_evaluations: forward passes of a layer, in all. iterations: of a looped network, per token."""
 
     tokens: Tensor
     layer_evaluations: int
     seconds: float
+    iterations: float | None = None
 
 
-Task = MaskedLM | CausalLM
+Task = MaskedLM | NextToken
 
 
 def generate(
@@ -68,18 +69,22 @@ def generate(
 
 
 def go_on(
-    run: Any, start: Tensor, length: int, *, seed: int = 0, task: CausalLM | None = None, watch: Any = None
+    run: Any, start: Tensor, length: int, *, seed: int = 0, task: NextToken | None = None, watch: Any = None
 ) -> Texts:
-    """Causal models: continues `start` [N, P] to [N, length]. watch: as in `CausalLM.sample`; then all texts are written
+    """Causal models: continues `start` [N, P] to [N, length]. watch: as in `NextToken.sample`; then all texts are written
     together."""
     task, model, found, began = task or run.recipe.task, run.model, list[Tensor](), time.perf_counter()
+    passes, exits = 0, list[int]()
     together = len(start) if watch is not None else AT_ONCE
     for first in range(0, len(start), together):
         part = start[first : first + together].to(run.trainer.device)
-        found.append(task.sample(model, part, length, seed=derive(seed, "samples", first), watch=watch).cpu())
-    passes = getattr(task.reader(model), "layers_per_token", sum(len(span) for span in model.layers))
-    tokens = torch.cat(found)
-    return Texts(tokens, len(start) * (tokens.shape[1] - 1) * passes, time.perf_counter() - began)
+        reader = task.reader(model)
+        made = task.sample(model, part, length, seed=derive(seed, "samples", first), watch=watch, reader=reader)
+        found.append(made.cpu())
+        passes += reader.layer_evaluations
+        exits += getattr(reader, "exits", [])
+    iterations = sum(exits) / len(exits) if exits else None
+    return Texts(torch.cat(found), passes, time.perf_counter() - began, iterations)
 
 
 def new_texts(run: Any, num: int, *, seed: int = 0) -> Texts:
@@ -103,7 +108,8 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
     `entropy` (of the tokens of a text, in nats), `distinct_2` (share of different pairs of neighbouring tokens),
     `repetition_4` (share of runs of four tokens that a text had before) and, with a teacher, `generative_perplexity` and
     `mauve`; the first three also of as many real texts (`..._real`): a perplexity alone rewards repetition. Of next-token
-    denoisers also what their losses owe to the noisy target (`CausalLM.scrambled`).
+    denoisers also what their losses owe to the noisy target (`NextToken.scrambled`), and of looped networks what other numbers of
+    iterations give.
     """
     task, tokenizer = run.recipe.task, run.data.tokenizer
     per_token = units(split, tokenizer)
@@ -113,9 +119,12 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
         "bits_per_byte": _scaled(nats, 1 / math.log(2) / per_token.bytes),
         **measured,
     }
-    if isinstance(task, CausalLM):
+    if isinstance(task, NextToken):
         found["perplexity"] = _exponential(nats)
-        found |= task.scrambled(run.model, on_device(in_order(_some(split), CONTROLLED), run.trainer.device))
+        some = list(on_device(in_order(_some(split), CONTROLLED), run.trainer.device))
+        found |= task.scrambled(run.model, some)
+        if isinstance(task, RecurrentLM) and task.curve:
+            found |= task.over_iterations(run.model, some, sorted(set(task.curve)))
     if task.num_samples:
         run.model.eval()
         made = new_texts(run, task.num_samples).tokens
@@ -209,6 +218,8 @@ def sample_texts(
         texts, written = [progress.text(text) for text in tokens.tolist()], num * (tokens.shape[1] - len(own))
         progress.finish(texts[0])
         how = {"stop": list(stop)} if stop else {}
+        if made.iterations is not None:
+            how["iterations_per_token"] = made.iterations
     return {
         "texts": texts,
         "num": num,

@@ -25,7 +25,7 @@ from diffusionblocks.network import BlockModel
 from diffusionblocks.partition import Partition, split_layers
 from diffusionblocks.recipes import SHORT_NAMES, TARGETS, Recipe, load_recipe
 from diffusionblocks.recipes.networks import network_config, sample_shape
-from diffusionblocks.tasks import CausalLM
+from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 
@@ -187,13 +187,23 @@ def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> P
         train = dataclasses.replace(train, activation_checkpointing=True)
     uneven = work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
     sizes = [len(span) for span in split_layers(work.num_layers, choice.num_blocks, uneven)]
-    return Predictor(_network(work, choice, sizes), work.task, train, traces)
+    task = work.task
+    if isinstance(task, RecurrentLM):
+        task = task.once() if choice.method == "shallow" else task.longest()
+    return Predictor(_network(work, choice, sizes), task, train, traces)
 
 
 def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
     method = "diffusionblocks" if choice.method.startswith("diffusionblocks") else choice.method
     kind = method if method in _BUILDERS else "end-to-end"
     build, count = _BUILDERS[kind], len(sizes)
+    if isinstance(
+        work.task, RecurrentLM
+    ):  # its layers differ in how often they are applied: they are traced as they are
+        own = f"{kind}, once" if method == "shallow" else kind
+        return Network(
+            kind=own, build=lambda sizes: build(work, [work.num_layers]), batch=work.batch, steps=[Step((1,))]
+        )
     if kind == "diffusionblocks":
         if work.blocks.context == "input":
             steps = [Step((size,)) for size in sizes]
@@ -220,6 +230,8 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
 
 def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
     shape: dict[str, Any] = {"num_blocks": len(sizes), "layers_per_block": list(sizes)}
+    if work.blocks.target == "recurrent":
+        shape["layers_per_block"] = []
     if work.blocks.target != "masked":
         shape["levels"] = "log-normal"  # levels have no values here, and an information partition would want some
     return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})

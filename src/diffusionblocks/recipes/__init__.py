@@ -19,7 +19,7 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from diffusionblocks.training.config import TrainingConfig
 
 
@@ -63,8 +63,8 @@ class Recipe:
     Args:
         method: a name of `baselines.METHODS`. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm` and `causal-lm`. data: `TextConfig`
-            for text.
+        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm`, `causal-lm` and `recurrent-lm`.
+            data: `TextConfig` for text.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -77,7 +77,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
-    task: Classification | ImageGeneration | MaskedLM | CausalLM = field(default_factory=Classification)
+    task: Classification | ImageGeneration | MaskedLM | CausalLM | RecurrentLM = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -91,14 +91,22 @@ TASKS: dict[str, Any] = {
     "image-generation": ImageGeneration,
     "masked-lm": MaskedLM,
     "causal-lm": CausalLM,
+    "recurrent-lm": RecurrentLM,
 }
 DATA: dict[str, Any] = {
     "classification": DataConfig,
     "image-generation": DataConfig,
     "masked-lm": TextConfig,
     "causal-lm": TextConfig,
+    "recurrent-lm": TextConfig,
 }
-TARGETS = {"classification": "label", "image-generation": "image", "masked-lm": "masked", "causal-lm": "causal"}
+TARGETS = {
+    "classification": "label",
+    "image-generation": "image",
+    "masked-lm": "masked",
+    "causal-lm": "causal",
+    "recurrent-lm": "recurrent",
+}
 
 # What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
 _PAPER: dict[str, dict[str, Any]] = {
@@ -145,6 +153,18 @@ _PAPER: dict[str, dict[str, Any]] = {
         },
         "task": {"sampler": "euler"},
         "train": {"order": "random", "branch_at": 0.0},
+    },
+    "recurrent-lm": {
+        "blocks": {
+            "readout": "linear",
+            "target_table": "trained",
+            "shared": "trained",
+            "levels": "log-normal",
+            "sigma_min": 0.002,
+            "sigma_max": 80.0,
+            "condition_width": 64,
+        },
+        "task": {"sampler": "euler"},
     },
 }
 
@@ -354,7 +374,7 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
 def _listed(key: str, value: Any) -> Any:
     """`0,2` or a single value for a key that takes a list -> the list."""
     group, _, name = key.partition(".")
-    kinds = DATA.values() if group == "data" else [_NESTED.get(group)]
+    kinds = {"data": DATA, "task": TASKS}.get(group, {group: _NESTED.get(group)}).values()
     found = [own[name] for kind in kinds if name in (own := getattr(kind, "__dataclass_fields__", {}))]
     if not found or found[0].default_factory is not list or isinstance(value, list):
         return value

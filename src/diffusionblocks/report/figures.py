@@ -14,6 +14,7 @@ import numpy as np
 
 # One hue per block, light to dark from the highest noise to the lowest.
 BLOCK_COLOURS = plt.get_cmap("viridis")
+CURVE = "nats_at_"  # metrics of looped networks, by the number of iterations
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 PART_COLOURS = ("#3b6ea5", "#e08e45", "#6aa56e", "#b0b4ba")
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
@@ -81,6 +82,30 @@ def quality(results: Sequence[dict[str, Any]], metric: str) -> str:
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"{metric} (± standard error)")
+    return _svg(figure)
+
+
+def iterations(results: Sequence[dict[str, Any]]) -> str:
+    """Nats per token over the iterations K of looped networks at inference, one line per method; empty for other networks."""
+    curves = {}
+    for result in results:
+        found = {
+            int(name.rpartition("_")[2]): value for name, value in result["metrics"].items() if name.startswith(CURVE)
+        }
+        if found:
+            curves[result["method"]] = sorted(found.items())
+    if not curves:
+        return ""
+    figure, axes = plt.subplots(figsize=(6.4, 2.8))
+    for method, points in curves.items():
+        errors = [value["stderr"] or 0 for _, value in points]
+        nats = [value["value"] for _, value in points]
+        axes.errorbar([count for count, _ in points], nats, yerr=errors, marker="o", label=method)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    axes.set_xlabel("iterations K at inference")
+    axes.set_ylabel("nats per token (± standard error)")
+    axes.legend(frameon=False)
     return _svg(figure)
 
 

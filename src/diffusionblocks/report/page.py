@@ -21,7 +21,7 @@ from diffusionblocks.evaluation.text import path, sample_texts
 from diffusionblocks.network import DiffusionBlocksModel
 from diffusionblocks.report import figures, table
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
 
 SAMPLES = 16  # test samples with their predictions
 TEXTS = 6  # generated texts
@@ -73,7 +73,7 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "heads": heads,
         "rows": rows,
         "note": note,
-        "quality": "".join(figures.quality(results, name) for name in _shown(results)),
+        "quality": "".join(figures.quality(results, name) for name in _shown(results)) + figures.iterations(results),
         "memory": figures.memory(results),
         "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has stepped.",
     }
@@ -137,7 +137,7 @@ def _samples(run: Any) -> dict[str, Any]:
 def _texts(run: Any) -> dict[str, Any]:
     """Some texts, and how one of them came out of masks: every token in the colour of the block that wrote it."""
     made, blocks = sample_texts(run, TEXTS), run.model.num_blocks
-    if isinstance(run.recipe.task, CausalLM):
+    if isinstance(run.recipe.task, NextToken):
         return {"texts": made["texts"]}
     with run.trainer.averaged():
         moments = path(run)
@@ -180,4 +180,5 @@ _SHOWN: dict[Any, Any] = {
     ImageGeneration: _images,
     MaskedLM: _texts,
     CausalLM: _texts,
+    RecurrentLM: _texts,
 }

@@ -15,6 +15,7 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     metrics = [name for name in results[0]["metrics"] if all(name in r["metrics"] for r in results)]
     # Each block's own, and what is there for reference, are in summary.json.
     metrics = [name for name in metrics if "_block_" not in name and not name.endswith(("_train", "_real"))]
+    metrics = [name for name in metrics if not name.startswith("nats_at_")]  # a figure of the report
     if "bits_per_character" in metrics:  # the same in another unit
         metrics = [name for name in metrics if name not in ("bits_per_byte", "perplexity")]
     units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}

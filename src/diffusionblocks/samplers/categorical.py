@@ -34,3 +34,16 @@ def ancestral(target: CategoricalTarget, choose: Callable[..., Tensor] | None = 
         return z
 
     return sample
+
+
+def bridge(
+    z: Tensor, clean: Tensor, level: float, following: float, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """z' at the level `following` < `level`, given z and the clean target: what lies between the two.
+
+    z [..., D] is z' with more noise, so z' ~ N(y + r (z - y), following^2 (1 - r)) with r = following^2 / level^2. Unlike fresh noise
+    on y it keeps what z knew: decisions are taken step by step.
+    """
+    ratio = (following / level) ** 2
+    mean = clean + ratio * (z - clean)
+    return add_noise(mean, z.new_full((len(z),), following * (1 - ratio) ** 0.5), generator=generator)

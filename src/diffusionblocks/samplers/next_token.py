@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.attention import View, causally
-from diffusionblocks.denoisers.causal import CausalBlock, CausalBlocks
+from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.network import DenoiserOutput
 from diffusionblocks.precondition import coefficients
 from diffusionblocks.samplers import grids
@@ -25,11 +25,23 @@ from diffusionblocks.samplers.choice import Choice, draw
 from diffusionblocks.samplers.ode import euler
 
 
+class Reader(Protocol):
+    """Reads clean tokens [N, P] and draws the next one of every text [N]. layer_evaluations: forward passes of a layer on a row,
+    so far."""
+
+    layer_evaluations: int
+
+    def read(self, tokens: Tensor) -> None: ...
+
+    def next(self, generator: torch.Generator | None = None) -> Tensor: ...
+
+
 class OrdinaryReader:
-    """network: a causal language model of transformers. layers: how many a token passes."""
+    """network: a causal language model of transformers."""
 
     def __init__(self, network: Any, choice: Choice) -> None:
         self.network, self.choice = network, choice
+        self.layer_evaluations = 0
         self._kept: Any = None
         self._logits: Tensor | None = None
 
@@ -37,6 +49,7 @@ class OrdinaryReader:
         """tokens [N, P], after those that were read before."""
         output = self.network(input_ids=tokens, past_key_values=self._kept, use_cache=True, logits_to_keep=1)
         self._kept, self._logits = output.past_key_values, output.logits[:, -1]
+        self.layer_evaluations += tokens.numel() * self.network.config.num_hidden_layers
 
     def next(self, generator: torch.Generator | None = None) -> Tensor:
         """The next token of every text [N]."""
@@ -60,18 +73,10 @@ class BlocksReader:
         grid = grids.equal_mass if linear else grids.equal_mass_tops
         self.levels = grid(model.partition.levels, steps or model.num_blocks)
         self.owners = [int(model.partition.block_of(torch.tensor(level))) for level in self.levels]
-        self._caches = [_Cache() for _ in range(model.num_blocks)]
+        self._caches = [Cache() for _ in range(model.num_blocks)]
         self._raw: list[Tensor] = []
         self._length, self._texts = 0, 0
-
-    @property
-    def layers_per_token(self) -> int:
-        """Layers that run on one row for a token: of the clean token, and of the noisy ones."""
-        blocks = [block for block in self.model.blocks if isinstance(block, CausalBlock)]
-        clean = sum(len(block.layers) + len(block.head) for block in blocks)
-        if not self.model.denoiser(0).reads_noise:
-            return clean
-        return clean + sum(len(blocks[i].reader) for i in self.owners)
+        self.layer_evaluations = 0
 
     def read(self, tokens: Tensor) -> None:
         """tokens [N, P], after those that were read before. All but the first reading are of one token each."""
@@ -91,6 +96,7 @@ class BlocksReader:
             last = denoiser.block("read", hidden, None, 0, view)
             if not denoiser.reads_noise:
                 self._raw.append(denoiser.head()(last[:, -1]))
+            self.layer_evaluations += tokens.numel() * (len(denoiser.block.layers) + len(denoiser.block.head))
         self._length += count
 
     def next(self, generator: torch.Generator | None = None) -> Tensor:
@@ -125,10 +131,11 @@ class BlocksReader:
         row = denoiser.enter(z[:, None], sigma, positions)
         with cache.only_read():
             hidden = denoiser.block("read", row, coefficients(sigma).noise, 0, View(positions, cache=cache))
+        self.layer_evaluations += len(z) * len(denoiser.block.reader)
         return denoiser.head()(hidden[:, 0])
 
 
-class _Cache:
+class Cache:
     """Keys and values of every layer [N, heads, tokens, head width], as the layers of transformers use a cache."""
 
     def __init__(self) -> None:
@@ -142,6 +149,12 @@ class _Cache:
         if not self._reading:
             self._kept[layer] = keys, values
         return keys, values
+
+    def crop(self, tokens: int) -> None:
+        """Forgets all but the first `tokens`."""
+        self._kept = {
+            layer: (keys[:, :, :tokens], values[:, :, :tokens]) for layer, (keys, values) in self._kept.items()
+        }
 
     @contextmanager
     def only_read(self) -> Iterator[None]:

@@ -3,5 +3,17 @@ from diffusionblocks.tasks.causal_lm import CausalLM
 from diffusionblocks.tasks.classification import Classification
 from diffusionblocks.tasks.image_generation import ImageGeneration
 from diffusionblocks.tasks.masked_lm import MaskedLM
+from diffusionblocks.tasks.next_token import NextToken
+from diffusionblocks.tasks.recurrent_lm import RecurrentLM
 
-__all__ = ["CausalLM", "Classification", "ImageGeneration", "MaskedLM", "Metric", "StepOutput", "Task"]
+__all__ = [
+    "CausalLM",
+    "Classification",
+    "ImageGeneration",
+    "MaskedLM",
+    "Metric",
+    "NextToken",
+    "RecurrentLM",
+    "StepOutput",
+    "Task",
+]

@@ -12,10 +12,12 @@ from diffusionblocks.network import Batch, BlockModel
 
 
 class StepOutput(NamedTuple):
-    """loss: scalar to differentiate. context: detached features for the next block, or None."""
+    """loss: scalar to differentiate. context: detached features for the next block, or None. layers: layers that a sample passed,
+    forward and backward (forward alone counts a third), where that is not the same in every step."""
 
     loss: Tensor
     context: Tensor | None
+    layers: float | None = None
 
 
 class Metric(NamedTuple):

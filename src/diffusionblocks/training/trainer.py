@@ -157,17 +157,19 @@ class Trainer:
         """
         state, parts = self.states[index], self.config.accumulation
         self.model.train()
-        total, contexts = torch.zeros((), device=self.device), []
+        total, contexts, layers = torch.zeros((), device=self.device), [], 0.0
         for micro, piece in enumerate(_pieces(batch, parts)):
             torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
             with self._readable():
                 with self.accelerator.autocast():
-                    loss, context = self.task.step(self.model, index, piece, whole_range=whole_range)
+                    loss, context, passed = self.task.step(self.model, index, piece, whole_range=whole_range)
                 self.accelerator.backward(loss / parts)
             total += loss.detach() / parts
             contexts.append(context)
+            layers += self.model.layer_evaluations(index) if passed is None else passed
         state.step()
         self.shared.step()
+        self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
     def _readable(self) -> AbstractContextManager[None]:
@@ -189,9 +191,6 @@ class Trainer:
                 losses.append(loss)
                 if context is not None:
                     batch["context"] = context
-                self.progress.layer_evaluations += (
-                    self.model.layer_evaluations(visit.block) * self._stream(visit).batch_size
-                )
         self.progress.block_steps += len(batches)
         return losses
 

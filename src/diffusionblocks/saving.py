@@ -1,0 +1,52 @@
+"""Models on disk: weights as safetensors, everything else as JSON. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from diffusionblocks.errors import UserError
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "diffusionblocks.json"
+
+
+def save_described(model: nn.Module, folder: str | Path, description: Mapping[str, Any]) -> None:
+    """Writes the weights of `model` and what they are of."""
+    from safetensors.torch import save_model
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_model(model, str(folder / WEIGHTS))
+    (folder / DESCRIPTION).write_text(json.dumps({"format": 1, **description}, indent=2) + "\n")
+
+
+def read_description(folder: str | Path) -> dict[str, Any]:
+    """What the weights in a folder are of. Raises UserError where nothing was saved."""
+    try:
+        return json.loads((Path(folder) / DESCRIPTION).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({DESCRIPTION} is missing)") from None
+
+
+def load_weights(model: nn.Module, folder: str | Path) -> None:
+    """Takes over the weights in a folder. Raises UserError when there are none, or of another kind of model."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_model
+
+    try:
+        load_model(model, str(Path(folder) / WEIGHTS))
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({WEIGHTS} is missing)") from None
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {folder} are of another network or conversion: {reason}") from None
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A table for a terminal; the first row names the columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)

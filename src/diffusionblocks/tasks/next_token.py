@@ -1,0 +1,174 @@
+"""What all language models that write token by token have in common: y = the next token, x = those before it ([DB] section 5.4).
+
+Whole networks train with the ordinary next-token cross-entropy. A block trains as a denoiser of the next token's embedding.
+Their likelihoods compare: that of blocks is the area under their error curves (likelihood.py), or, where blocks are an
+ordinary language model, its cross-entropy. The logits of a batch are never in memory together (readout.py).
+
+Shapes: N batch, T tokens, R = T - 1 rows that predict, V tokens of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from diffusionblocks.denoisers.causal import CausalBlocks, following
+from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.readout import IGNORED
+from diffusionblocks.samplers.choice import Choice
+from diffusionblocks.samplers.next_token import Reader
+from diffusionblocks.targets import add_noise
+from diffusionblocks.tasks.base import Metric, StepOutput, per_token
+
+Measure = Callable[[Batch, torch.Generator], dict[str, Tensor]]
+
+
+@dataclass(kw_only=True)
+class NextToken:
+    """What language models of all kinds have in common: objective, evaluation and sampling, one token after the other.
+
+    Batches hold `input_ids` [N, T] and optionally `labels` [N, T] (the same tokens, -100 where no loss is wanted),
+    `attention_mask` [N, T] (0 = padding at the end, without loss) or `segments` [N, T] (documents packed into one row).
+
+    Args:
+        kind: the name of this task in a recipe.
+        sampler: of blocks that draw along noise levels, `categorical` or `euler` ([DB]).
+        temperature, top_p, top_k: of the distribution that a token is drawn from (see `Choice`).
+        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
+        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none. mauve:
+            also compare them with real texts, as the teacher sees both.
+    """
+
+    kind: str = ""
+    sampler: str = "categorical"
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_samples: int = 64
+    teacher: str = ""
+    mauve: bool = False
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"sampler": ("categorical", "euler")}
+
+    def __post_init__(self) -> None:
+        check_choices("task", self, self.CHOICES)
+        self._choice()
+        if self.num_samples < 0:
+            raise UserError(f"task.num_samples must be at least 0, got {self.num_samples}")
+
+    def _choice(self) -> Choice:
+        return Choice(self.temperature, self.top_p, self.top_k)
+
+    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+        """Loss: mean cross-entropy of the rows, in nats; for blocks at levels of their own range."""
+        if not isinstance(model, CausalBlocks):
+            return self.whole_step(model, block, batch)
+        wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
+        size = tuple(wanted.shape[:1]) if denoiser.reads_noise else tuple(wanted.shape)
+        sigma = self._levels(model, None if whole_range else block, size).to(wanted.device)
+        noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma)
+        losses, context = denoiser.losses(batch, noisy, sigma)
+        return StepOutput(mean_loss(losses, batch), None if context is None else context.detach())
+
+    def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
+        """Of a network that is no denoiser."""
+        raise NotImplementedError
+
+    def _levels(self, model: CausalBlocks, block: int | None, size: tuple[int, ...]) -> Tensor:
+        """Levels of the given shape: one per text where layers see them, else one per token."""
+        count = torch.Size(size).numel()
+        partition = model.partition
+        return (partition.sample_all(count) if block is None else partition.sample(block, count)).reshape(size)
+
+    @torch.no_grad()
+    def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
+        """`nats_per_token`, with its standard error over texts, and whatever else the task measures of every row. Noise is seeded:
+        the same batches give the same numbers."""
+        return summed(self.measurer(model), batches)
+
+    def measurer(self, model: BlockModel) -> Measure:
+        """(batch, generator) -> nats of the rows [N, R or T] by name, 0 where there is nothing to predict."""
+        raise NotImplementedError
+
+    def _with_context(self, model: CausalBlocks, batch: Batch, block: int) -> Batch:
+        context = model.context(batch, block)
+        return batch if context is None else {**batch, "context": context}
+
+    @torch.no_grad()
+    def scrambled(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
+        """How much of a block's loss comes from z: `loss_block_<i>`, the cross-entropy at levels of its own range, and
+        `scrambled_block_<i>`, the same where z hides another token of the batch. Nothing for whole networks."""
+        if not isinstance(model, CausalBlocks):
+            return {}
+        sums: dict[str, list[Tensor]] = {}
+        counts = []
+        for number, batch in enumerate(batches):
+            wanted, clean = following(batch) != IGNORED, batch["input_ids"][:, 1:]
+            generator = torch.Generator().manual_seed(number)
+            order = torch.randperm(clean.numel(), generator=generator).to(clean.device)
+            counts.append(wanted.sum(1).cpu().double())
+            for block in range(model.num_blocks):
+                denoiser, partition = model.denoiser(block), model.partition
+                own = partition.range(block)
+                size = clean.shape[:1] if denoiser.reads_noise else clean.shape
+                masses = own.low_mass + (own.high_mass - own.low_mass) * torch.rand(size, generator=generator)
+                sigma = partition.levels.level(masses).to(clean.device)
+                noise = torch.randn(*clean.shape, denoiser.target.rows.shape[1], generator=generator).to(sigma)
+                noise = noise * sigma.reshape(*sigma.shape, *[1] * (noise.dim() - sigma.dim()))
+                inputs = self._with_context(model, batch, block)
+                for name, hidden in (("loss", clean), ("scrambled", clean.flatten()[order].reshape(clean.shape))):
+                    losses, _ = denoiser.losses(inputs, denoiser.target.clean(hidden) + noise, sigma)
+                    sums.setdefault(f"{name}_block_{block}", []).append(losses.double().sum(1).cpu())
+        return {name: per_token(torch.cat(parts), torch.cat(counts)) for name, parts in sums.items()}
+
+    def reader(self, model: BlockModel) -> Reader:
+        """What writes with `model`."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample(
+        self,
+        model: BlockModel,
+        tokens: Tensor,
+        length: int,
+        *,
+        seed: int = 0,
+        watch: Callable[[Tensor], bool] | None = None,
+        reader: Reader | None = None,
+    ) -> Tensor:
+        """Continues `tokens` [N, P] to [N, length].
+
+        watch: called with all tokens [N, t] after every new one; True ends the texts there. reader: a new one of `model`, for
+        callers that want to know what it did.
+        """
+        reader, generator = reader or self.reader(model), torch.Generator().manual_seed(seed)
+        reader.read(tokens)
+        while tokens.shape[1] < length:
+            new = reader.next(generator)[:, None]
+            tokens = torch.cat([tokens, new], 1)
+            if (watch is not None and watch(tokens)) or tokens.shape[1] == length:
+                break
+            reader.read(new)
+        return tokens
+
+
+def mean_loss(losses: Tensor, batch: Batch) -> Tensor:
+    """Losses of the rows [N, R or T], 0 where there is nothing to predict -> their mean."""
+    return losses.sum() / (following(batch) != IGNORED).sum().clamp(min=1)
+
+
+def summed(measure: Measure, batches: Iterable[Batch]) -> dict[str, Metric]:
+    """Nats per token of what `measure` finds in every row, by name; the noise of every batch is seeded by its number."""
+    sums: list[dict[str, Tensor]] = []
+    counts: list[Tensor] = []
+    for index, batch in enumerate(batches):
+        found = measure(batch, torch.Generator().manual_seed(index))
+        sums.append({name: losses.double().sum(1).cpu() for name, losses in found.items()})
+        counts.append((following(batch) != IGNORED).sum(1).cpu().double())
+    tokens = torch.cat(counts)
+    return {name: per_token(torch.cat([part[name] for part in sums]), tokens) for name in sums[0]}

@@ -1,0 +1,167 @@
+"""Language modelling with looped networks ([Huginn], arXiv 2502.05171; [DB] section 5.5). See next_token.py, denoisers/looped.py.
+
+The ordinary training unrolls the core: iterations are drawn at random, and gradients flow through the last of them. Blocks
+train with one pass per step. Both run K iterations at inference, and K is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusionblocks.denoisers.causal import following
+from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
+from diffusionblocks.errors import UserError
+from diffusionblocks.likelihood import walk_bound
+from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.readout import IGNORED
+from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
+from diffusionblocks.samplers.next_token import Reader
+from diffusionblocks.tasks.base import Metric, StepOutput
+from diffusionblocks.tasks.next_token import Measure, NextToken, mean_loss, summed
+
+SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
+
+
+@dataclass(kw_only=True)
+class RecurrentLM(NextToken):
+    """Looped language models. See `NextToken`.
+
+    Args:
+        iterations: K, of the core at inference: in evaluation and for every token that is written.
+        mean_iterations: of training by unrolling, on average. draw: `log-normal-poisson` ([Huginn]: Poisson numbers whose mean is
+            log-normal, and one) or `constant`.
+        truncation: gradients flow through this many of the last iterations.
+        early_exit: writing ends a token's iterations when the divergence of two successive predictions is at most this (KL,
+            nats); 0 = never.
+        curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
+    """
+
+    kind: str = "recurrent-lm"
+    iterations: int = 16
+    mean_iterations: int = 16
+    draw: str = "log-normal-poisson"
+    truncation: int = 8
+    early_exit: float = 0.0
+    curve: list[int] = field(default_factory=list)
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **NextToken.CHOICES,
+        "kind": ("recurrent-lm",),
+        "draw": ("log-normal-poisson", "constant"),
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in {
+            "iterations": [self.iterations],
+            "mean_iterations": [self.mean_iterations],
+            "truncation": [self.truncation],
+            "curve": self.curve,
+        }.items():
+            if any(value < 1 for value in values):
+                raise UserError(
+                    f"task.{name} must be at least 1: a network that never iterates says nothing; got {min(values)}"
+                )
+        if self.truncation > self.mean_iterations:
+            raise UserError(
+                f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: gradients cannot flow "
+                "through iterations that are not made"
+            )
+        if self.early_exit < 0:
+            raise UserError(f"task.early_exit must not be negative, got {self.early_exit}")
+
+    def once(self) -> RecurrentLM:
+        """The same task for a network whose core is applied a single time."""
+        return replace(self, iterations=1, mean_iterations=1, truncation=1, curve=[1] if self.curve else [])
+
+    def longest(self) -> RecurrentLM:
+        """The same task with steps that all need the most memory: as many iterations as gradients flow through."""
+        return replace(self, draw="constant", mean_iterations=self.truncation)
+
+    def drawn(self) -> int:
+        """Iterations of one training step, from the seed of torch's generator: r = 1 + Poisson(e^t) with t normal, so that the
+        mean is `mean_iterations` ([Huginn] section 3.3)."""
+        if self.draw == "constant" or self.mean_iterations == 1:
+            return self.mean_iterations
+        generator = np.random.default_rng(torch.initial_seed() % (1 << 63))
+        return int(1 + generator.poisson(self._rates(generator.standard_normal())))
+
+    def _rates(self, normal: float | np.ndarray) -> float | np.ndarray:
+        return np.exp(math.log(self.mean_iterations - 1) - SPREAD**2 / 2 + SPREAD * normal)
+
+    def expected(self) -> tuple[float, float]:
+        """Iterations of a training step, and those that gradients flow through, on average."""
+        if self.draw == "constant" or self.mean_iterations == 1:
+            return self.mean_iterations, min(self.mean_iterations, self.truncation)
+        generator = np.random.default_rng(0)
+        found = 1 + generator.poisson(self._rates(generator.standard_normal(1 << 17)))
+        return float(self.mean_iterations), float(np.minimum(found, self.truncation).mean())
+
+    def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
+        """Loss after a random number of iterations."""
+        looped, iterations = _unrolled(model), self.drawn()
+        (hidden,) = looped.hidden(batch, [iterations], trained=self.truncation)
+        passed = looped.loop.passed(iterations, trained=min(iterations, self.truncation))
+        return StepOutput(mean_loss(looped.readout(hidden, following(batch)), batch), None, passed)
+
+    def measurer(self, model: BlockModel) -> Measure:
+        """With `iterations` of the core: the cross-entropy, or, of a denoiser, the bound of walks along so many levels."""
+        return lambda batch, generator: {
+            "nats_per_token": next(iter(self._after(model, batch, [self.iterations], generator)))
+        }
+
+    @torch.no_grad()
+    def over_iterations(
+        self, model: BlockModel, batches: Iterable[Batch], iterations: Sequence[int]
+    ) -> dict[str, Metric]:
+        """`nats_at_<K>`: nats per token with K iterations at inference."""
+
+        def measure(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+            found = self._after(model, batch, iterations, generator)
+            return {f"nats_at_{count}": losses for count, losses in zip(iterations, found, strict=True)}
+
+        return summed(measure, batches)
+
+    def _after(
+        self, model: BlockModel, batch: Batch, iterations: Sequence[int], generator: torch.Generator
+    ) -> Iterator[Tensor]:
+        """Nats of the rows [N, R] with each of these numbers of iterations."""
+        if isinstance(model, LoopedBlocks):
+            yield from (self._walk(model, batch, count, generator) for count in iterations)
+            return
+        looped = _unrolled(model)
+        for hidden in looped.hidden(batch, iterations, generator=generator):
+            yield looped.readout(hidden, following(batch))
+
+    def _walk(self, model: LoopedBlocks, batch: Batch, iterations: int, generator: torch.Generator) -> Tensor:
+        """Bounds of the rows [N, R] of walks along so many levels, 0 where there is nothing to predict."""
+        denoiser, labels = model.denoiser(0), following(batch)
+        wanted, clean = labels != IGNORED, denoiser.target.clean(batch["input_ids"][:, 1:])
+
+        def told(z: Tensor, level: float, lower: Tensor | None, its_level: float) -> Tensor:
+            sigma = torch.full((len(z),), level, device=z.device)
+            hidden, _ = denoiser.rows(batch, z, sigma)
+            each = torch.ones_like(labels[wanted], dtype=torch.float)
+            more = None if lower is None else (lower[wanted], each * its_level)
+            return denoiser.told(hidden[wanted], labels[wanted], (z[wanted], each * level), more)
+
+        found = walk_bound(told, clean, grid(model, iterations), generator=generator)
+        return torch.zeros(wanted.shape, dtype=torch.float64).masked_scatter(wanted.cpu(), found)
+
+    def reader(self, model: BlockModel) -> Reader:
+        if isinstance(model, LoopedBlocks):
+            return LevelsReader(model, self._choice(), self.iterations, self.early_exit, self.sampler)
+        return UnrolledReader(_unrolled(model), self._choice(), self.iterations, self.early_exit)
+
+
+def _unrolled(model: BlockModel) -> LoopedNetwork:
+    if not isinstance(model, LoopedNetwork):
+        raise UserError(f"the task recurrent-lm trains looped networks; got {type(model).__name__}")
+    return model
