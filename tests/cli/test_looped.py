@@ -45,6 +45,9 @@ def test_a_comparison_counts_layer_applications(compared):
         assert {"nats_per_token", "nats_at_1", "nats_at_3", "perplexity"} <= set(results[method]["metrics"])
     assert "nats_at_3" not in results["shallow"]["metrics"]
     assert "iterations K at inference" in (compared / "report.html").read_text()
+    assert results["shallow"]["layers_per_token"] == {"training": 4, "inference": 4}
+    assert results["diffusionblocks"]["layers_per_token"] == {"training": 4, "inference": 1 + 3 * 5}
+    assert results["end-to-end"]["layers_per_token"]["inference"] == 2 + 2 * 3
     peak = {method: row["peak_memory"]["total"] for method, row in results.items()}
     assert peak["shallow"] < peak["end-to-end"]
 
@@ -54,6 +57,7 @@ def test_texts_and_iterations_at_inference(compared, method, capsys):
     run = str(compared / method / "seed-0")
     few, many = (run_json(capsys, "sample", run, "--num", "2", "--iterations", k) for k in ("1", "4"))
     assert few["iterations_per_token"] == 1 and many["iterations_per_token"] == 4
+    assert few["layer_evaluations_per_text"] == 16 * 4  # a window: with a single iteration every layer runs once
     assert few["layer_evaluations_per_text"] < many["layer_evaluations_per_text"]
     early = run_json(capsys, "sample", run, "--num", "2", "--iterations", "8", "--early-exit", "10")
     assert early["iterations_per_token"] == 2  # the first two predictions are close enough
@@ -64,7 +68,7 @@ def test_texts_and_iterations_at_inference(compared, method, capsys):
 
 def test_a_run_says_what_it_holds_and_loads(compared, capsys):
     run = load_run(compared / "diffusionblocks" / "seed-0")
-    assert "K iterations apply 2 + 2 K layers" in run.model.summary()
+    assert "4 + 6 (K - 1) with K iterations" in run.model.summary()
     whole = dblocks.load(compared / "end-to-end" / "seed-0" / "model")
     assert isinstance(whole, dblocks.LoopedNetwork)
     for words in (["export", compared / "end-to-end" / "seed-0"], ["export", compared / "diffusionblocks" / "seed-0"]):
@@ -81,7 +85,7 @@ def test_a_plan_counts_layer_applications(capsys):
     assert rows["diffusionblocks"]["layer_evaluations_per_sample"] == 4
     assert rows["end-to-end"]["layer_evaluations_per_sample"] == pytest.approx(2 + 2 * (4 + 12 / 3), rel=0.01)
     assert rows["end-to-end"]["inference_layers"] == 2 + 2 * 16
-    assert rows["diffusionblocks"]["inference_layers"] == 1 + 3 * 16
+    assert rows["diffusionblocks"]["inference_layers"] == 1 + 3 * (2 * 16 - 1)
     sizes = [rows[method]["predicted"]["total"] for method in ("shallow", "diffusionblocks", "end-to-end")]
     assert sizes == sorted(sizes)
 

@@ -133,7 +133,8 @@ def test_every_parameter_has_one_owner_and_levels_reach_core_and_coda_alone():
     assert len(model.owners()) == len(list(model.parameters()))
     modulated = {name.split("layers.")[1][0] for name, _ in model.named_parameters() if "modulation" in name}
     assert modulated == set("12345")
-    assert "K times" in model.summary() and "K times" in unrolled().summary()
+    assert "6 + 10 (K - 1) with K iterations" in model.summary()
+    assert "2 + 4 K with K iterations" in unrolled().summary()
 
 
 # ---------------------------------------------------------------- unrolling
@@ -421,8 +422,12 @@ def test_walking_levels_with_kept_keys_is_walking_without(make, monkeypatch, sam
     reader = Watched(model, Choice(), 3, 0.0, sampler)
     write(reader, tokens_like(2, 4)["input_ids"], 8)
     assert [number for number, *_ in walked] == [0, 1, 2] * 4
+    assert reader.layer_evaluations == 2 * 8 + 2 * (len(model.layers[0]) - 1) * (7 + 2 * (7 + 3))
     for number, z, raw, tokens in walked:
         clean = reader.denoiser.target.clean(tokens[:, 1:])
+        if number == 0:  # where all is noise, the row of the walk is kept
+            tops = [z for number, z, _, earlier in walked if number == 0 and earlier.shape[1] < tokens.shape[1]]
+            clean = torch.cat([clean[:, :3], *(z[:, None] for z in tops)], 1)
         batch = {"input_ids": torch.cat([tokens, tokens[:, :1]], 1)}
         sigma = torch.full((2,), reader.levels[number])
         hidden, _ = reader.denoiser.rows(batch, torch.cat([clean, z[:, None]], 1), sigma)

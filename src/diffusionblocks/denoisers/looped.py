@@ -93,16 +93,18 @@ class LoopedBlock(Block):
         once = len(self.spans["prelude"]) + len(self.spans["coda"])
         return once + len(self.spans["core"]) * (trained + (iterations - trained) / 3)
 
-    def table(self) -> list[tuple[str, str, str, str]]:
-        """Part, its layers, how often they are applied, parameters."""
-        rows = []
+    def table(self, repeated: Sequence[str], more: Sequence[tuple[str, str, str, str]] = ()) -> str:
+        """Part, its layers, how often an inference applies them, parameters. repeated: parts that every iteration applies. more:
+        rows to add."""
+        rows = [("part", "layers", "applied", "parameters")]
         for name, span in self.spans.items():
             if not span:
                 continue
             count = sum(p.numel() for p in self.part(name).parameters())
             count += sum(p.numel() for p in self.injection.parameters()) if name == "core" else 0
-            rows.append((name, f"{span[0]}-{span[-1]}", "K times" if name == "core" else "once", f"{count:,}"))
-        return rows
+            often = "K times" if name in repeated else "once"
+            rows.append((name, f"{span[0]}-{span[-1]}", often, f"{count:,}"))
+        return aligned([*rows, *more])
 
 
 class LoopedNetwork(BlockModel):
@@ -169,9 +171,15 @@ class LoopedNetwork(BlockModel):
         """Of one iteration; a step says itself how many it made (`StepOutput.layers`)."""
         return self.loop.passed(1)
 
+    def inference_layers(self, iterations: int) -> int:
+        """Layer applications per token that is written."""
+        return round(self.loop.passed(iterations))
+
     def summary(self) -> str:
-        """A table: part, layers, how often they are applied, parameters."""
-        return _table(self.loop.table(), "trained by unrolling; " + _applications(self.loop))
+        """A table: part, layers, how often they are applied, parameters; and layer applications per token."""
+        once, core = round(self.loop.passed(0)), len(self.loop.spans["core"])
+        training = "as many in training as iterations are drawn, those without gradients a third"
+        return f"{self.loop.table(['core'])}\nlayers per token: {once} + {core} K with K iterations at inference; {training}"
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes weights as safetensors and everything else as JSON; `diffusionblocks.load` reads them back."""
@@ -258,13 +266,20 @@ class LoopedBlocks(CausalBlocks):
         assert isinstance(block, LoopedBlock)
         return block
 
+    def inference_layers(self, iterations: int) -> int:
+        """Layer applications per token that is written: below the highest level a row runs on its walk and with its token."""
+        spans = self.loop.spans
+        return len(spans["prelude"]) + (len(spans["core"]) + len(spans["coda"])) * (2 * iterations - 1)
+
     def summary(self) -> str:
-        """A table: part, layers, how often they are applied, parameters."""
+        """A table: part, layers, how often they are applied, parameters; and layer applications per token."""
         levels = self.partition.levels
         facts = f"noise range {levels.highest:.4g} to {levels.lowest:.4g} ({levels.unit}), shared by K iterations"
         shared = sum(p.numel() for p in self.shared.parameters())
-        rows = [*self.loop.table(), *([("shared", ", ".join(self.shared), "", f"{shared:,}")] if shared else [])]
-        return _table(rows, f"one pass per training step; {_applications(self.loop)}\n{facts}")
+        more = [("shared", ", ".join(self.shared), "", f"{shared:,}")] if shared else []
+        layers, each = len(self.loop.layers), (self.inference_layers(2) - self.inference_layers(1))
+        per_token = f"layers per token: {layers} in training; {layers} + {each} (K - 1) with K iterations at inference"
+        return f"{self.loop.table(['core', 'coda'], more)}\n{facts}\n{per_token}"
 
     def start_from(self, folder: str | Path) -> None:
         if kind_of(folder) == KIND:
@@ -277,12 +292,3 @@ class LoopedBlocks(CausalBlocks):
 def kind_of(folder: str | Path) -> str:
     """What a folder says that it holds; empty for denoisers. Raises UserError where nothing was saved."""
     return read_description(folder).get("kind", "")
-
-
-def _applications(loop: LoopedBlock) -> str:
-    once, core = loop.passed(0), len(loop.spans["core"])
-    return f"K iterations apply {once:.0f} + {core} K layers to a token"
-
-
-def _table(rows: list[tuple[str, str, str, str]], last: str) -> str:
-    return aligned([("part", "layers", "applied", "parameters"), *rows]) + "\n" + last

@@ -148,12 +148,21 @@ def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "num_blocks": first["num_blocks"],
         "metrics": metrics,
         "layer_evaluations": statistics.fmean(run["layer_evaluations"] for run in runs),
+        **_layers_per_token(runs),
         "samples_seen": statistics.fmean(run["samples_seen"] for run in runs),
         "wall_seconds": statistics.fmean(run["wall_seconds"] for run in runs),
         "peak_memory": max((run["peak_memory"] for run in runs), key=lambda peak: peak["total"]),
         "versions": first["versions"],
         "git_commit": first["git_commit"],
     }
+
+
+def _layers_per_token(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of looped networks."""
+    if not all("layers_per_token" in run for run in runs):
+        return {}
+    each = [run["layers_per_token"] for run in runs]
+    return {"layers_per_token": {name: statistics.fmean(one[name] for one in each) for name in each[0]}}
 
 
 def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:

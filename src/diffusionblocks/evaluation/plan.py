@@ -123,14 +123,14 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
 
 
 def _of_a_loop(work: Workload, task: RecurrentLM, method: str, recomputed: float) -> tuple[float, float]:
-    """Layer applications of a looped network, per token: of training, and of inference with the task's iterations. The coda and
-    readout of a denoiser run at every iteration."""
+    """Layer applications of a looped network, per token: of training, and of writing with the task's iterations (as
+    `inference_layers` of the models counts)."""
     once = work.blocks.prelude + work.blocks.coda
     core, iterations = work.num_layers - once, task.iterations
     if method == "shallow":
         return work.num_layers * recomputed, work.num_layers
     if method == "diffusionblocks":
-        return work.num_layers * recomputed, work.blocks.prelude + (core + work.blocks.coda) * iterations
+        return work.num_layers * recomputed, work.blocks.prelude + (core + work.blocks.coda) * (2 * iterations - 1)
     made, trained = task.expected()
     return (once + core * trained) * recomputed + core * (made - trained) / 3, once + core * iterations
 

@@ -306,6 +306,7 @@ def _summary(
         **({"classes": run.data.classes} if isinstance(run.data, ImageSplits) else {}),
         "layer_evaluations": progress.layer_evaluations,
         "samples_seen": progress.samples_seen,
+        **_layers_per_token(run, progress),
         "block_steps": progress.block_steps,
         "wall_seconds": round(progress.wall_seconds, 3),
         "peak_memory": memory.as_dict(),
@@ -313,6 +314,15 @@ def _summary(
         "git_commit": git_commit(),
         "warnings": messages,
     }
+
+
+def _layers_per_token(run: Run, progress: Progress) -> dict[str, Any]:
+    """Of looped networks: layer applications, which are not the number of layers."""
+    task = run.recipe.task
+    if not isinstance(run.model, LoopedNetwork | LoopedBlocks) or not isinstance(task, RecurrentLM):
+        return {}
+    trained = progress.layer_evaluations / max(1, progress.samples_seen)
+    return {"layers_per_token": {"training": trained, "inference": run.model.inference_layers(task.iterations)}}
 
 
 def _sampled(run: Run) -> dict[str, Any]:

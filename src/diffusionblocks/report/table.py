@@ -21,11 +21,14 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}
     heads = [f"{name} ({units[name]})" if units.get(name) else name for name in metrics]
     heads = ["method", "blocks", *heads]
+    looped = all("layers_per_token" in result for result in results)
+    heads += ["layers per token, training", "inference"] if looped else []
     heads += ["layer evaluations", "samples", "seconds", "peak memory"]
     rows = []
     for result in results:
         cells = [result["method"], str(result["num_blocks"])]
         cells += [_with_error(result["metrics"][name]) for name in metrics]
+        cells += [f"{number:.4g}" for number in result["layers_per_token"].values()] if looped else []
         cells += [_count(result["layer_evaluations"]), _count(result["samples_seen"]), f"{result['wall_seconds']:.0f}"]
         total = result["peak_memory"]["total"]
         ratio = f" ({total / reference['peak_memory']['total']:.2f}x)" if reference and len(results) > 1 else ""

@@ -135,8 +135,9 @@ class UnrolledReader(_LoopReader):
 class LevelsReader(_LoopReader):
     """A looped network that was trained as a denoiser: a token walks K noise levels, one iteration each.
 
-    Rows before the last hold noisy versions of the tokens that were written, as in training. With a Bayes readout temperature,
-    top-k and top-p shape p(v | x, state), and the evidence in z stays as it is.
+    Rows before the last hold noisy versions of the tokens that were written, as in training: below the highest level, where all
+    is noise, a row runs once on its walk and once more when its token is known. With a Bayes readout temperature, top-k and
+    top-p shape p(v | x, state), and the evidence in z stays as it is.
 
     Args:
         sampler: `categorical` (draws v, and goes on with `samplers.categorical.bridge`) or `euler` ([DB]: along the estimate).
@@ -199,8 +200,8 @@ class LevelsReader(_LoopReader):
             "core", self._kept[number], first, state.to(self._injected), self._injected[:, first:], condition
         )
         hidden = self._run("coda", self._kept[number], first, state, condition)
-        self._kept[number].crop(self.length - 1)  # the last row's token is not known yet
-        self._seen[number] = self.length - 1
+        self._seen[number] = self.length - (number > 0)
+        self._kept[number].crop(self._seen[number])  # the last row's token is not known yet
         return self.denoiser.head()(hidden[:, -1])
 
 
