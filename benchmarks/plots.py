@@ -159,7 +159,62 @@ def text_table() -> None:
     )
 
 
+def looped() -> None:
+    """Quality over compute, over iterations at inference, and memory over truncation; and the table."""
+    found = load("looped-quality")["layer-evaluations"]
+    print(
+        "\n| looped-pydocs | nats per byte | K = 1 | 4 | 16 | 32 | layers, training | inference | peak memory |\n"
+        + "|---" * 9
+        + "|"
+    )
+    whole = found["results"][0]["peak_memory"]["total"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11.5, 2.9), layout="constrained")
+    for result in found["results"]:
+        method, metrics = result["method"], result["metrics"]
+        own = [run for name, run in found["runs"].items() if name.split()[0] == method]
+        for number, run in enumerate(own):
+            last = run["validation"][-1][0]
+            spent = [run["layer_evaluations"] * point[0] / last / 1e3 for point in run["validation"]]
+            label = None if number else method
+            left.plot(spent, [point[1] for point in run["validation"]], color=COLOURS[method], label=label)
+        curve = {int(name[8:]): metric for name, metric in metrics.items() if name.startswith("nats_at_")}
+        points = sorted(curve.items())
+        errors = [metric["stderr"] for _, metric in points]
+        middle.errorbar(
+            [k for k, _ in points],
+            [m["value"] for _, m in points],
+            yerr=errors,
+            marker="o",
+            ms=3,
+            color=COLOURS[method],
+        )
+        at = [_error(curve[k], 3) if k in curve else "" for k in (1, 4, 16, 32)]
+        layers = [f"{value:.1f}" for value in result["layers_per_token"].values()]
+        memory = f"{result['peak_memory']['total'] / whole:.2f}x"
+        print("| " + " | ".join([method, _error(metrics["nats_per_token"], 3), *at, *layers, memory]) + " |")
+    left.set(xlabel="layer evaluations, thousands of samples", ylabel="nats per byte (validation)")
+    left.legend(frameon=False)
+    middle.set(xlabel="iterations K at inference", ylabel="nats per byte (test, part)", xscale="log")
+    middle.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+    middle.xaxis.set_minor_formatter(lambda value, place: "")
+    rows = [row for row in load("memory")["rows"] if row["family"] == "looped" and "truncation" in row]
+    for method in ("end-to-end", "checkpointing", "diffusionblocks"):
+        own = sorted(
+            (row["truncation"], row["measured"], row["predicted"]["total"]) for row in rows if row["method"] == method
+        )
+        depth = [point[0] for point in own]
+        right.plot(depth, [point[1] / 2**20 for point in own], color=COLOURS[method], label=method)
+        right.plot(depth, [point[2] / 2**20 for point in own], "x", ms=4, color=COLOURS[method])
+    right.set(xlabel="truncation depth", ylabel="peak training memory (MiB)", ylim=(0, None))
+    right.set_title("lines measured, crosses predicted", fontsize=8)
+    right.legend(frameon=False)
+    figure.savefig(TARGET.parent / "looped.png", dpi=130)
+
+
 def main() -> None:
+    if (RESULTS / "looped-quality.json").is_file():
+        plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+        looped()
     if (RESULTS / "generation-quality.json").is_file():
         plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
         generation_table()
