@@ -2,6 +2,7 @@
 
     python benchmarks/looped.py quality --jobs 2     every method, three seeds
     python benchmarks/looped.py speed                training steps, alternating, one thread
+    python benchmarks/looped.py writing              early exit and its cost, with the first trained runs of `quality`
 
 Each part writes benchmarks/results/looped-PART.json. Finished runs below --output-dir are reused.
 """
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.evaluation.run import prepare
+from diffusionblocks.evaluation.judges import distinct_2, entropy
+from diffusionblocks.evaluation.run import load_run, prepare
+from diffusionblocks.evaluation.text import sample_texts
 from diffusionblocks.recipes import load_recipe
 from environment import describe
 from timing import alternating, ratio
@@ -28,6 +31,7 @@ COMPARISONS = {  # methods, and what else
     "layer-evaluations": (["end-to-end", "shallow", "diffusionblocks", "diffusionblocks-paper"], []),
     "samples": (["diffusionblocks", "shallow"], ["--budget", "samples"]),
 }
+WRITTEN = 16  # texts, of a window's length
 STEPS = 32  # training steps of each kind; unrolling draws another number of iterations for each
 
 
@@ -90,7 +94,27 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-PARTS = {"quality": quality, "speed": speed}
+def writing(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Iterations and layer applications of a token, and tokens per second, for some K and tolerances of early exit."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for method in ("end-to-end", "diffusionblocks"):
+        run = load_run(
+            Path(arguments.output_dir) / "layer-evaluations" / method / f"seed-{arguments.seed}", with_data=False
+        )
+        for iterations, early_exit in ((1, 0.0), (4, 0.0), (16, 0.0), (16, 0.001), (16, 0.01), (16, 0.1)):
+            made = sample_texts(run, WRITTEN, iterations=iterations, early_exit=early_exit)
+            names = ("iterations_per_token", "layer_evaluations_per_text", "tokens_per_second")
+            texts = [list(text.encode("utf-8", "replace")) for text in made["texts"]]
+            found[f"{method}, K = {iterations}, early exit {early_exit}"] = {
+                **{name: made[name] for name in names},
+                "entropy": statistics.fmean(entropy(text) for text in texts),
+                "distinct_2": statistics.fmean(distinct_2(text) for text in texts),
+            }
+    return found
+
+
+PARTS = {"quality": quality, "speed": speed, "writing": writing}
 
 
 def main() -> None:

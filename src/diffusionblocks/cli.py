@@ -135,11 +135,12 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
         return _sample_texts(arguments, run)
     if isinstance(run.recipe.task, CausalLM):
         walks = isinstance(run.model, CausalBlocks) and not run.model.is_ordinary
-        more = ("steps", "sampler") if walks else ()
-        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
+        of_walks = ("steps", "sampler") if walks else ()
+        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *of_walks))
         return _sample_texts(arguments, run)
     if isinstance(run.recipe.task, RecurrentLM):
-        more = ("iterations", "early_exit", *(("sampler",) if isinstance(run.model, CausalBlocks) else ()))
+        more: tuple[str, ...] = () if run.recipe.method == "shallow" else ("iterations", "early_exit")
+        more += ("sampler",) if isinstance(run.model, CausalBlocks) else ()
         _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
         return _sample_texts(arguments, run)
     _only(arguments, "classes", ())
@@ -256,6 +257,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.workload import for_model, from_recipe
     from diffusionblocks.recipes import load_recipe
     from diffusionblocks.report import table
+    from diffusionblocks.tasks import RecurrentLM
 
     memory = parse_memory(arguments.memory) if arguments.memory else _card()
     if bool(arguments.recipe) == bool(arguments.model):
@@ -269,7 +271,8 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
         recipe = load_recipe(arguments.recipe, overrides)
         recipe.train.check()
         work, train = from_recipe(recipe, arguments.recipe, overrides), recipe.train
-    counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default_counts(work.num_layers)
+    default = [1] if isinstance(work.task, RecurrentLM) else default_counts(work.num_layers)
+    counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default
     found = plan(work, counts, memory, train.batch_size)
     if not arguments.json:
         table.show_plan(found)
@@ -407,7 +410,7 @@ def _build_parser(settings: str) -> _Parser:
     sampling.add_argument(
         "--early-exit",
         type=float,
-        help="looped networks: stop iterating when a prediction changes by less than this (KL, nats)",
+        help="looped networks: stop iterating when a prediction changes by at most this (KL, nats)",
     )
     sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
     sampling.add_argument("--prompt", help="text: what to go on from; {5} in it is a blank of 5 tokens to fill in")

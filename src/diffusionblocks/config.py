@@ -142,6 +142,10 @@ class BlocksConfig:
             raise UserError(
                 f"a looped network is not split: its layers are shared by all noise levels; set blocks.num_blocks to 1, got {self.num_blocks}"
             )
+        if self.layers_per_block:
+            raise UserError(
+                "blocks.layers_per_block is for networks that are split; a looped one has blocks.prelude and blocks.coda"
+            )
         if self.prelude < 0 or self.coda < 0:
             raise UserError(f"blocks.prelude and blocks.coda must not be negative, got {self.prelude} and {self.coda}")
         if self.target_entry != "none" or self.context != "input":

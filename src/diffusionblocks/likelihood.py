@@ -108,7 +108,7 @@ def token_bound(
     last = partition.range(partition.num_blocks - 1)
     lowest = min(max(lowest, last.low), last.high)
     _, losses = measure(partition.num_blocks - 1, torch.full(count, lowest))
-    hidden = losses.double().cpu().flatten()
+    hidden = losses.cpu().double().flatten()
     blocks = []
     for block in range(partition.num_blocks):
         span, found = partition.range(block), torch.zeros_like(hidden)
@@ -122,7 +122,7 @@ def token_bound(
             if high > low:
                 eta = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
                 errors, _ = measure(block, (2 * eta).rsqrt().clamp(end, span.high).float())
-                found += (high - low) * errors.double().cpu().flatten()
+                found += (high - low) * errors.cpu().double().flatten()
         blocks.append(found)
     above = 1 / (2 * partition.levels.highest**2)  # there the estimate is 0, and y has unit norm
     return TokenShares(torch.stack(blocks, 1), torch.full_like(hidden, above), hidden)
@@ -151,11 +151,11 @@ def walk_bound(
         clean: y [N, R, D]. levels: sigma of the K levels, falling.
     """
     z = add_noise(clean, torch.full((len(clean),), levels[-1]), generator=generator)
-    total = told(z, levels[-1], None, 0.0).double().cpu()
+    total = told(z, levels[-1], None, 0.0).cpu().double()
     for level, following in zip(reversed(levels[:-1]), reversed(levels[1:]), strict=True):
         more = torch.full((len(clean),), (level**2 - following**2) ** 0.5)
         noisier = add_noise(z, more, generator=generator)
-        total += told(noisier, level, z, following).double().cpu()
+        total += told(noisier, level, z, following).cpu().double()
         z = noisier
     return total + 1 / (2 * levels[0] ** 2)
 

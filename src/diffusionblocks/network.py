@@ -11,7 +11,7 @@ Shapes: N batch, T positions, D width, V classes, B blocks.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ class Block(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False
 
-    def run(self, layers: nn.ModuleList, hidden: Tensor, *conditions: Any) -> Tensor:
+    def run(self, layers: Iterable[Callable[..., Tensor]], hidden: Tensor, *conditions: Any) -> Tensor:
         """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked.
 
         conditions: what layers see beside it; those that are None are not passed on.
@@ -401,10 +401,18 @@ class DiffusionBlocksModel(BlockModel):
             raise UserError(f"cannot read the block {path}: {error}") from None
         if not facts.get("format", "").startswith("diffusionblocks block"):
             raise UserError(f"{path} is no exported block; dblocks export writes one")
-        if json.loads(facts["blocks"]) != asdict(self.config) or json.loads(facts["source"]) != self._identity():
+        if (
+            _known(json.loads(facts["blocks"])) != asdict(self.config)
+            or json.loads(facts["source"]) != self._identity()
+        ):
             raise UserError(f"{path} is a block of another network, or of one that was split in another way")
         index = int(facts["block"])
         missing = self.block(index).load_state_dict(tensors, strict=False).missing_keys
         own = self.block(index).state_dict()
         assert {own[name].data_ptr() for name in missing} <= {own[name].data_ptr() for name in tensors}
         return index
+
+
+def _known(blocks: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a saved conversion, with defaults for those that did not exist yet."""
+    return {**asdict(BlocksConfig()), **blocks}

@@ -25,11 +25,16 @@ def save_described(model: nn.Module, folder: str | Path, description: Mapping[st
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:
-    """What the weights in a folder are of. Raises UserError where nothing was saved."""
+    """What the weights in a folder are of. Raises UserError where nothing was saved, or it is damaged."""
     try:
-        return json.loads((Path(folder) / DESCRIPTION).read_text())
+        found = json.loads((Path(folder) / DESCRIPTION).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder} holds no saved DiffusionBlocks model ({DESCRIPTION} is missing)") from None
+    except ValueError:
+        raise UserError(f"{Path(folder) / DESCRIPTION} is damaged: it is not valid JSON") from None
+    if not isinstance(found, dict) or not {"source", "blocks"} <= found.keys():
+        raise UserError(f"{Path(folder) / DESCRIPTION} is damaged: it does not say what the weights are of")
+    return found
 
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:

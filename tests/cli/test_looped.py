@@ -5,8 +5,11 @@ import json
 import pytest
 
 import diffusionblocks as dblocks
+from diffusionblocks.baselines.methods import unrolled_layers
 from diffusionblocks.cli import main
+from diffusionblocks.evaluation.plan import ALLOWANCE, cheaper, explain
 from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.recipes import load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM
 
@@ -39,7 +42,9 @@ def compared(settings, tmp_path_factory):
 def test_a_comparison_counts_layer_applications(compared):
     results = {row["method"]: row for row in json.loads((compared / "compare.json").read_text())["results"]}
     spent = {method: row["layer_evaluations"] for method, row in results.items()}
-    assert spent["shallow"] == spent["diffusionblocks"]
+    task = dblocks.RecurrentLM(mean_iterations=4, truncation=2)
+    whole = unrolled_layers(task, dblocks.BlocksConfig(prelude=1, coda=1), 4)  # of three steps, on average
+    assert spent["shallow"] == spent["diffusionblocks"] == round(3 * whole / 4) * 4 * 8
     # One and three iterations are measured besides the one of the recipe; a network that runs once has one.
     for method in ("end-to-end", "diffusionblocks"):
         assert {"nats_per_token", "nats_at_1", "nats_at_3", "perplexity"} <= set(results[method]["metrics"])
@@ -64,30 +69,24 @@ def test_texts_and_iterations_at_inference(compared, method, capsys):
     assert len(early["texts"]) == 2
     again = run_json(capsys, "evaluate", run, "--task.iterations", "1", "--task.num-samples", "0")
     assert again["sampling"]["iterations"] == 1
+    assert again["layers_per_token"]["inference"] == 4
 
 
-def test_a_run_says_what_it_holds_and_loads(compared, capsys):
-    run = load_run(compared / "diffusionblocks" / "seed-0")
-    assert "4 + 6 (K - 1) with K iterations" in run.model.summary()
-    whole = dblocks.load(compared / "end-to-end" / "seed-0" / "model")
-    assert isinstance(whole, dblocks.LoopedNetwork)
-    for words in (["export", compared / "end-to-end" / "seed-0"], ["export", compared / "diffusionblocks" / "seed-0"]):
-        assert main([str(word) for word in words]) == 2
-        assert "needs this package" in capsys.readouterr().err
+def test_what_runs_once_runs_once(compared, capsys):
+    run = str(compared / "shallow" / "seed-0")
+    for words in (["sample", run, "--iterations", "4"], ["evaluate", run, "--task.iterations", "4"]):
+        assert main(words) == 2
+        assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_a_plan_counts_layer_applications(capsys):
-    found = run_json(capsys, "plan", "looped-pydocs", "--data.length", "64", "--task.truncation", "4")
-    rows = {row["method"]: row for row in found["rows"]}
-    assert set(rows) == {
-        *("end-to-end", "checkpointing", "shallow", "diffusionblocks", "diffusionblocks + checkpointing")
-    }
-    assert rows["diffusionblocks"]["layer_evaluations_per_sample"] == 4
-    assert rows["end-to-end"]["layer_evaluations_per_sample"] == pytest.approx(2 + 2 * (4 + 12 / 3), rel=0.01)
-    assert rows["end-to-end"]["inference_layers"] == 2 + 2 * 16
-    assert rows["diffusionblocks"]["inference_layers"] == 1 + 3 * (2 * 16 - 1)
-    sizes = [rows[method]["predicted"]["total"] for method in ("shallow", "diffusionblocks", "end-to-end")]
-    assert sizes == sorted(sizes)
+def test_running_out_of_memory_names_what_would_fit(settings):
+    words = [word.removeprefix("--") for word in settings]
+    overrides = [(key.replace("-", "_"), value) for key, value in zip(words[::2], words[1::2], strict=True)]
+    overrides = [(key, int(value) if value.isdigit() else value) for key, value in overrides]
+    recipe = load_recipe("looped-pydocs", [*overrides, ("method", "end-to-end")])
+    now, _ = cheaper(recipe, "looped-pydocs", 0)
+    text = explain(recipe, "looped-pydocs", 0, now.device.total * 0.99 / (1 - ALLOWANCE))
+    assert "--task.truncation 1" in text and "--method diffusionblocks" in text
 
 
 @pytest.mark.parametrize(
@@ -96,6 +95,7 @@ def test_a_plan_counts_layer_applications(capsys):
         (["--task.iterations", "0"], "at least 1"),
         (["--task.truncation", "9", "--task.mean-iterations", "8"], "longer than task.mean_iterations"),
         (["--num-blocks", "2"], "not split"),
+        (["--blocks.layers-per-block", "4"], "blocks.prelude and blocks.coda"),
         (["--method", "exact"], "not for looped networks"),
         (["--method", "diffusionblocks-features"], "not for looped networks"),
         (["--blocks.prelude", "3"], "leave no layer"),

@@ -84,7 +84,12 @@ def load(folder: str | Path) -> Any:
     Raises UserError when there is nothing, or something damaged."""
     description = read_description(folder)
     source = description["source"]
-    config = BlocksConfig(**description["blocks"])
+    try:
+        config = BlocksConfig(**description["blocks"])
+    except TypeError:
+        raise UserError(
+            f"{folder} was saved by another version of this package: its options are not known here"
+        ) from None
     network = build_network(source["class"], source["config"])
     if description.get("kind") == LOOPED:
         looped = LoopedNetwork(take_apart(network, "recurrent"), config)

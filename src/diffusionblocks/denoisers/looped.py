@@ -13,7 +13,7 @@ Shapes: N batch, T tokens, R = T - 1 rows that predict the next token, D width, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ KIND = "looped network"  # what the description of a saved LoopedNetwork says
 class Injection(nn.Module):
     """What the core reads: a linear map of its normalised state, zero at first, and of the prelude's output, at first the identity.
 
-    So a network that is taken apart into a loop starts with its own function, however often the core runs.
+    So a network that is taken apart into a loop starts with its own function, however often the core runs. What a state weighs is
+    not seen, only its direction: the noise level is a condition of the layers (`blocks.condition_width`).
     """
 
     def __init__(self, width: int) -> None:
@@ -50,7 +51,8 @@ class Injection(nn.Module):
 
     def forward(self, state: Tensor, injected: Tensor) -> Tensor:
         """Both [N, R, D]."""
-        return self.linear(torch.cat([self.norm(state).to(injected), injected], -1))
+        # Not in the lower precision of autocast: it is where the residual stream begins.
+        return self.linear(torch.cat([self.norm(state).to(injected), injected], -1)).to(injected)
 
 
 class LoopedBlock(Block):
@@ -79,7 +81,12 @@ class LoopedBlock(Block):
         `coda`: (state, condition, view) -> hidden [N, R, D]. condition [N, C] or None."""
         if use == "core":
             state, injected, *rest = arguments
-            return self.run(self.part("core"), self.injection(state, injected), *rest)
+            first, *others = self.part("core")
+
+            def entering(state: Tensor, *conditions: Any) -> Tensor:  # one piece when activations are recomputed
+                return first(self.injection(state, injected), *conditions)
+
+            return self.run([entering, *others], state, *rest)
         return self.run(self.part(use), *arguments)
 
     def part(self, name: str) -> nn.ModuleList:
@@ -148,6 +155,8 @@ class LoopedNetwork(BlockModel):
 
         trained: gradients flow through this many of the last iterations only (truncated backpropagation); None = all.
         """
+        if not iterations or min(iterations) < 1:
+            raise UserError(f"a looped network iterates at least once, got {list(iterations)}")
         read = clean_tokens(batch)
         assert self.loop.stem is not None
         embedded = self.loop.stem(read)
@@ -187,8 +196,10 @@ class LoopedNetwork(BlockModel):
 
     def start_from(self, folder: str | Path) -> None:
         """Takes over the weights of a looped network that `save_pretrained` wrote. Raises UserError when they are of another kind."""
-        if kind_of(folder) != KIND:
+        description = read_description(folder)
+        if description.get("kind") != KIND:
             raise UserError(f"{folder} holds denoisers; this method unrolls a looped network (method end-to-end)")
+        check_parts(folder, description, self.config)
         load_weights(self, folder)
 
 
@@ -203,22 +214,24 @@ class LoopedDenoiser(CausalDenoiser):
 
     def rows(self, batch: Batch, noisy: Tensor | None, level: Tensor | None) -> tuple[Tensor, Tensor | None]:
         assert noisy is not None and level is not None
+        return self.iterate(noisy, level, *self.embedded(batch)), None
+
+    def embedded(self, batch: Batch) -> tuple[Tensor, View | None]:
+        """The prelude's output [N, R, D], which does not depend on the level; and who attends to whom."""
         read = clean_tokens(batch)
         hidden = self.part("stem")(read)
         view = documents_apart(read, hidden)
-        return self.iterate(noisy, level, self.block("prelude", hidden, view), view), None
+        return self.block("prelude", hidden, view), view
 
     def iterate(self, noisy: Tensor, level: Tensor, injected: Tensor, view: View | None) -> Tensor:
         """z [N, R, D] at level [N] -> last hidden states [N, R, D]. injected: the prelude's output."""
-        state, condition = self.enter_state(noisy, level)
-        state = self.block("core", state.to(injected), injected, condition, view)
+        condition = self.condition(level)
+        state = self.block("core", noisy.to(injected), injected, condition, view)
         return self.block("coda", state, condition, view)
 
-    def enter_state(self, noisy: Tensor, level: Tensor) -> tuple[Tensor, Tensor | None]:
-        """z [N, R, D] at level [N] -> the core's state c_in z, and what layers see of the level [N, C]."""
-        scales = coefficients(level.float())
-        condition = None if self.block.level is None else self.block.level(scales.noise)
-        return scales.input[:, None, None] * noisy, condition
+    def condition(self, level: Tensor) -> Tensor | None:
+        """What layers see of the level [N, C]; None where they do not."""
+        return None if self.block.level is None else self.block.level(coefficients(level.float()).noise)
 
     def told(
         self, hidden: Tensor, labels: Tensor, known: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None
@@ -230,18 +243,16 @@ class LoopedDenoiser(CausalDenoiser):
         """
         found = []
         size = chunk_size(len(hidden), self.head().head.out_features)
-        for first in range(0, len(hidden), size):
-            part = slice(first, first + size)
-            z, level = known[0][part], known[1][part]
-            logits = self.target.logits(self.head()(hidden[part]), z, level).float()
-            before = cross_entropy(logits, labels[part], reduction="none")
-            if more is None:
-                found.append(before)
-                continue
-            lower, its_level = more[0][part], more[1][part]
-            gained = lower.float() / its_level[:, None] ** 2 - z.float() / level[:, None] ** 2
-            logits = logits + weight_of(Evidence(gained, self.target.rows))
-            found.append(before - cross_entropy(logits, labels[part], reduction="none"))
+        parts = (tensor.split(size) for tensor in (hidden, labels, *known, *(more or ())))
+        for part, wanted, z, level, *rest in zip(*parts, strict=True):
+            logits = self.target.logits(self.head()(part), z, level).float()
+            nats = cross_entropy(logits, wanted, reduction="none")
+            if rest:
+                lower, its_level = rest
+                gained = lower.float() / its_level[:, None] ** 2 - z.float() / level[:, None] ** 2
+                logits = logits + weight_of(Evidence(gained, self.target.rows))
+                nats = nats - cross_entropy(logits, wanted, reduction="none")
+            found.append(nats)
         return torch.cat(found)
 
 
@@ -282,13 +293,20 @@ class LoopedBlocks(CausalBlocks):
         return f"{self.loop.table(['core', 'coda'], more)}\n{facts}\n{per_token}"
 
     def start_from(self, folder: str | Path) -> None:
-        if kind_of(folder) == KIND:
+        description = read_description(folder)
+        if description.get("kind") == KIND:
             raise UserError(
                 f"{folder} holds a looped network that was trained by unrolling, no denoiser (method diffusionblocks)"
             )
+        check_parts(folder, description, self.config)
         super().start_from(folder)
 
 
-def kind_of(folder: str | Path) -> str:
-    """What a folder says that it holds; empty for denoisers. Raises UserError where nothing was saved."""
-    return read_description(folder).get("kind", "")
+def check_parts(folder: str | Path, description: Mapping[str, Any], config: BlocksConfig) -> None:
+    """Raises UserError where saved layers have other parts in the loop: their names would not tell."""
+    own = config.prelude, config.coda
+    theirs = tuple(description.get("blocks", {}).get(name, 0) for name in ("prelude", "coda"))
+    if own != theirs:
+        raise UserError(
+            f"{folder} has blocks.prelude and blocks.coda {theirs[0]} and {theirs[1]}, this network {own[0]} and {own[1]}"
+        )

@@ -60,6 +60,8 @@ def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: 
 
     Returns {"rows": [...], "recommendation": {...} or None, "memory", "usable", "batch_size"}; bytes throughout.
     """
+    if isinstance(work.task, RecurrentLM) and set(counts) != {1}:
+        raise UserError(f"a looped network is not split: --num-blocks must be 1, got {', '.join(map(str, counts))}")
     usable = None if memory is None else int(memory * (1 - ALLOWANCE))
     traces: Traces = {}
     made = {choice: predictor(work, choice, traces) for choice in choices(work, counts)}
@@ -177,6 +179,8 @@ def _recommend(
             trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
             reason = REASONS[choice.method]
+            if choice.method == "diffusionblocks" and isinstance(work.task, RecurrentLM):
+                reason = "unrolling does not fit, even with recomputed activations; one pass per step does"
             if parts > predicting.config.accumulation:
                 reason += f"; the batch is cut into {parts} parts"
             command = _command(work, choice)
@@ -196,7 +200,9 @@ def _recommend(
         "method": None,
         "num_blocks": None,
         "reason": f"nothing fits, even one sample at a time; the least is {least.label} with {least.num_blocks} blocks, "
-        f"which needs a card of {need / 2**30:.2f} GiB. More blocks, bf16-true or adamw-8bit need less",
+        f"which needs a card of {need / 2**30:.2f} GiB. "
+        + ("" if isinstance(work.task, RecurrentLM) else "More blocks, ")
+        + "bf16-true or adamw-8bit need less",
         "command": None,
     }
 
@@ -242,7 +248,8 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
     split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
     if looped:  # one pass per step in place of many
-        split = [dataclasses.replace(ours, method="diffusionblocks")] if ours.method in ("end-to-end", "full") else []
+        unrolled = ours.method in ("end-to-end", "checkpointing", "full")
+        split = [dataclasses.replace(ours, method="diffusionblocks", checkpointing=False)] if unrolled else []
     traces: Traces = {}
     now = predictor(work, ours, traces).at(batch_size, parts)
     found: list[tuple[str, Prediction]] = []
@@ -254,7 +261,21 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
         if changes and predict(changes[-1]).device.total <= limit:
             best = next(choice for choice in changes if predict(choice).device.total <= limit)
             found.append((_flags(best), predict(best)))
+    if isinstance(recipe.task, RecurrentLM) and ours.method in ("end-to-end", "checkpointing", "full"):
+        found += _truncated(work, ours, batch_size, limit)
     return now, found
+
+
+def _truncated(work: Workload, ours: Choice, batch_size: int, limit: float) -> list[tuple[str, Prediction]]:
+    """The longest truncation of an unrolled network, by halves, that fits."""
+    task, truncation = work.task, getattr(work.task, "truncation", 1) // 2
+    while isinstance(task, RecurrentLM) and truncation:
+        shorter = dataclasses.replace(work, task=dataclasses.replace(task, truncation=truncation))
+        found = predictor(shorter, ours).at(batch_size, ours.accumulation)
+        if found.device.total <= limit:
+            return [(f"--task.truncation {truncation}", found)]
+        truncation //= 2
+    return []
 
 
 def explain(recipe: Recipe, name: str, observed: float, limit: float) -> str:

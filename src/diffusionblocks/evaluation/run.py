@@ -161,6 +161,11 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     if not config.is_file():
         raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
     recipe = build(yaml.safe_load(config.read_text()))
+    overrides = list(overrides)
+    if isinstance(recipe.task, RecurrentLM) and recipe.method == "shallow":
+        for key in ("task.iterations", "task.curve"):
+            if key in dict(overrides):
+                raise UserError(f"{key} cannot be changed: the method shallow applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
@@ -191,7 +196,8 @@ def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[st
     summary_path = folder / "summary.json"
     if summary_path.is_file():
         own = json.loads(summary_path.read_text())
-        return {**own, "metrics": _as_dicts(metrics), "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
+        now = {"metrics": _as_dicts(metrics), "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
+        return {**own, **now, **_layers_per_token(run, run.trainer.progress)}
     return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
 
 
@@ -339,6 +345,7 @@ def _sampled(run: Run) -> dict[str, Any]:
             names += ("sampler", "sampling_steps")
     elif isinstance(task, RecurrentLM):
         names = ("num_samples", "iterations", "early_exit", "temperature", "top_p", "top_k", "teacher")
+        names += ("sampler",) if isinstance(run.model, LoopedBlocks) else ()
     if not names:
         return {}
     return {"sampling": {name: getattr(task, name) for name in names}}

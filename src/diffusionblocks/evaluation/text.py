@@ -32,6 +32,7 @@ from diffusionblocks.tasks.base import Metric, mean_with_error, on_device
 
 AT_ONCE = 64  # texts made together, or fewer ...
 LOGITS = 1 << 26  # ... so that their logits stay below this number
+KEPT = 1 << 28  # and keys and values of looped networks below this one
 CONTROLLED = 128  # windows on which the scrambled-target control is measured
 
 
@@ -75,7 +76,7 @@ def go_on(
     together."""
     task, model, found, began = task or run.recipe.task, run.model, list[Tensor](), time.perf_counter()
     passes, exits = 0, list[int]()
-    together = len(start) if watch is not None else AT_ONCE
+    together = len(start) if watch is not None else _together(run, task, length)
     for first in range(0, len(start), together):
         part = start[first : first + together].to(run.trainer.device)
         reader = task.reader(model)
@@ -85,6 +86,14 @@ def go_on(
         exits += getattr(reader, "exits", [])
     iterations = sum(exits) / len(exits) if exits else None
     return Texts(torch.cat(found), passes, time.perf_counter() - began, iterations)
+
+
+def _together(run: Any, task: NextToken, length: int) -> int:
+    """Texts that are written at once. A looped network keeps keys and values of every iteration."""
+    if not isinstance(task, RecurrentLM):
+        return AT_ONCE
+    width = run.model.loop.injection.linear.out_features
+    return max(1, min(AT_ONCE, KEPT // (2 * task.iterations * len(run.model.layers[0]) * length * width)))
 
 
 def new_texts(run: Any, num: int, *, seed: int = 0) -> Texts:

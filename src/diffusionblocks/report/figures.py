@@ -87,17 +87,17 @@ def quality(results: Sequence[dict[str, Any]], metric: str) -> str:
 
 def iterations(results: Sequence[dict[str, Any]]) -> str:
     """Nats per token over the iterations K of looped networks at inference, one line per method; empty for other networks."""
-    curves = {}
+    curves = []
     for result in results:
         found = {
             int(name.rpartition("_")[2]): value for name, value in result["metrics"].items() if name.startswith(CURVE)
         }
         if found:
-            curves[result["method"]] = sorted(found.items())
+            curves.append((result["method"], sorted(found.items())))
     if not curves:
         return ""
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
-    for method, points in curves.items():
+    for method, points in curves:
         errors = [value["stderr"] or 0 for _, value in points]
         nats = [value["value"] for _, value in points]
         axes.errorbar([count for count, _ in points], nats, yerr=errors, marker="o", label=method)

@@ -1,7 +1,8 @@
 """Writing with looped networks, on keys and values that are kept for every iteration.
 
 Both readers are lazy: an iteration runs, for a row, when a prediction asks for it. A row that stopped early is taken
-further once a later row goes further, so what is kept is the same with early exit and without.
+further once a later row goes further, so what the core keeps is the same with early exit and without. (Of an unrolled network
+the coda keeps what a row had where it stopped.)
 
 Shapes: N texts, P tokens read at once, R rows that run together, D width.
 """
@@ -195,10 +196,8 @@ class LevelsReader(_LoopReader):
         sigma = torch.full((len(z),), level, device=z.device)
         known = self.denoiser.target.clean(self._tokens[:, first + 1 :])
         noisy = torch.cat([add_noise(known, sigma, generator=generator), z[:, None]], 1)
-        state, condition = self.denoiser.enter_state(noisy, sigma)
-        state = self._run(
-            "core", self._kept[number], first, state.to(self._injected), self._injected[:, first:], condition
-        )
+        condition, injected = self.denoiser.condition(sigma), self._injected[:, first:]
+        state = self._run("core", self._kept[number], first, noisy.to(injected), injected, condition)
         hidden = self._run("coda", self._kept[number], first, state, condition)
         self._seen[number] = self.length - (number > 0)
         self._kept[number].crop(self._seen[number])  # the last row's token is not known yet
@@ -210,7 +209,7 @@ def _after(first: int, rows: int, cache: Cache, like: Tensor) -> View:
     gets their type."""
     positions = torch.arange(first, first + rows, device=like.device)[None]
     if rows == 1:
-        return View(positions, cache=cache)
+        return View(positions, causal=True, cache=cache)
     allowed = positions[0, :, None] >= torch.arange(first + rows, device=like.device)
     mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
     mask = mask.masked_fill(~allowed, torch.finfo(like.dtype).min)[None, None]

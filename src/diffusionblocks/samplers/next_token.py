@@ -90,7 +90,11 @@ class BlocksReader:
             denoiser, cache = self.model.denoiser(index), self._caches[index]
             if hidden is None or self.model.config.context == "input":
                 hidden = denoiser.part("stem")(batch)
-            view = View(positions, cache=cache) if count == 1 else causally(batch, hidden)._replace(cache=cache)
+            view = (
+                View(positions, causal=True, cache=cache)
+                if count == 1
+                else causally(batch, hidden)._replace(cache=cache)
+            )
             if self.model.config.context == "features":
                 hidden = denoiser.block("trunk", hidden, view)
             last = denoiser.block("read", hidden, None, 0, view)
@@ -130,7 +134,9 @@ class BlocksReader:
         positions = torch.full((1, 1), self._length, device=z.device)
         row = denoiser.enter(z[:, None], sigma, positions)
         with cache.only_read():
-            hidden = denoiser.block("read", row, coefficients(sigma).noise, 0, View(positions, cache=cache))
+            hidden = denoiser.block(
+                "read", row, coefficients(sigma).noise, 0, View(positions, causal=True, cache=cache)
+            )
         self.layer_evaluations += len(z) * len(denoiser.block.reader)
         return denoiser.head()(hidden[:, 0])
 

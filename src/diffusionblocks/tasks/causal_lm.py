@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffusionblocks.denoisers.causal import CausalBlocks, following
+from diffusionblocks.denoisers.looped import LoopedBlocks
 from diffusionblocks.errors import UserError
 from diffusionblocks.likelihood import TokenShares, token_bound
 from diffusionblocks.network import Batch, BlockModel, EndToEndModel
@@ -42,6 +43,11 @@ class CausalLM(NextToken):
                 "task.sampling_steps must be at least 0 and task.levels_per_block at least 1, got "
                 f"{self.sampling_steps} and {self.levels_per_block}"
             )
+
+    def check_model(self, model: BlockModel) -> None:
+        ordinary = isinstance(model, CausalBlocks) and not isinstance(model, LoopedBlocks)
+        if not ordinary and not (isinstance(model, EndToEndModel) and isinstance(model.readout, TokenReadout)):
+            raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
 
     def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
         return StepOutput(mean_loss(self.whole_losses(model, batch, block), batch), None)

@@ -66,6 +66,7 @@ class NextToken:
 
     def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
         """Loss: mean cross-entropy of the rows, in nats; for blocks at levels of their own range."""
+        self.check_model(model)
         if not isinstance(model, CausalBlocks):
             return self.whole_step(model, block, batch)
         wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
@@ -74,6 +75,10 @@ class NextToken:
         noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma)
         losses, context = denoiser.losses(batch, noisy, sigma)
         return StepOutput(mean_loss(losses, batch), None if context is None else context.detach())
+
+    def check_model(self, model: BlockModel) -> None:
+        """Raises UserError for a model that the task is not for."""
+        raise NotImplementedError
 
     def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
         """Of a network that is no denoiser."""
@@ -89,6 +94,7 @@ class NextToken:
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
         """`nats_per_token`, with its standard error over texts, and whatever else the task measures of every row. Noise is seeded:
         the same batches give the same numbers."""
+        self.check_model(model)
         return summed(self.measurer(model), batches)
 
     def measurer(self, model: BlockModel) -> Measure:
@@ -123,7 +129,7 @@ class NextToken:
                 inputs = self._with_context(model, batch, block)
                 for name, hidden in (("loss", clean), ("scrambled", clean.flatten()[order].reshape(clean.shape))):
                     losses, _ = denoiser.losses(inputs, denoiser.target.clean(hidden) + noise, sigma)
-                    sums.setdefault(f"{name}_block_{block}", []).append(losses.double().sum(1).cpu())
+                    sums.setdefault(f"{name}_block_{block}", []).append(losses.cpu().double().sum(1))
         return {name: per_token(torch.cat(parts), torch.cat(counts)) for name, parts in sums.items()}
 
     def reader(self, model: BlockModel) -> Reader:
@@ -146,6 +152,7 @@ class NextToken:
         watch: called with all tokens [N, t] after every new one; True ends the texts there. reader: a new one of `model`, for
         callers that want to know what it did.
         """
+        self.check_model(model)
         reader, generator = reader or self.reader(model), torch.Generator().manual_seed(seed)
         reader.read(tokens)
         while tokens.shape[1] < length:
@@ -168,7 +175,7 @@ def summed(measure: Measure, batches: Iterable[Batch]) -> dict[str, Metric]:
     counts: list[Tensor] = []
     for index, batch in enumerate(batches):
         found = measure(batch, torch.Generator().manual_seed(index))
-        sums.append({name: losses.double().sum(1).cpu() for name, losses in found.items()})
+        sums.append({name: losses.cpu().double().sum(1) for name, losses in found.items()})
         counts.append((following(batch) != IGNORED).sum(1).cpu().double())
     tokens = torch.cat(counts)
     return {name: per_token(torch.cat([part[name] for part in sums]), tokens) for name in sums[0]}

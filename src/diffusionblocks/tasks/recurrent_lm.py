@@ -86,11 +86,11 @@ class RecurrentLM(NextToken):
         return replace(self, draw="constant", mean_iterations=self.truncation)
 
     def drawn(self) -> int:
-        """Iterations of one training step, from the seed of torch's generator: r = 1 + Poisson(e^t) with t normal, so that the
-        mean is `mean_iterations` ([Huginn] section 3.3)."""
+        """Iterations of one training step, from torch's generator: r = 1 + Poisson(e^t) with t normal, so that the mean is
+        `mean_iterations` ([Huginn] section 3.3)."""
         if self.draw == "constant" or self.mean_iterations == 1:
             return self.mean_iterations
-        generator = np.random.default_rng(torch.initial_seed() % (1 << 63))
+        generator = np.random.default_rng(int(torch.randint(1 << 62, (1,))))
         return int(1 + generator.poisson(self._rates(generator.standard_normal())))
 
     def _rates(self, normal: float | np.ndarray) -> float | np.ndarray:
@@ -104,12 +104,17 @@ class RecurrentLM(NextToken):
         found = 1 + generator.poisson(self._rates(generator.standard_normal(1 << 17)))
         return float(self.mean_iterations), float(np.minimum(found, self.truncation).mean())
 
+    def check_model(self, model: BlockModel) -> None:
+        if not isinstance(model, LoopedNetwork | LoopedBlocks):
+            raise UserError(f"the task recurrent-lm trains looped networks; got {type(model).__name__}")
+
     def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
         """Loss after a random number of iterations."""
-        looped, iterations = _unrolled(model), self.drawn()
-        (hidden,) = looped.hidden(batch, [iterations], trained=self.truncation)
-        passed = looped.loop.passed(iterations, trained=min(iterations, self.truncation))
-        return StepOutput(mean_loss(looped.readout(hidden, following(batch)), batch), None, passed)
+        assert isinstance(model, LoopedNetwork)
+        iterations = self.drawn()
+        (hidden,) = model.hidden(batch, [iterations], trained=self.truncation)
+        passed = model.loop.passed(iterations, trained=min(iterations, self.truncation))
+        return StepOutput(mean_loss(model.readout(hidden, following(batch)), batch), None, passed)
 
     def measurer(self, model: BlockModel) -> Measure:
         """With `iterations` of the core: the cross-entropy, or, of a denoiser, the bound of walks along so many levels."""
@@ -122,6 +127,8 @@ class RecurrentLM(NextToken):
         self, model: BlockModel, batches: Iterable[Batch], iterations: Sequence[int]
     ) -> dict[str, Metric]:
         """`nats_at_<K>`: nats per token with K iterations at inference."""
+
+        self.check_model(model)
 
         def measure(batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
             found = self._after(model, batch, iterations, generator)
@@ -136,18 +143,19 @@ class RecurrentLM(NextToken):
         if isinstance(model, LoopedBlocks):
             yield from (self._walk(model, batch, count, generator) for count in iterations)
             return
-        looped = _unrolled(model)
-        for hidden in looped.hidden(batch, iterations, generator=generator):
-            yield looped.readout(hidden, following(batch))
+        assert isinstance(model, LoopedNetwork)
+        for hidden in model.hidden(batch, iterations, generator=generator):
+            yield model.readout(hidden, following(batch))
 
     def _walk(self, model: LoopedBlocks, batch: Batch, iterations: int, generator: torch.Generator) -> Tensor:
         """Bounds of the rows [N, R] of walks along so many levels, 0 where there is nothing to predict."""
         denoiser, labels = model.denoiser(0), following(batch)
+        injected, view = denoiser.embedded(batch)
         wanted, clean = labels != IGNORED, denoiser.target.clean(batch["input_ids"][:, 1:])
 
         def told(z: Tensor, level: float, lower: Tensor | None, its_level: float) -> Tensor:
             sigma = torch.full((len(z),), level, device=z.device)
-            hidden, _ = denoiser.rows(batch, z, sigma)
+            hidden = denoiser.iterate(z, sigma, injected, view)
             each = torch.ones_like(labels[wanted], dtype=torch.float)
             more = None if lower is None else (lower[wanted], each * its_level)
             return denoiser.told(hidden[wanted], labels[wanted], (z[wanted], each * level), more)
@@ -158,10 +166,5 @@ class RecurrentLM(NextToken):
     def reader(self, model: BlockModel) -> Reader:
         if isinstance(model, LoopedBlocks):
             return LevelsReader(model, self._choice(), self.iterations, self.early_exit, self.sampler)
-        return UnrolledReader(_unrolled(model), self._choice(), self.iterations, self.early_exit)
-
-
-def _unrolled(model: BlockModel) -> LoopedNetwork:
-    if not isinstance(model, LoopedNetwork):
-        raise UserError(f"the task recurrent-lm trains looped networks; got {type(model).__name__}")
-    return model
+        assert isinstance(model, LoopedNetwork)
+        return UnrolledReader(model, self._choice(), self.iterations, self.early_exit)
