@@ -8,7 +8,6 @@ import diffusionblocks as dblocks
 from diffusionblocks.baselines.methods import unrolled_layers
 from diffusionblocks.cli import main
 from diffusionblocks.evaluation.plan import ALLOWANCE, cheaper, explain
-from diffusionblocks.evaluation.run import load_run
 from diffusionblocks.recipes import load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM
