@@ -8,6 +8,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.baselines.methods import unrolled_layers
 from diffusionblocks.cli import main
 from diffusionblocks.evaluation.plan import ALLOWANCE, cheaper, explain
+from diffusionblocks.evaluation.run import load_run
 from diffusionblocks.recipes import load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM
@@ -86,6 +87,30 @@ def test_running_out_of_memory_names_what_would_fit(settings):
     now, _ = cheaper(recipe, "looped-pydocs", 0)
     text = explain(recipe, "looped-pydocs", 0, now.device.total * 0.99 / (1 - ALLOWANCE))
     assert "--task.truncation 1" in text and "--method diffusionblocks" in text
+
+
+def test_a_run_says_what_it_holds_and_loads(compared, capsys):
+    run = load_run(compared / "diffusionblocks" / "seed-0")
+    assert "4 + 6 (K - 1) with K iterations" in run.model.summary()
+    whole = dblocks.load(compared / "end-to-end" / "seed-0" / "model")
+    assert isinstance(whole, dblocks.LoopedNetwork)
+    for words in (["export", compared / "end-to-end" / "seed-0"], ["export", compared / "diffusionblocks" / "seed-0"]):
+        assert main([str(word) for word in words]) == 2
+        assert "needs this package" in capsys.readouterr().err
+
+
+def test_a_plan_counts_layer_applications(capsys):
+    found = run_json(capsys, "plan", "looped-pydocs", "--data.length", "64", "--task.truncation", "4")
+    rows = {row["method"]: row for row in found["rows"]}
+    assert set(rows) == {
+        *("end-to-end", "checkpointing", "shallow", "diffusionblocks", "diffusionblocks + checkpointing")
+    }
+    assert rows["diffusionblocks"]["layer_evaluations_per_sample"] == 4
+    assert rows["end-to-end"]["layer_evaluations_per_sample"] == pytest.approx(2 + 2 * (4 + 12 / 3), rel=0.01)
+    assert rows["end-to-end"]["inference_layers"] == 2 + 2 * 16
+    assert rows["diffusionblocks"]["inference_layers"] == 1 + 3 * (2 * 16 - 1)
+    sizes = [rows[method]["predicted"]["total"] for method in ("shallow", "diffusionblocks", "end-to-end")]
+    assert sizes == sorted(sizes)
 
 
 @pytest.mark.parametrize(
