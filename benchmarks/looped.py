@@ -55,6 +55,7 @@ def quality(arguments: argparse.Namespace) -> dict[str, Any]:
                 "metrics": metrics,
                 "wall_seconds": summary["wall_seconds"],
                 "layer_evaluations": summary["layer_evaluations"],
+                "steps": summary["block_steps"],
                 "validation": [
                     [line["block_steps"], *line["validation"]["nats_per_token"].values()]
                     for line in losses

@@ -173,8 +173,7 @@ def looped() -> None:
         method, metrics = result["method"], result["metrics"]
         own = [run for name, run in found["runs"].items() if name.split()[0] == method]
         for number, run in enumerate(own):
-            last = run["validation"][-1][0]
-            spent = [run["layer_evaluations"] * point[0] / last / 1e3 for point in run["validation"]]
+            spent = [run["layer_evaluations"] * point[0] / run["steps"] / 1e3 for point in run["validation"]]
             label = None if number else method
             left.plot(spent, [point[1] for point in run["validation"]], color=COLOURS[method], label=label)
         curve = {int(name[8:]): metric for name, metric in metrics.items() if name.startswith("nats_at_")}
