@@ -39,7 +39,7 @@ $(READY): pyproject.toml Makefile
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV) || \
 	  { echo "make: cannot create $(VENV); on Debian install the package python3-venv" >&2; exit 2; }
 	@[ "$(TORCH)" = none ] || $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[images,text,tracking,lora,test]'
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[images,text,tracking,adapt,test]'
 	@touch $(READY)
 
 clean:

@@ -1,4 +1,4 @@
-"""The command line: `dblocks recipes | train | evaluate | sample | compare | plan | export | report`.
+"""The command line: `dblocks recipes | train | adapt | evaluate | sample | compare | plan | export | report`.
 
 Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted.
 """
@@ -80,6 +80,13 @@ def _recipes(arguments: argparse.Namespace, rest: list[str]) -> Any:
     return {"recipes": found}
 
 
+def _adapt(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    """The recipe adapt with its most important setting as an argument; several methods are compared."""
+    arguments.recipe = "adapt"
+    rest = [f"--model.pretrained={arguments.model}", *rest]
+    return _train(arguments, rest) if arguments.methods is None else _compare(arguments, rest)
+
+
 def _train(arguments: argparse.Namespace, rest: list[str]) -> Any:
     import torch
 
@@ -94,6 +101,10 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> Any:
         raise OutOfMemory(_too_large(recipe, arguments.recipe)) from error
     if not arguments.json:
         _print_metrics(summary)
+        result = summary.get("result", {})
+        if recipe.model.pretrained and not result.get("needs_diffusionblocks", True):
+            where = folder / result["folder"] if result["format"] != "as it came" else result["folder"]
+            print(f"result ({result['format']}): {where}")
         print(f"run folder: {folder}")
     return summary
 
@@ -147,7 +158,7 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     return _sample_labels(arguments, load_run(folder, overrides))
 
 
-WRITING = ("prompt", "length", "temperature", "top_p", "top_k", "seed")
+WRITING = ("prompt", "chat", "length", "temperature", "top_p", "top_k", "seed")
 SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler", "iterations", "early_exit")
 
 
@@ -171,6 +182,7 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         run,
         arguments.num,
         prompt=arguments.prompt or "",
+        chat=bool(arguments.chat),
         length=arguments.length or 0,
         seed=arguments.seed or 0,
         stop=[text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in arguments.stop or []],
@@ -335,6 +347,7 @@ def _print_metrics(summary: dict[str, Any]) -> None:
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] = {
     "recipes": (_recipes, "list built-in recipes"),
     "train": (_train, "train a recipe; the same command again resumes it"),
+    "adapt": (_adapt, "adapt a pretrained language model to your text, code or conversations (the recipe adapt)"),
     "evaluate": (_evaluate, "evaluate a trained run on its test split"),
     "sample": (_sample, "images or texts of a trained run, or predictions of a classifier"),
     "compare": (_compare, "train several methods on one recipe and print one table"),
@@ -367,20 +380,23 @@ def _build_parser(settings: str) -> _Parser:
     for name, (_, text) in COMMANDS.items():
         added[name] = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         added[name].add_argument("--json", action="store_true", help="print exactly one JSON object on stdout")
+    added["adapt"].add_argument("model", metavar="MODEL", help="Hugging Face name, folder, .gguf file or package:NAME")
     for name in ("train", "compare"):
         added[name].add_argument("recipe", metavar="RECIPE_OR_YAML", help="a built-in recipe or a YAML file")
+    for name in ("train", "adapt", "compare"):
         added[name].add_argument("--output-dir", metavar="DIR", help="run folder (default: below runs/)")
         added[name].add_argument(
             "--preset", help="a preset: paper (next-token models: information, features), or one of the recipe"
         )
         added[name].formatter_class, added[name].epilog = argparse.RawDescriptionHelpFormatter, settings
-    added["train"].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
+    for name in ("train", "adapt"):
+        added[name].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
     added["compare"].add_argument("--methods", default="end-to-end,shallow,diffusionblocks", help="separated by commas")
-    added["compare"].add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
-    added["compare"].add_argument(
-        "--budget", default="layer-evaluations", help="equal 'layer-evaluations' or 'samples'"
-    )
-    added["compare"].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
+    added["adapt"].add_argument("--methods", help="compare these, separated by commas, instead of training one")
+    for name in ("adapt", "compare"):
+        added[name].add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
+        added[name].add_argument("--budget", default="layer-evaluations", help="equal 'layer-evaluations' or 'samples'")
+        added[name].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
     added["plan"].add_argument("recipe", metavar="RECIPE_OR_YAML", nargs="?", help="a built-in recipe or a YAML file")
     added["plan"].add_argument("--model", metavar="NAME_OR_PATH", help="a Hugging Face model instead of a recipe")
     added["plan"].add_argument(
@@ -414,6 +430,12 @@ def _build_parser(settings: str) -> _Parser:
     )
     sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
     sampling.add_argument("--prompt", help="text: what to go on from; {5} in it is a blank of 5 tokens to fill in")
+    sampling.add_argument(
+        "--chat",
+        action="store_const",
+        const=True,
+        help="text: the prompt is a question, put in the model's chat template",
+    )
     sampling.add_argument(
         "--length", type=int, help="text: tokens in all (default: the window, or a prompt with blanks)"
     )
@@ -457,7 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
     try:
-        wants_help = argv[:1] in (["train"], ["compare"]) and {"-h", "--help"} & set(argv)
+        wants_help = argv[:1] in (["train"], ["adapt"], ["compare"]) and {"-h", "--help"} & set(argv)
         parser = _build_parser(_settings_help() if wants_help else "")
         if not argv:
             parser.print_help()

@@ -25,7 +25,7 @@ class BlocksConfig:
         readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
-            `copies` (each block owns its own).
+            `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is `frozen`.
         target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a looped
             network (`recurrent`); `auto` = what the network is made for.
         levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]); `auto` = information
@@ -38,6 +38,12 @@ class BlocksConfig:
             and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
         head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last block of
             next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands nothing on.
+        head_start: weights of these layers: `fresh`, or those of the network's `last` layers (next tokens).
+        distill: next tokens in features context: as long as only heads learn (train.heads_first) they learn what the whole network
+            answers, not the tokens of the text.
+        ordinary: next tokens in features context: weight of the ordinary loss at the end of the network, through the layers after the
+            block, beside the block's own (0 = none: blocks need nothing of one another), which counts exp(ordinary loss - own loss): as
+            much as its head can be trusted.
         prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
     """
 
@@ -60,6 +66,9 @@ class BlocksConfig:
     overlap: float = 0.05
     condition_width: int = 0
     head_layers: int = 0
+    head_start: str = "fresh"
+    distill: bool = False
+    ordinary: float = 0.0
     prelude: int = 0
     coda: int = 0
 
@@ -73,6 +82,7 @@ class BlocksConfig:
         "levels": ("auto", "information", "log-normal"),
         "schedule": ("linear", "cosine"),
         "borders": ("equal-mass", "uniform"),
+        "head_start": ("fresh", "last"),
     }
     # What only makes sense where a label is the target and the network reads something else (masked tokens: with the level).
     LABEL_ONLY: ClassVar[tuple[str, ...]] = (
@@ -82,6 +92,9 @@ class BlocksConfig:
         "least_hidden",
         "condition_width",
         "head_layers",
+        "head_start",
+        "distill",
+        "ordinary",
         "context",
     )
 
@@ -122,6 +135,14 @@ class BlocksConfig:
             )
 
     def _check_causal(self) -> None:
+        if self.ordinary < 0:
+            raise UserError(f"blocks.ordinary must be at least 0, got {self.ordinary}")
+        if (self.ordinary or self.distill) and (self.context != "features" or self.target_entry != "none"):
+            raise UserError(
+                "blocks.ordinary and blocks.distill need blocks.context features and blocks.target_entry none"
+            )
+        if self.ordinary and self.shared == "trained":
+            raise UserError("blocks.ordinary needs blocks.shared frozen or copies")
         if self.target_entry == "add":
             raise UserError("blocks.target_entry add is for labels; next-token denoisers take replace or none")
         if self.target_entry == "none" and self.readout == "linear":
@@ -157,10 +178,14 @@ class BlocksConfig:
         """Head layers of a block; `last`: of the one that hands nothing on."""
         return 0 if target == "causal" and last and self.target_entry == "none" else self.head_layers
 
-    def evaluations(self, layers: int, last: bool, target: str) -> int:
-        """Layers that a sample passes in a step of a block of `layers`. A noisy sequence beside the clean one counts as much."""
+    def evaluations(self, layers: int, last: bool, target: str, after: int = 0) -> int:
+        """Layers that a sample passes in a step of a block of `layers`. A noisy sequence beside the clean one counts as much.
+
+        after: layers behind the block, which the ordinary loss passes (forward, recomputed, and backward without weights).
+        """
         twice = 2 if target == "causal" and self.target_entry == "replace" else 1
-        return layers * twice if self.context == "input" else layers + self.heads(last, target) * twice
+        own = layers * twice if self.context == "input" else layers + self.heads(last, target) * twice
+        return own + (after if self.ordinary else 0)
 
     def may_branch(self, layers: list[range]) -> bool:
         """Whether blocks can start as copies of one: equal depth, the same input, nothing trained in common."""

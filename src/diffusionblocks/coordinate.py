@@ -76,6 +76,10 @@ class BlockCoordinateModel(EndToEndModel):
                     hidden = checkpoint(layer, hidden, *views, use_reentrant=False)
         return hidden
 
+    @property
+    def reads_idle_blocks(self) -> bool:
+        return True
+
     def layer_evaluations(self, index: int) -> float:
         """Forward through all layers (a third each), backward with weights in the active ones (two thirds), and
         recomputation and backward without weights after them (a third each)."""

@@ -89,6 +89,7 @@ class Block(nn.Module):
         self.stem, self.readout = stem, readout
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False
+        self.settling = False  # only the head learns
 
     def run(self, layers: Iterable[Callable[..., Tensor]], hidden: Tensor, *conditions: Any) -> Tensor:
         """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked.
@@ -142,6 +143,11 @@ class BlockModel(nn.Module):
             part, _, rest = name.partition(".")
             owners[name] = f"block {rest.split('.')[0]}" if part == "blocks" else "shared"
         return owners
+
+    @property
+    def reads_idle_blocks(self) -> bool:
+        """Whether a block's step passes layers of other blocks."""
+        return False
 
     def layer_evaluations(self, index: int) -> float:
         """Layers that one sample passes when block `index` trains on it."""
@@ -324,11 +330,14 @@ class DiffusionBlocksModel(BlockModel):
         return hidden
 
     def layer_evaluations(self, index: int) -> float:
-        return self.config.evaluations(len(self.layers[index]), index == self.num_blocks - 1, self.target)
+        after = self.layers[-1].stop - self.layers[index].stop
+        return self.config.evaluations(len(self.layers[index]), index == self.num_blocks - 1, self.target, after)
 
     def owner_of_shared_parts(self) -> str:
         if self.config.context == "features" and self.config.shared == "copies":
             return "block 0 owns the stem, each block its readout"
+        if self.config.context == "features" and self.config.shared == "frozen" and self.target == "causal":
+            return "frozen"
         return {
             "trained": "trained by every block's step",
             "frozen": "frozen",

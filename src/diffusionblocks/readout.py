@@ -39,9 +39,13 @@ class TokenReadout(nn.Module):
         labels: Tensor | None = None,
         never: int | None = None,
         evidence: Evidence | None = None,
+        teacher: Tensor | None = None,
     ) -> Tensor:
         """labels [N, T] (or [M], for hidden [M, D]): cross-entropies in nats of that shape instead, 0 where the label is `IGNORED`.
-        never: a token that is no possible answer (the mask). evidence: added to the logits."""
+        never: a token that is no possible answer (the mask). evidence: added to the logits. teacher [N, T, D]: other hidden states;
+        then Kullback-Leibler divergences in nats [N, T] of the answer to `hidden` from the answer to these."""
+        if teacher is not None:
+            return chunked_divergence(self.norm(teacher), self.norm(hidden), self.head)
         if labels is None:
             logits = without(self.head(self.norm(hidden)), never)
             return logits if evidence is None else logits.float() + weight_of(evidence)
@@ -68,6 +72,24 @@ def chunked_cross_entropy(
         else:
             losses.append(_each(*arguments))
     return torch.cat(losses)
+
+
+def chunked_divergence(teacher: Tensor, student: Tensor, head: nn.Linear) -> Tensor:
+    """KL(softmax(head(teacher)) || softmax(head(student))) in fp32 [N, T], for both [N, T, D]; no gradient reaches the teacher."""
+    size = chunk_size(student.shape[:-1].numel(), head.out_features)
+    found = []
+    for right, ours in zip(
+        teacher.detach().flatten(0, -2).split(size), student.flatten(0, -2).split(size), strict=True
+    ):
+        found.append(checkpoint(_divergence, right, ours, head.weight, head.bias, use_reentrant=False))
+    return torch.cat(found).reshape(student.shape[:-1])
+
+
+def _divergence(teacher: Tensor, student: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with torch.no_grad():
+        right = linear(teacher, weight, bias).float().log_softmax(-1)
+    ours = linear(student, weight, bias).float().log_softmax(-1)
+    return (right.exp() * (right - ours)).sum(-1)
 
 
 def chunk_size(positions: int, tokens: int) -> int:

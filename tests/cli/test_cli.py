@@ -257,7 +257,7 @@ def test_a_parquet_dataset_trains(images, capsys, tmp_path):
         (["train", "digits", "--steps", "0"], "at least 1"),
         (["train", "digits", "--num-blocks", "5"], "1, 2, 3, 4, 6, 12"),
         (["train", "digits", "--num-blocks", "24"], "1, 2, 3, 4, 6, 12"),
-        (["train", "digits", "--order", "zigzag"], "random, sweep, sequential"),
+        (["train", "digits", "--order", "zigzag"], "random, sweep, cyclic, sequential"),
         (["train", "digits", "--preset", "papr"], "did you mean 'paper'"),
         (["train", "digits", "--method", "shalow"], "did you mean 'shallow'"),
         (["train", "digits", "--device", "cuda"], "no CUDA device"),

@@ -16,7 +16,7 @@ LEVELS = [
     {"conditioning", "config", "targets", "attention", "readout"},
     {"network", "coordinate", "saving"},
     {"denoisers"},
-    {"adapters", "samplers", "tasks", "data", "likelihood"},
+    {"adapters", "samplers", "tasks", "data", "likelihood", "pretrained"},
     {"training", "memory"},
     {"recipes", "baselines"},
     {"evaluation", "report"},

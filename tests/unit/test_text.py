@@ -188,7 +188,7 @@ def test_a_contiguous_split_is_the_end_of_the_text(tmp_path):
     path.write_text(POEM * 40)
     with pytest.raises(dblocks.UserError, match=r"--data\.split contiguous"):
         load_text(config(tmp_path, path=str(path)))
-    train, validation, test, _ = load_text(config(tmp_path, path=str(path), split="contiguous"))
+    train, validation, test, *_ = load_text(config(tmp_path, path=str(path), split="contiguous"))
     borders = [part.spans.tolist()[0] for part in (train, validation, test)]
     assert borders[0][1] == borders[1][0] and borders[1][1] == borders[2][0] and borders[0][0] == 0
     assert test.num_tokens / (borders[2][1]) == pytest.approx(0.1, abs=0.01)

@@ -34,12 +34,12 @@ def find_adapter(class_name: str) -> Adapter:
     raise UserError(f"networks of class {class_name} are not supported; supported: {supported}")
 
 
-def pretrained_config(name_or_path: str) -> NetworkConfig:
+def pretrained_config(name_or_path: str, trust_remote_code: bool = False) -> NetworkConfig:
     """The configuration of a pretrained network of a supported class (no weights).
 
     Raises UserError when it cannot be read or its class is not supported.
     """
-    class_name, config, subfolder = read_config(name_or_path)
+    class_name, config, subfolder = read_config(name_or_path, trust_remote_code)
     return NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.errors import UserError, quiet_hub
+from diffusionblocks.errors import UserError
+from diffusionblocks.pretrained import explained, load_config, local
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class NetworkConfig:
         config._attn_implementation = self.attention
         # In fp32, whatever it was stored in: train.precision says what it trains in.
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
-        return model_class.from_pretrained(name_or_path, config=config, **options)
+        return model_class.from_pretrained(local(name_or_path), config=config, **options)
 
     def _with_attention(self, network: Any) -> Any:
         from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
@@ -94,25 +95,23 @@ def new_config(adapter: Adapter, class_name: str, settings: dict[str, Any], atte
     return NetworkConfig(adapter, class_name, config, attention)
 
 
-def read_config(name_or_path: str) -> tuple[str, Any, str | None]:
+def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[str, Any, str | None]:
     """Class name and config of a pretrained network, as its library reads it (no weights), and its sub-folder.
 
     Raises UserError when there is none.
     """
-    quiet_hub()
     for subfolder in (None, "transformer"):
         local = Path(name_or_path, subfolder or "", "config.json")
         if local.is_file() and "_class_name" in (content := _json(local)):
             return content["_class_name"], content, subfolder
-    from transformers import AutoConfig
-
     try:
-        config = AutoConfig.from_pretrained(name_or_path)
+        config = load_config(name_or_path, trust_remote_code)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         if (found := _from_diffusers(name_or_path)) is not None:
             return found
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot load the network {name_or_path!r}: {reason} (offline, pass a local folder)") from None
+        raise explained("network", name_or_path, error, "offline, pass a local folder") from None
     return (config.architectures or [config.model_type])[0], config, None
 
 
@@ -127,7 +126,8 @@ def _from_diffusers(name: str) -> tuple[str, Any, str | None] | None:
             content = DiTTransformer2DModel.load_config(name, subfolder=subfolder)
         except (OSError, ValueError):
             continue
-        return content["_class_name"], dict(content), subfolder
+        if "_class_name" in content:
+            return content["_class_name"], dict(content), subfolder
     return None
 
 

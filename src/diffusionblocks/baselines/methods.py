@@ -17,19 +17,20 @@ from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, merge, preset
-from diffusionblocks.tasks import RecurrentLM
+from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
 
 @dataclass(frozen=True)
 class Method:
     """description: one line. prepare: the recipe as this method runs it. build: its model from a network. adapts: it
-    needs a pretrained network."""
+    needs a pretrained network. trains: False for what only uses one."""
 
     description: str
     prepare: Callable[[Recipe], Recipe]
     build: Callable[[Recipe, Any], BlockModel]
     adapts: bool = False
+    trains: bool = True
 
 
 def _blocks(recipe: Recipe) -> Recipe:
@@ -102,6 +103,20 @@ def _exact(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0, own_batch=0))
 
 
+def _untrained(recipe: Recipe) -> Recipe:
+    if not isinstance(recipe.task, CausalLM):
+        raise UserError(f"the method {recipe.method} is for language models that write token by token (task causal-lm)")
+    return _one_block(recipe)
+
+
+def _mixed(recipe: Recipe) -> Recipe:
+    if not isinstance(recipe.task, CausalLM):
+        raise UserError("the method mixed is for language models that write token by token (task causal-lm)")
+    recipe = _blocks(recipe)
+    weight = recipe.blocks.ordinary or 1.0
+    return dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, ordinary=weight))
+
+
 def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
     parts = _parts(recipe, network)
     return BlockCoordinateModel(parts, split_layers(len(parts.layers), **_split(recipe)))
@@ -148,6 +163,16 @@ METHODS: dict[str, Method] = {
     "full": Method("fine-tunes all of a pretrained network", _one_block, _end_to_end_model, True),
     "lora": Method("low-rank adaptation of a pretrained network (peft)", _one_block, _lora_model, True),
     "last-block": Method("trains the last L/B layers of a pretrained network", _one_block, _last_block_model, True),
+    "mixed": Method("B blocks, each on its own loss and on the ordinary one at the end", _mixed, _blocks_model, True),
+    "original": Method("the pretrained network as it is", _untrained, _end_to_end_model, True, False),
+    "prompt": Method("as it is, with training examples before every text", _untrained, _end_to_end_model, True, False),
+    "retrieval": Method(
+        "as it is, with the best passages of the training text before every text (BM25)",
+        _untrained,
+        _end_to_end_model,
+        True,
+        False,
+    ),
 }
 
 
@@ -192,8 +217,8 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     prepared = for_method(recipe, method)
     steps, num_layers = recipe.train.steps, recipe.model.num_hidden_layers
     if recipe.model.pretrained:
-        num_layers = pretrained_config(recipe.model.pretrained).num_layers
-    if method in ("end-to-end", "checkpointing", "full", "lora"):
+        num_layers = pretrained_config(recipe.model.pretrained, recipe.model.trust_remote_code).num_layers
+    if method in ("end-to-end", "checkpointing", "full", "lora") or not find_method(method).trains:
         return steps
     if isinstance(recipe.task, RecurrentLM):  # both pass every layer once in a step
         return (
@@ -209,8 +234,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
         return steps if budget == "samples" else round(steps * num_layers / passes)
     num_blocks, blocks, train = len(spans), prepared.blocks, prepared.train
     if budget == "layer-evaluations":
-        target = TARGETS[recipe.task.kind]
-        passes = sum(blocks.evaluations(len(span), span is spans[-1], target) for span in spans)
+        passes = sum(_passes(prepared, span, num_layers) for span in spans)
         if method == "exact":  # as BlockCoordinateModel.layer_evaluations counts
             after = sum(num_layers - span.stop for span in spans)
             passes = num_blocks * num_layers / 3 + num_layers * 2 / 3 + after * 2 / 3
@@ -221,11 +245,22 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
             passes += before
         return round(steps * num_layers / passes)
     if train.order != "sweep":
-        return max(1, round(steps / num_blocks)) if train.order == "random" else steps
+        return max(1, round(steps / num_blocks)) if train.order in ("random", "cyclic") else steps
     train = resolve_branch(train, method != "exact" and blocks.may_branch(spans))
     common = branch_steps(train, num_blocks)
     loaded_per_step = (common + train.steps - common // num_blocks) / train.steps
     return max(1, round(steps / loaded_per_step))
+
+
+def _passes(recipe: Recipe, span: range, num_layers: int) -> float:
+    """Layer evaluations per sample of a step of the block of these layers, on average over its steps."""
+    blocks, target, after = recipe.blocks, TARGETS[recipe.task.kind], num_layers - span.stop
+    passes = blocks.evaluations(len(span), after == 0, target, after)
+    heads = blocks.heads(after == 0, target) if blocks.context == "features" else 0
+    if not (blocks.distill and heads):
+        return passes
+    settling = len(span) / 3 + heads + after / 3
+    return passes + recipe.train.heads_first * (settling - passes)
 
 
 def unrolled_layers(task: RecurrentLM, blocks: BlocksConfig, num_layers: int) -> float:

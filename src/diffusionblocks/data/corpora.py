@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.data.chat import FORMATS, Conversation, columns_of, conversation, format_of
+from diffusionblocks.errors import UserError, check_choices, nearest
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 PIECE = 1 << 24  # bytes of a long file that are read at once
@@ -27,13 +28,22 @@ class TextConfig:
         path: folder, file, or the name of a Hugging Face dataset. text_key: the column that holds the text.
         subset: configuration of a Hugging Face dataset. suffixes: of the files that a folder is searched for
             (none = .txt, .md, .rst and .py).
-        tokenizer: `characters` (the 27 of text8), `bytes`, or name or folder of a Hugging Face tokenizer.
+        format: what a row of jsonl, parquet or huggingface holds: `text`, `messages` (a conversation: a list of role and content; loss
+            on the assistant's answers alone) or `prompt` (a question, and its `completion`); `auto` = what its columns say.
+        messages_key: the column that holds a conversation.
+        tokenizer: `characters` (the 27 of text8), `bytes`, name or folder of a Hugging Face tokenizer, or `auto` (that of
+            model.pretrained). trust_remote_code: run Python code that the tokenizer's repository brings.
         length: tokens in a window, T.
         packing: `stream` (windows of the documents' tokens one after the other), `documents` (the same windows, but tokens
-            attend only inside their own document) or `padded` (a window holds one document, or a piece of one).
+            attend only inside their own document), `padded` (a window holds one document, or a piece of one), or `auto`: padded for
+            conversations, else stream.
+        too_long: padded documents of more than T tokens: `split` into pieces, `truncate` or `skip`; `auto` = truncate
+            conversations, split text.
         split: `documents` (whole documents, drawn with `split_seed`) or `contiguous` (the end of the text: text8).
         validation_share, test_share: of the tokens.
-        max_documents: 0 = all.
+        max_documents: 0 = all. evaluated: windows of the validation or test text that are evaluated, taken evenly; 0 = all.
+        general: a second text, evaluated beside the test text to see what adapting a network forgets: `pydocs`, `stdlib` or a path
+            (`evaluated` windows of it); empty = none.
         encoding_errors: `strict` (invalid UTF-8 is an error that names the place) or `replace`.
         cache_dir: where tokens are kept (empty = below the user's cache folder).
     """
@@ -41,21 +51,28 @@ class TextConfig:
     source: str = "pydocs"
     path: str = ""
     text_key: str = "text"
+    format: str = "auto"
+    messages_key: str = "messages"
     subset: str = ""
     suffixes: list[str] = field(default_factory=list)
     tokenizer: str = "characters"
+    trust_remote_code: bool = False
     length: int = 128
     packing: str = "stream"
+    too_long: str = "auto"
     split: str = "documents"
     validation_share: float = 0.1
     test_share: float = 0.1
     split_seed: int = 0
     max_documents: int = 0
+    evaluated: int = 0
+    general: str = ""
     encoding_errors: str = "strict"
     cache_dir: str = ""
 
 
-Documents = Iterator[tuple[str, str]]  # name and text; pieces of one document follow one another under the same name
+Document = str | Conversation
+Documents = Iterator[tuple[str, Document]]  # with a name; pieces of one text follow one another under the same name
 
 
 def _pydocs(config: TextConfig) -> Documents:
@@ -98,7 +115,7 @@ def _jsonl(config: TextConfig) -> Documents:
                 text, where = _decoded(line, path, start, config.encoding_errors), f"{path}, line {number + 1}"
                 start += len(line)
                 if text.strip():
-                    yield where, _text_of(_json(text, path, number), config, where)
+                    yield where, _content_of(_json(text, path, number), config, where)
 
 
 def _json(text: str, path: Path, number: int) -> Any:
@@ -118,13 +135,12 @@ def _parquet(config: TextConfig) -> Documents:
             file = parquet.ParquetFile(path)
         except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
             raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-        if config.text_key not in file.schema_arrow.names:
-            _no_column(config, file.schema_arrow.names, str(path))
+        columns = columns_of(_format(config, file.schema_arrow.names, str(path)), config.text_key, config.messages_key)
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[config.text_key]):
-            for text in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for row in batch.to_pylist():
                 number += 1
-                yield f"{path} {number}", str(text or "")
+                yield f"{path} {number}", _content_of(row, config, f"{path}, row {number}")
 
 
 def _huggingface(config: TextConfig) -> Documents:
@@ -146,18 +162,25 @@ def _huggingface(config: TextConfig) -> Documents:
     number = 0
     while first is not None:
         number += 1
-        yield f"row {number}", _text_of(first, config, config.path)
+        yield f"row {number}", _content_of(first, config, f"{config.path}, row {number}")
         first = next(iterator, None)
 
 
-def _text_of(row: Any, config: TextConfig, where: str) -> str:
-    if not isinstance(row, dict) or config.text_key not in row:
-        _no_column(config, list(row) if isinstance(row, dict) else [], where)
-    return str(row[config.text_key] or "")
+def _content_of(row: Any, config: TextConfig, where: str) -> Document:
+    kind = _format(config, list(row) if isinstance(row, dict) else [], where)
+    return str(row[config.text_key] or "") if kind == "text" else conversation(row, kind, config.messages_key, where)
 
 
-def _no_column(config: TextConfig, names: list[str], where: str) -> None:
-    raise UserError(f"{where} has no column {config.text_key!r} (data.text_key); it has {', '.join(names) or 'none'}")
+def _format(config: TextConfig, names: list[str], where: str) -> str:
+    """What rows with these columns hold. Raises UserError when a column is missing."""
+    if config.format == "auto":
+        return format_of(names, config.text_key, config.messages_key, where)
+    for name in columns_of(config.format, config.text_key, config.messages_key):
+        if name not in names:
+            raise UserError(
+                f"{where} has no column {name!r} (data.format {config.format}); it has {', '.join(names) or 'none'}"
+            )
+    return config.format
 
 
 def _files(config: TextConfig, pattern: str) -> list[Path]:
@@ -226,6 +249,7 @@ def documents(config: TextConfig) -> Documents:
     """Names and texts of a source, in a fixed order. Raises UserError for what cannot be read."""
     if config.encoding_errors not in ("strict", "replace"):
         raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
+    check_choices("data", config, {"format": FORMATS})
     if config.max_documents < 0:
         raise UserError(f"data.max_documents must be at least 0 (all), got {config.max_documents}")
     count, last = 0, None
@@ -241,6 +265,7 @@ def identity(config: TextConfig) -> str:
     """Tells sources apart that give different documents, without reading them all."""
     source, path = source_of(config), Path(config.path)
     facts = [source, config.text_key, config.subset, config.max_documents, config.encoding_errors]
+    facts += [config.format, config.messages_key]
     if source == "pydocs":
         facts += [len(text) for _, text in _pydocs(config)]
     elif source == "stdlib":

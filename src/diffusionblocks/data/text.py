@@ -8,12 +8,14 @@ Shapes: N batch, T positions.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,34 +25,51 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusionblocks.data.cache import cache_folder, file_hash
+from diffusionblocks.data.chat import encode
 from diffusionblocks.data.corpora import TextConfig, documents, identity
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.readout import IGNORED
 from diffusionblocks.seeds import derive
 
 log = logging.getLogger("diffusionblocks")
+CHOICES = {
+    "packing": ("stream", "documents", "padded", "auto"),
+    "split": ("documents", "contiguous"),
+    "too_long": ("auto", "split", "truncate", "skip"),
+}
 COUNTED = 1 << 21  # tokens that are decoded to count their characters
 
 
 class TextData(Dataset):
-    """Windows of T tokens -> dicts `input_ids` [T], and `segments` or `attention_mask` where the packing needs them.
+    """Windows of T tokens -> dicts `input_ids` [T], and `segments` or `attention_mask` where the packing needs them; of
+    conversations also `labels` [T], the same tokens where they are answers and -100 elsewhere.
 
     Args:
-        tokens: all tokens. spans: documents of this split, rows of [start, end), each ending with its separator.
+        tokens: all tokens. spans: documents of this split, rows of [start, end), each text ending with its separator.
         length: T. packing: see `TextConfig`.
         seed: None = windows lie side by side (evaluation); else each is moved by a random offset, drawn from the seed and from
             which windows meet in a batch (training; not where windows are padded).
+        too_long: what becomes of padded documents of more than T tokens: `split`, `truncate` or `skip` (`long` counts them).
+        answers: which of all tokens are answers; None = all count. Padded documents without one are left out (`mute` counts them).
     """
 
     def __init__(
-        self, tokens: np.ndarray, spans: np.ndarray, length: int, packing: str = "stream", seed: int | None = None
+        self,
+        tokens: np.ndarray,
+        spans: np.ndarray,
+        length: int,
+        packing: str = "stream",
+        seed: int | None = None,
+        *,
+        too_long: str = "split",
+        answers: np.ndarray | None = None,
     ) -> None:
         self.tokens, self.length, self.packing, self.seed = tokens, length, packing, seed
+        self.answers, self.long, self.mute = answers, 0, 0
+        self._chosen: np.ndarray | None = None
         if packing == "padded":
-            starts = [np.arange(start, end, length) for start, end in spans]
-            ends = [np.minimum(begin + length, end) for begin, (_, end) in zip(starts, spans, strict=True)]
-            spans = np.stack([np.concatenate(starts), np.concatenate(ends)], 1) if len(spans) else spans
-            spans = spans[spans[:, 1] - spans[:, 0] >= 2]  # one token alone teaches nothing
+            spans = self._fitted(spans, too_long)
         self.spans = spans
         self.ends = np.cumsum(spans[:, 1] - spans[:, 0])  # in the split's own count of tokens
 
@@ -58,14 +77,46 @@ class TextData(Dataset):
     def num_tokens(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
+    def _fitted(self, spans: np.ndarray, too_long: str) -> np.ndarray:
+        """Documents that fit a window."""
+        long = spans[:, 1] - spans[:, 0] > self.length
+        self.long = int(long.sum())
+        if too_long == "skip":
+            spans = spans[~long]
+        elif too_long == "truncate":
+            spans = np.stack([spans[:, 0], np.minimum(spans[:, 1], spans[:, 0] + self.length)], 1)
+        elif len(spans):
+            starts = [np.arange(start, end, self.length) for start, end in spans]
+            ends = [np.minimum(begin + self.length, end) for begin, (_, end) in zip(starts, spans, strict=True)]
+            spans = np.stack([np.concatenate(starts), np.concatenate(ends)], 1)
+        spans = spans[spans[:, 1] - spans[:, 0] >= 2]  # one token alone teaches nothing
+        if self.answers is None:
+            return spans
+        # The first token of a window is not predicted.
+        says = np.array([bool(self.answers[start + 1 : end].any()) for start, end in spans], dtype=bool)
+        self.mute = int((~says).sum())
+        return spans[says]
+
+    def evenly(self, count: int) -> TextData:
+        """The same text with only `count` of its windows, taken evenly (all where there are fewer, or for 0)."""
+        if not 0 < count < len(self):
+            return self
+        chosen = copy.copy(self)
+        chosen._chosen = np.arange(count) * len(self) // count
+        return chosen
+
     def __len__(self) -> int:
+        if self._chosen is not None:
+            return len(self._chosen)
         return len(self.spans) if self.packing == "padded" else self.num_tokens // self.length
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {name: tensor[0] for name, tensor in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch [N, T]."""
+        """A whole batch [N, T]; padded ones are as long as their longest text, up to a multiple of 64 tokens."""
+        if self._chosen is not None:
+            indices = self._chosen[np.asarray(indices, dtype=np.int64)].tolist()
         if self.packing == "padded":
             return self._padded(indices)
         starts = np.asarray(indices, dtype=np.int64) * self.length
@@ -75,40 +126,51 @@ class TextData(Dataset):
             )
             starts = np.minimum(starts + moves, self.num_tokens - self.length)
         found = [self._window(int(start)) for start in starts]
-        batch = {"input_ids": torch.from_numpy(np.stack([ids for ids, _ in found]))}
+        batch = {"input_ids": torch.from_numpy(np.stack([ids for ids, _, _ in found]))}
         if self.packing == "documents":
-            batch["segments"] = torch.from_numpy(np.stack([segments for _, segments in found]))
+            batch["segments"] = torch.from_numpy(np.stack([segments for _, segments, _ in found]))
+        if self.answers is not None:
+            batch["labels"] = torch.from_numpy(np.stack([labels for _, _, labels in found]))
         return batch
 
-    def _window(self, start: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and document numbers of the window that starts at a place of the split [T]."""
-        ids = np.empty(self.length, dtype=np.int64)
-        segments = np.empty(self.length, dtype=np.int64)
+    def _window(self, start: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, document numbers and labels of the window that starts at a place of the split [T]."""
+        ids, segments, labels = (np.empty(self.length, dtype=np.int64) for _ in range(3))
         document, filled = int(np.searchsorted(self.ends, start, side="right")), 0
         while filled < self.length:
             last = self.spans[document, 1]
             begin = last - (self.ends[document] - start - filled)
-            part = self.tokens[begin : min(last, begin + self.length - filled)]
-            ids[filled : filled + len(part)], segments[filled : filled + len(part)] = part, document
-            filled, document = filled + len(part), document + 1
-        return ids, segments
+            end = min(last, begin + self.length - filled)
+            here = slice(filled, filled + end - begin)
+            ids[here], segments[here], labels[here] = self.tokens[begin:end], document, self._labels(begin, end)
+            filled, document = here.stop, document + 1
+        return ids, segments, labels
+
+    def _labels(self, start: int, end: int) -> np.ndarray:
+        ids = self.tokens[start:end].astype(np.int64)
+        return ids if self.answers is None else np.where(self.answers[start:end], ids, IGNORED)
 
     def _padded(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        ids = np.zeros((len(indices), self.length), dtype=np.int64)
-        real = np.zeros((len(indices), self.length), dtype=np.int64)
+        longest = max(int(self.spans[index, 1] - self.spans[index, 0]) for index in indices)
+        size = (len(indices), min(self.length, -(-longest // 64) * 64))
+        ids, real = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        labels = np.full(size, IGNORED, dtype=np.int64)
         for row, index in enumerate(indices):
             start, end = self.spans[index]
-            ids[row, : end - start], real[row, : end - start] = self.tokens[start:end], 1
-        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(real)}
+            here = slice(0, end - start)
+            ids[row, here], real[row, here], labels[row, here] = self.tokens[start:end], 1, self._labels(start, end)
+        batch = {"input_ids": ids, "attention_mask": real, **({} if self.answers is None else {"labels": labels})}
+        return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 class TextSplits(NamedTuple):
-    """The three splits and the tokenizer that made them."""
+    """The three splits and the tokenizer that made them. general: text of another kind (`data.general`)."""
 
     train: Any
     validation: Any
     test: Any
     tokenizer: Tokenizer
+    general: Any = None
 
     @property
     def num_outputs(self) -> int:
@@ -124,7 +186,7 @@ def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSp
 
     Raises UserError for anything wrong with the data.
     """
-    check_choices("data", config, {"packing": ("stream", "documents", "padded"), "split": ("documents", "contiguous")})
+    check_choices("data", config, CHOICES)
     if config.length < 2:
         raise UserError(f"data.length must be at least 2 tokens, got {config.length}")
     if config.validation_share <= 0 or config.test_share <= 0 or config.validation_share + config.test_share >= 1:
@@ -132,29 +194,90 @@ def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSp
             f"data.validation_share {config.validation_share} and data.test_share {config.test_share} must be positive and "
             "leave something to train on"
         )
-    tokenizer = load_tokenizer(config.tokenizer, mask)
-    tokens, ends = _tokens(config, tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, mask, config.trust_remote_code)
+    tokens, ends, answers = _tokens(config, tokenizer)
+    packing, too_long = packing_of(config, answers is not None)
+    if answers is not None and mask:
+        raise UserError("conversations train models that write answers: masked diffusion takes text (data.format text)")
+
+    def part(spans: np.ndarray, seed: int | None = None) -> TextData:
+        return TextData(tokens, spans, config.length, packing, seed, too_long=too_long, answers=answers)
+
     train, validation, test = _split(ends, config)
-    splits = TextSplits(
-        TextData(tokens, train, config.length, config.packing, seed),
-        TextData(tokens, validation, config.length, config.packing),
-        TextData(tokens, test, config.length, config.packing),
-        tokenizer,
-    )
-    for name, part in zip(("training", "validation", "test"), splits, strict=False):
-        if len(part) == 0 and config.packing == "padded":
-            raise UserError(f"the {name} text has no document of at least two tokens")
-        if len(part) == 0:
+    parts = {"training": part(train, seed), "validation": part(validation), "test": part(test)}
+    for name, found in parts.items():
+        _check_part(name, found, config)
+    _count(parts, too_long, config)
+    validation_part, test_part = (parts[name].evenly(config.evaluated) for name in ("validation", "test"))
+    return TextSplits(parts["training"], validation_part, test_part, tokenizer, _general(config, mask))
+
+
+def packing_of(config: TextConfig, conversations: bool) -> tuple[str, str]:
+    """Packing, and what becomes of documents that are too long for a window."""
+    packing, too_long = config.packing, config.too_long
+    packing = ("padded" if conversations else "stream") if packing == "auto" else packing
+    too_long = ("truncate" if conversations else "split") if too_long == "auto" else too_long
+    return packing, too_long
+
+
+def _check_part(name: str, part: TextData, config: TextConfig) -> None:
+    """Raises UserError where there is nothing to train on or to evaluate."""
+    if part.answers is not None and (part.mute or part.packing != "padded"):
+        spans = part.spans if len(part) else np.zeros((0, 2), np.int64)
+        if not any(part.answers[start + 1 : end].any() for start, end in spans):
             raise UserError(
-                f"the {name} text has {part.num_tokens} tokens, less than one window of {config.length}: give it more text, "
-                "or a smaller --data.length"
+                f"the {name} conversations have no answer tokens: nothing that the assistant says lies within {config.length} tokens "
+                "(data.length)"
             )
-    return splits
+    if len(part) == 0 and part.packing == "padded":
+        raise UserError(f"the {name} text has no document of at least two tokens" + (" that fits" if part.long else ""))
+    if len(part) == 0:
+        raise UserError(
+            f"the {name} text has {part.num_tokens} tokens, less than one window of {config.length}: give it more text, "
+            "or a smaller --data.length"
+        )
+
+
+def _count(parts: Mapping[str, TextData], too_long: str, config: TextConfig) -> None:
+    """Says what was cut or left out."""
+    long, mute = sum(part.long for part in parts.values()), sum(part.mute for part in parts.values())
+    if long and too_long != "split":
+        done = "truncated" if too_long == "truncate" else "skipped"
+        log.warning("%d documents are longer than %d tokens: %s (data.too_long)", long, config.length, done)
+    if mute:
+        log.warning("%d conversations have no answer tokens and were left out", mute)
+
+
+def _general(config: TextConfig, mask: bool) -> TextData | None:
+    """Windows of the text that shows what is forgotten."""
+    if not config.general:
+        return None
+    if config.general not in ("pydocs", "stdlib") and not Path(config.general).exists():
+        raise UserError(f"data.general must be pydocs, stdlib or a path; {config.general!r} does not exist")
+    named = config.general in ("pydocs", "stdlib")
+    own = dataclasses.replace(
+        config,
+        source=config.general if named else "pydocs",  # a path says by itself what it is
+        path="" if named else config.general,
+        format="text",
+        subset="",
+        max_documents=0,
+    )
+    tokens, ends, _ = _tokens(own, load_tokenizer(config.tokenizer, mask, config.trust_remote_code))
+    part = TextData(tokens, _spans(ends), config.length)
+    if len(part) == 0:
+        raise UserError(f"data.general {config.general} has less than one window of {config.length} tokens")
+    return part.evenly(config.evaluated)
+
+
+def _spans(ends: np.ndarray) -> np.ndarray:
+    """Where documents end [documents] -> rows of [start, end)."""
+    return np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
 
 
 def _split(ends: np.ndarray, config: TextConfig) -> list[np.ndarray]:
     """Documents of training, validation and test, in the order of the source. ends [documents] -> rows of [start, end)."""
-    spans = np.stack([np.concatenate([[0], ends[:-1]]), ends], 1)
+    spans = _spans(ends)
     total = int(ends[-1]) if len(ends) else 0
     if config.split == "contiguous":
         test = total - round(total * config.test_share)
@@ -188,14 +311,15 @@ def _between(spans: np.ndarray, low: int, high: int) -> np.ndarray:
     return inside.clip(low, high)
 
 
-def _tokens(config: TextConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens, mapped from the cache, and where each document ends."""
+def _tokens(config: TextConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """All tokens, mapped from the cache; where each document ends; and, of conversations, which tokens are answers."""
     key = hashlib.blake2b(f"{identity(config)} {tokenizer.identity()}".encode(), digest_size=12).hexdigest()
     folder = cache_folder(config.cache_dir) / f"text-{key}"
     while (index := _read_index(folder)) is None:
         _tokenise(config, tokenizer, folder)
     tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-    return tokens, np.asarray(index["ends"], dtype=np.int64)
+    answers = np.load(folder / "answers.npy", mmap_mode="r") if index.get("conversations") else None
+    return tokens, np.asarray(index["ends"], dtype=np.int64), answers
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
@@ -206,7 +330,8 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
         index = json.loads((folder / "index.json").read_text())
         path = folder / "tokens.npy"
         # Untouched since it was written, or else of the same content.
-        if index["written"] == path.stat().st_mtime_ns or index["hash"] == file_hash(path):
+        whole = index["written"] == path.stat().st_mtime_ns or index["hash"] == file_hash(path)
+        if whole and (not index.get("conversations") or index["answers"] == file_hash(folder / "answers.npy")):
             return index
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -222,9 +347,17 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
     partial.mkdir(parents=True)
     kind, end = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32), np.array([tokenizer.separator])
     total, ends, last = 0, list[int](), None
+    answers: list[np.ndarray] = []
     try:
         with (partial / "raw").open("wb") as stream:
             for name, text in documents(config):
+                if not isinstance(text, str):  # its chat template says how it ends
+                    found = encode(text, tokenizer, name)
+                    stream.write(found.ids.astype(kind).tobytes())
+                    answers.append(found.answers)
+                    total += len(found.ids)
+                    ends.append(total)
+                    continue
                 if last is not None and name != last:
                     stream.write(end.astype(kind).tobytes())
                     total += 1
@@ -238,7 +371,9 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
                 stream.write(end.astype(kind).tobytes())
                 ends.append(total + 1)
                 total += 1
-        if total < config.length:
+        if answers and last is not None:
+            raise UserError(f"{config.path} mixes texts and conversations: set data.format to text, messages or prompt")
+        if total < (2 if answers else config.length):
             raise UserError(
                 f"the text has {total} tokens, less than one window of {config.length}: give it more text, or a smaller "
                 "--data.length"
@@ -248,7 +383,10 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
         del raw
         (partial / "raw").unlink()
         path = partial / "tokens.npy"
-        index = {"ends": ends, "hash": file_hash(path), "written": path.stat().st_mtime_ns}
+        index: dict[str, Any] = {"ends": ends, "hash": file_hash(path), "written": path.stat().st_mtime_ns}
+        if answers:
+            np.save(partial / "answers.npy", np.concatenate(answers))
+            index |= {"conversations": True, "answers": file_hash(partial / "answers.npy")}
         (partial / "index.json").write_text(json.dumps(index) + "\n")
         try:
             partial.rename(folder)

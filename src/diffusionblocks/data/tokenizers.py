@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-from diffusionblocks.errors import UserError, quiet_hub
+from diffusionblocks import pretrained
+from diffusionblocks.errors import UserError
 
 log = logging.getLogger("diffusionblocks")
 BLANK = "_"  # how a masked token is shown
@@ -106,18 +107,8 @@ class HuggingFace:
 
     between: tuple[int, ...] = ()
 
-    def __init__(self, name_or_path: str, mask: bool = True) -> None:
-        from transformers import AutoTokenizer
-
-        quiet_hub()
-        try:
-            self.own: Any = AutoTokenizer.from_pretrained(name_or_path)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"cannot load the tokenizer {name_or_path!r}: {reason} (it is 'characters', 'bytes', or the name or folder "
-                "of a Hugging Face tokenizer)"
-            ) from None
+    def __init__(self, name_or_path: str, mask: bool = True, trust_remote_code: bool = False) -> None:
+        self.name, self.own = name_or_path, pretrained.load_tokenizer(name_or_path, trust_remote_code)
         if mask and self.own.mask_token_id is None:
             self.own.add_special_tokens({"mask_token": "<mask>"})
             log.info(
@@ -152,12 +143,16 @@ class HuggingFace:
     def identity(self) -> str:
         vocabulary = repr(sorted(self.own.get_vocab().items())).encode()
         probe = self.own("Probe: naïve Text_1, 2 - x\n", add_special_tokens=False)["input_ids"]
-        return f"{hashlib.blake2b(vocabulary, digest_size=16).hexdigest()} {probe}"
+        return f"{hashlib.blake2b(vocabulary, digest_size=16).hexdigest()} {probe} {self.own.chat_template or ''}"
 
 
 @cache
-def load_tokenizer(name: str, mask: bool = True) -> Tokenizer:
+def load_tokenizer(name: str, mask: bool = True, trust_remote_code: bool = False) -> Tokenizer:
     """`characters`, `bytes`, or a Hugging Face tokenizer by name or folder. mask: with a token that hides others."""
+    if name == "auto":
+        raise UserError(
+            "data.tokenizer auto is that of a pretrained network: set model.pretrained to its name or folder, or choose a tokenizer"
+        )
     if name == "characters":
         return Characters(mask)
-    return Bytes(mask) if name == "bytes" else HuggingFace(name, mask)
+    return Bytes(mask) if name == "bytes" else HuggingFace(name, mask, trust_remote_code)

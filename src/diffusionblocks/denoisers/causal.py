@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.attention import side_by_side, token_positions
 from diffusionblocks.conditioning import Condition, ConditionedLayer, LevelEmbedding
@@ -140,6 +141,8 @@ class CausalDenoiser(Denoiser):
         read, features = clean_tokens(batch), self.config.context == "features"
         hidden = self.trunk(batch) if features else self.part("stem")(read)
         context = hidden if features else None
+        if self.block.settling:
+            hidden = hidden.detach()
         if not self.reads_noise:
             return self.block("read", hidden, None, 0, documents_apart(read, hidden)), context
         assert noisy is not None and level is not None
@@ -159,6 +162,9 @@ class CausalDenoiser(Denoiser):
         """Features context: the clean stream that leaves this block [N, R, D]."""
         read = clean_tokens(batch)
         hidden = self.entering(batch) if self.index else self.part("stem")(read)
+        if self.block.settling:
+            with torch.no_grad():
+                return self.block("trunk", hidden, documents_apart(read, hidden))
         return self.block("trunk", hidden, documents_apart(read, hidden))
 
     def measure(self, hidden: Tensor, noisy: Tensor, level: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,6 +198,29 @@ class CausalBlocks(DiffusionBlocksModel):
         rows = self.denoiser(0).target.rows
         return Information(rows, zipf(len(rows))).level(torch.tensor(HIDDEN)).item()
 
+    @property
+    def reads_idle_blocks(self) -> bool:
+        settles = self.config.distill and any(len(block.head) for block in self.blocks)  # type: ignore[arg-type]
+        return bool(self.config.ordinary) or settles
+
+    def learning(self, index: int) -> None:
+        """From now on gradients are for block `index` alone, whatever its step passes."""
+        if self.reads_idle_blocks:
+            for block in map(self.block, range(self.num_blocks)):
+                block.requires_grad_(block is self.block(index))
+
+    def answer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
+        """Features context: what the layers after block `index` make of its output, hidden [N, R, D], before the readout.
+
+        Their activations are recomputed in the backward pass, which leaves them as they are (see `learning`).
+        """
+        read = clean_tokens(batch)
+        views = [view] if (view := documents_apart(read, hidden)) is not None else []
+        for after in range(index + 1, self.num_blocks):
+            for layer in self.block(after).layers:
+                hidden = checkpoint(layer, hidden, *views, use_reentrant=False)
+        return hidden
+
     def _denoiser(self, index: int) -> CausalDenoiser:
         return CausalDenoiser(index, self.block(index), self.shared, self.config, self._flex)
 
@@ -218,25 +247,33 @@ class CausalBlocks(DiffusionBlocksModel):
 
     def _feature_blocks(self, parts: Parts) -> Iterator[Block]:
         last = self.config.num_blocks - 1
-        common = self.config.shared != "copies"
+        common, frozen = self.config.shared != "copies", self.config.shared == "frozen"
         if common:
             self.shared["readout"] = parts.readout
-        if parts.tied and (
+        if frozen:
+            self.shared["stem"] = parts.stem
+        elif parts.tied and (
             last or common
         ):  # block 0 owns the stem: a parameter of stem and readout would have two owners
             untie(parts)
         for index, span in enumerate(self.layers):
             heads = self.config.heads(index == last, "causal")
-            head = [_renumbered(fresh_copy(parts.layers[span[-1]]), len(parts.layers) + i) for i in range(heads)]
+            head = [_renumbered(layer, len(parts.layers) + i) for i, layer in enumerate(self._head(parts, span, heads))]
             layers, level = self._conditioned(head, parts)
             yield CausalBlock(
                 [parts.layers[i] for i in span],
                 features=True,
                 level=level,
                 head=layers,
-                stem=parts.stem if index == 0 else None,
+                stem=parts.stem if index == 0 and not frozen else None,
                 readout=None if common else parts.readout if index == last else copy.deepcopy(parts.readout),
             )
+
+    def _head(self, parts: Parts, span: range, count: int) -> list[nn.Module]:
+        """Layers between the trunk of a block and its readout."""
+        if self.config.head_start == "last":
+            return [copy.deepcopy(layer) for layer in parts.layers[len(parts.layers) - count :]] if count else []
+        return [fresh_copy(parts.layers[span[-1]]) for _ in range(count)]
 
     @property
     def is_ordinary(self) -> bool:

@@ -26,6 +26,7 @@ import yaml
 from diffusionblocks.baselines.methods import find_method, steps_for_budget
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.recipes import Recipe
+from diffusionblocks.tasks import CausalLM
 
 log = logging.getLogger("diffusionblocks")
 SPEAK_SECONDS = 30.0
@@ -62,6 +63,8 @@ def compare(
         raise UserError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
     if not methods:
         raise UserError("--methods is empty")
+    if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
+        recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
     _run_all(todo, jobs)
     results = []

@@ -31,8 +31,9 @@ from diffusionblocks.data.tokenizers import HuggingFace, load_tokenizer
 from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
 from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation import adaptation, in_context
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
-from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel
+from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.recipes import TARGETS, Recipe, build, changed
 from diffusionblocks.recipes.networks import build_network, network_config
 from diffusionblocks.seeds import derive
@@ -42,6 +43,7 @@ from diffusionblocks.training.trainer import Progress, Trainer
 
 log = logging.getLogger("diffusionblocks")
 
+DEPLOYED = "huggingface"  # folder of the ordinary model that adapted blocks are
 # Keys that may differ between a run folder and the command that resumes it: they do not change the result.
 FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device")
 
@@ -79,7 +81,10 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
     trainer = Trainer(model, recipe.task, data.train, data.validation, recipe.train, output_dir=output_dir)
     if recipe.model.attention == "flex_attention" and trainer.device.type == "cpu":
         raise UserError("model.attention flex_attention cannot train on a CPU: take sdpa there")
-    return Run(recipe, data, model, trainer)
+    run = Run(recipe, data, model, trainer)
+    if recipe.method in in_context.METHODS:
+        in_context.check(run)
+    return run
 
 
 def _load(recipe: Recipe) -> Splits:
@@ -132,12 +137,15 @@ def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str,
             if fresh:
                 _unclaim(output_dir)
             raise
-        progress = run.trainer.fit(resume=resume)
-        _save_model(run, output_dir)
-        metrics = _measure(run)
-        memory = (
-            _throwaway_peak(recipe, run.data) if run.trainer.device.type != "cuda" else _cuda_peak(recipe, run.data)
-        )
+        split, trains = _split(run.recipe, run.data), find_method(recipe.method).trains
+        earlier = adaptation.before(run, split, output_dir)
+        if trains:
+            run.trainer.fit(resume=resume)
+            _save_model(run, output_dir)
+        progress = run.trainer.progress
+        metrics = {**_measure(run), **earlier}
+        adaptation.write_samples(run, split, output_dir)
+        memory = _peak(run) if trains else NOTHING
     summary = _summary(run, progress, metrics, memory, messages)
     _write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
     shutil.rmtree(output_dir / "residency", ignore_errors=True)
@@ -173,7 +181,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     summary = folder / "summary.json"
     data = None if with_data else _absent(recipe, summary)
     run = prepare(recipe, None, data)
-    if not run.trainer.restore(folder):
+    if find_method(recipe.method).trains and not run.trainer.restore(folder):
         raise UserError(f"{folder} holds no usable checkpoint; train it first")
     run.trainer.residency  # noqa: B018  (moves the blocks to the device)
     return run
@@ -184,7 +192,12 @@ def _absent(recipe: Recipe, summary: Path) -> Splits | None:
     train = for_method(recipe, recipe.method).train
     nothing = Unread(max(train.batch_size, train.own_batch))
     if isinstance(recipe.data, TextConfig):
-        return TextSplits(nothing, nothing, nothing, load_tokenizer(recipe.data.tokenizer, _masked(recipe)))
+        return TextSplits(
+            nothing,
+            nothing,
+            nothing,
+            load_tokenizer(recipe.data.tokenizer, _masked(recipe), recipe.data.trust_remote_code),
+        )
     names = json.loads(summary.read_text()).get("classes") if summary.is_file() else None
     return None if names is None else ImageSplits(nothing, nothing, nothing, names)
 
@@ -204,7 +217,7 @@ def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[st
 def _measure(run: Run) -> dict[str, Metric]:
     """The task's metrics, and those of samples for tasks that generate."""
     split = _split(run.recipe, run.data)
-    metrics = run.trainer.evaluate(split)
+    metrics = run.trainer.evaluate(adaptation.as_scored(run, split))
     if isinstance(run.recipe.task, MaskedLM | NextToken):
         from diffusionblocks.evaluation.text import metrics as of_texts
 
@@ -246,12 +259,12 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
     if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
     with _without_progress():
-        if isinstance(run.model, EndToEndModel):
-            run.model.save_pretrained(path)
+        if isinstance(run.model, CausalBlocks):
+            _save_network(run, run.model, path)
         else:
-            run.model.save_network(path)
-    if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
-        run.data.tokenizer.save(path)
+            run.model.save_pretrained(path)
+            if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
+                run.data.tokenizer.save(path)
     return path
 
 
@@ -261,10 +274,21 @@ def _split(recipe: Recipe, data: Splits) -> Any:
 
 def _throwaway_peak(recipe: Recipe, data: Splits) -> PeakMemory:
     """Peak memory of the recipe's steps, on a model that is thrown away."""
-    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, compile=False, tensorboard=False))
+    # The steps after heads have settled are the larger ones.
+    changes: dict[str, Any] = {"compile": False, "tensorboard": False, "heads_first": 0.0}
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, **changes))
     if isinstance(recipe.task, RecurrentLM):
         recipe = dataclasses.replace(recipe, task=recipe.task.longest())
     return measure_peak(prepare(recipe, None, data).trainer)
+
+
+NOTHING = PeakMemory(
+    parameters=0, gradients=0, optimizer=0, activations=0, total=0, how_measured="nothing is trained", device="none"
+)
+
+
+def _peak(run: Run) -> PeakMemory:
+    return (_cuda_peak if run.trainer.device.type == "cuda" else _throwaway_peak)(run.recipe, run.data)
 
 
 def _cuda_peak(recipe: Recipe, data: Splits) -> PeakMemory:
@@ -280,7 +304,32 @@ def _save_model(run: Run, output_dir: Path) -> None:
     run.trainer.use_averages()
     with _without_progress():
         run.model.save_pretrained(output_dir / "model")
+        tokenizer = getattr(run.data, "tokenizer", None)
+        if isinstance(run.model, EndToEndModel) and isinstance(tokenizer, HuggingFace):
+            tokenizer.save(output_dir / "model")
+        if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
+            _save_network(run, run.model, output_dir / DEPLOYED)
     run.trainer.use_averages()  # back
+
+
+def _save_network(run: Run, model: CausalBlocks, folder: Path) -> None:
+    """The ordinary language model that blocks are without their heads, with its tokenizer."""
+    model.save_network(folder)
+    if isinstance(run.data.tokenizer, HuggingFace):
+        run.data.tokenizer.save(folder)
+
+
+def _result(run: Run) -> dict[str, Any]:
+    """What a run leaves to be used: where, who reads it, and whether that needs this package."""
+    if not find_method(run.recipe.method).trains:
+        return {"folder": run.recipe.model.pretrained, "format": "as it came", "needs_diffusionblocks": False}
+    if run.recipe.method == "lora":
+        return {"folder": "model", "format": "peft adapter", "needs_diffusionblocks": False}
+    if isinstance(run.model, EndToEndModel) and not isinstance(run.model, WholeDenoiser | LoopedNetwork):
+        return {"folder": "model", "format": "transformers", "needs_diffusionblocks": False}
+    if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
+        return {"folder": DEPLOYED, "format": "transformers", "needs_diffusionblocks": False}
+    return {"folder": "model", "format": "diffusionblocks", "needs_diffusionblocks": True}
 
 
 @contextlib.contextmanager
@@ -313,6 +362,7 @@ def _summary(
         "layer_evaluations": progress.layer_evaluations,
         "samples_seen": progress.samples_seen,
         **_layers_per_token(run, progress),
+        "result": _result(run),
         "block_steps": progress.block_steps,
         "wall_seconds": round(progress.wall_seconds, 3),
         "peak_memory": memory.as_dict(),
@@ -390,9 +440,9 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
             )
         return
     if not resume:
-        for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        for name in ("config.yaml", "metrics.jsonl", "summary.json", "before.json", adaptation.SAMPLES):
             (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "model", "residency"):
+        for name in ("checkpoints", "model", DEPLOYED, "residency"):
             shutil.rmtree(folder / name, ignore_errors=True)
     elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")

@@ -12,10 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusionblocks.data.chat import question
 from diffusionblocks.data.stream import Unread, in_order
 from diffusionblocks.data.text import units
 from diffusionblocks.data.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation import adaptation
+from diffusionblocks.evaluation.adaptation import exponential
 from diffusionblocks.evaluation.judges import (
     check_teacher,
     distinct_2,
@@ -129,7 +132,8 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
         **measured,
     }
     if isinstance(task, NextToken):
-        found["perplexity"] = _exponential(nats)
+        found["perplexity"] = exponential(nats)
+        found |= adaptation.general(run)
         some = list(on_device(in_order(_some(split), CONTROLLED), run.trainer.device))
         found |= task.scrambled(run.model, some)
         if isinstance(task, RecurrentLM) and task.curve:
@@ -164,11 +168,6 @@ def plain(tokens: Sequence[int], tokenizer: Tokenizer) -> str:
     return tokenizer.decode([token for token in tokens if token != tokenizer.separator or tokenizer.between])
 
 
-def _exponential(metric: Metric) -> Metric:
-    value = math.exp(min(metric.value, 700.0))
-    return Metric(value, None if metric.stderr is None else value * metric.stderr)
-
-
 def _scaled(metric: Metric, factor: float) -> Metric:
     return Metric(metric.value * factor, None if metric.stderr is None else metric.stderr * factor)
 
@@ -178,6 +177,7 @@ def sample_texts(
     num: int,
     *,
     prompt: str = "",
+    chat: bool = False,
     length: int = 0,
     seed: int = 0,
     stop: Sequence[str] = (),
@@ -187,6 +187,7 @@ def sample_texts(
     """Makes `num` texts from a prompt (see `start_of`; empty = from nothing).
 
     Args:
+        chat: the prompt is a question; put it in the tokenizer's chat template and show only the answer.
         stop: causal models: texts end before the first of these strings.
         stream: causal models, one text: called with every piece of it as it is written.
         settings: fields of the task that differ from the run's.
@@ -201,6 +202,8 @@ def sample_texts(
     tokenizer, window = run.data.tokenizer, run.recipe.data.length
     if length < 0 or length == 1:
         raise UserError(f"--length must be at least 2 tokens, got {length}")
+    if chat and (not prompt or isinstance(task, MaskedLM)):
+        raise UserError("--chat takes a question (--prompt) for a model that writes token by token")
     run.model.eval()
     how: dict[str, Any] = {}
     if isinstance(task, MaskedLM):
@@ -211,19 +214,22 @@ def sample_texts(
         texts = [tokenizer.decode(text) for text in tokens.tolist()]
         how = {"sampler": task.sampler, "steps": task.sampling_steps}
     else:
-        own = beginning(prompt, tokenizer, window, length)
-        start = torch.tensor([tokenizer.separator, *own]).expand(num, -1)
-        progress = _Writing(tokenizer, len(own), stop, stream)
+        own = beginning(question(prompt, tokenizer) if chat else prompt, tokenizer, window, length)
+        # A text begins after the end of another; a conversation as its template says, and ends where its turn does.
+        before = [] if chat else [tokenizer.separator]
+        stop = [*stop, tokenizer.decode([tokenizer.separator])] if chat else stop
+        start = torch.tensor([*before, *own]).expand(num, -1)
+        progress = _Writing(tokenizer, len(before), len(own), stop, stream, answers=chat)
         with run.trainer.averaged():
             made = go_on(
                 run,
                 start,
-                (length or window) + 1,
+                (length or window) + len(before),
                 seed=seed,
                 task=task,
                 watch=progress if stop or stream is not None else None,
             )
-        tokens = made.tokens[:, 1:]
+        tokens = made.tokens[:, len(before) :]
         texts, written = [progress.text(text) for text in tokens.tolist()], num * (tokens.shape[1] - len(own))
         progress.finish(texts[0])
         how = {"stop": list(stop)} if stop else {}
@@ -248,24 +254,33 @@ class _Writing:
     """Watches texts being written: ends them at stop strings, and shows the first as it grows.
 
     Args:
-        prompted: tokens of the prompt, in which no stop string is looked for.
+        before: tokens that are no part of the text. prompted: tokens of the prompt, in which no stop string is looked for. answers: show
+            only what comes after the prompt.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompted: int, stop: Sequence[str], stream: Callable[[str], Any] | None
+        self,
+        tokenizer: Tokenizer,
+        before: int,
+        prompted: int,
+        stop: Sequence[str],
+        stream: Callable[[str], Any] | None,
+        *,
+        answers: bool = False,
     ) -> None:
         self.tokenizer, self.prompted, self.stop, self.stream = tokenizer, prompted, stop, stream
+        self.before, self.answers = before, answers
         self.shown = 0
         self._done: set[int] = set()
 
     def __call__(self, tokens: Tensor) -> bool:
         """tokens [N, t], the first being the separator -> whether all texts have ended."""
-        for row, text in enumerate(tokens[:, 1:].tolist()):
+        for row, text in enumerate(tokens[:, self.before :].tolist()):
             if self.stop and row not in self._done and self._end(self.tokenizer.decode(text), text) is not None:
                 self._done.add(row)
         if self.stream is not None:
             held = max(map(len, self.stop), default=1) - 1  # it may be the beginning of a stop string
-            text = self.text(tokens[0, 1:].tolist())
+            text = self.text(tokens[0, self.before :].tolist())
             text = text if 0 in self._done else text[: max(0, len(text) - held)]
             self._show(text.rstrip("\ufffd"))  # it may be the beginning of a character
         return len(self._done) == len(tokens)
@@ -273,7 +288,8 @@ class _Writing:
     def text(self, tokens: list[int]) -> str:
         """Up to its stop string."""
         text = self.tokenizer.decode(tokens)
-        return text[: self._end(text, tokens)]
+        first = len(self.tokenizer.decode(tokens[: self.prompted])) if self.answers else 0
+        return text[first : self._end(text, tokens)]
 
     def finish(self, text: str) -> None:
         if self.stream is not None:

@@ -211,7 +211,7 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
             steps = [Step((1, size, 1), 1) for size in sizes]
             steps[0], steps[-1] = Step((sizes[0], 1)), Step((1, sizes[-1]), 1)
             steps = steps if count > 1 else [Step((sizes[0],))]
-    elif kind == "exact":  # layers after the active block keep their inputs, layers before it keep nothing
+    elif kind in ("exact", "mixed"):  # layers after the active block keep their inputs, layers before it keep nothing
         after = [sum(sizes[index + 1 :]) for index in range(count)]
         steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
         steps[0], steps[-1] = Step((sizes[0], after[0])), Step((1, sizes[-1]), 1)
@@ -237,6 +237,11 @@ def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
     return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})
 
 
+def _mixed(work: Workload, sizes: Sequence[int]) -> BlockModel:
+    blocks = dataclasses.replace(work.blocks, ordinary=work.blocks.ordinary or 1.0)
+    return _denoisers(dataclasses.replace(work, blocks=blocks), sizes)
+
+
 def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
     spans = split_layers(sum(sizes), len(sizes), list(sizes))
     return BlockCoordinateModel(take_apart(work.network(sum(sizes)), work.blocks.target), spans)
@@ -248,6 +253,7 @@ def _whole(work: Workload, num_layers: int, **options: Any) -> BlockModel:
 
 _BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {
     "diffusionblocks": _denoisers,
+    "mixed": _mixed,
     "exact": _coordinate,
     "lora": lambda work, sizes: lora_model(
         work.network(sum(sizes)), *work.lora, train_readout=work.train_readout, blocks=work.blocks

@@ -243,12 +243,16 @@ class Predictor:
             residency="device",
             branch_at=0.0,
             own_batch=0,
+            heads_first=0.0,  # steps after that need more
             device="cpu",
             tensorboard=False,
             compile=False,
         )
         block = model.block(index)
-        _off_meta(model if isinstance(model, EndToEndModel) else block, model.shared)  # idle denoisers stay there
+        passes_all = isinstance(model, EndToEndModel) or (
+            isinstance(model, DiffusionBlocksModel) and bool(model.config.ordinary)
+        )
+        _off_meta(model if passes_all else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel | WholeDenoiser):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
             model.partition.masked_share = self.network.masked_share
@@ -267,12 +271,12 @@ class Predictor:
         trained = [layer for layer in block.layers if any(p.requires_grad for p in layer.parameters())]
         tracker = PhaseTracker(trained[len(trained) // 2 - 1] if len(trained) > 1 else None)
         averages = [tensor for state in owners for tensor in state.average.values()]
-        others = [model.block(i) for i in range(model.num_blocks) if i != index and isinstance(model, EndToEndModel)]
+        others = [model.block(i) for i in range(model.num_blocks) if i != index and passes_all]
         optimizers = [state.optimizer for state in owners]
         tracker.present([block, model.shared], optimizers, [*batch.values(), *averages], others)
         with tracker:
             trainer.block_step(index, batch)
-        streams = isinstance(model, EndToEndModel) and model.num_blocks > 1
+        streams = passes_all and model.num_blocks > 1
         pieces = [sum(p.nbytes for p in unit.parameters()) for unit in units(block)] if streams else [0]
         return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces))
 

@@ -29,7 +29,8 @@ class ModelConfig:
 
     Args:
         model_class: a supported class of transformers or diffusers.
-        pretrained: Hugging Face name or local folder; then only `dropout` and `attention` of the rest apply.
+        pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one; then only
+            `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's repository brings.
         intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
         patch_size: of networks that read images.
         start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
@@ -38,6 +39,7 @@ class ModelConfig:
 
     model_class: str = "ViTForImageClassification"
     pretrained: str = ""
+    trust_remote_code: bool = False
     start: str = ""
     hidden_size: int = 64
     num_hidden_layers: int = 12
@@ -54,6 +56,27 @@ class LoraConfig:
 
     rank: int = 16
     alpha: int = 32
+
+
+@dataclass(kw_only=True)
+class InContextConfig:
+    """What the methods `prompt` and `retrieval` put before a text, in tokens.
+
+    Args:
+        tokens: at most, in all. passage: of a passage of running text (conversations are whole). query: before a stretch, which
+            passages are searched with. stride: length of a stretch; passages are searched anew for each.
+    """
+
+    tokens: int = 512
+    passage: int = 128
+    query: int = 64
+    stride: int = 64
+
+    def check(self) -> None:
+        """Raises UserError for a number below 1."""
+        for field_ in dataclasses.fields(self):
+            if getattr(self, field_.name) < 1:
+                raise UserError(f"in_context.{field_.name} must be at least 1, got {getattr(self, field_.name)}")
 
 
 @dataclass(kw_only=True)
@@ -77,6 +100,7 @@ class Recipe:
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    in_context: InContextConfig = field(default_factory=InContextConfig)
     task: Classification | ImageGeneration | MaskedLM | CausalLM | RecurrentLM = field(default_factory=Classification)
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -107,6 +131,9 @@ TARGETS = {
     "causal-lm": "causal",
     "recurrent-lm": "recurrent",
 }
+
+# What only the blocks of pretrained language models have.
+_OF_PRETRAINED = {"head_start": "fresh", "distill": False, "ordinary": 0.0}
 
 # What the paper describes and its released code does ([DB] sections 3 and 5, app. E), by task.
 _PAPER: dict[str, dict[str, Any]] = {
@@ -150,6 +177,7 @@ _PAPER: dict[str, dict[str, Any]] = {
             "overlap": 0.1,
             "head_layers": 0,
             "condition_width": 64,
+            **_OF_PRETRAINED,
         },
         "task": {"sampler": "euler"},
         "train": {"order": "random", "branch_at": 0.0},
@@ -184,6 +212,7 @@ PRESETS["causal-lm"] |= {
             "overlap": 0.05,
             "head_layers": 0,
             "condition_width": 0,
+            **_OF_PRETRAINED,
         },
         "task": {"sampler": "categorical"},
     },
@@ -202,6 +231,7 @@ PRESETS["causal-lm"] |= {
             "overlap": 0.05,
             "head_layers": 0,
             "condition_width": 0,
+            **_OF_PRETRAINED,
         },
         "train": {"order": "sweep", "branch_at": 0.0},
     },
@@ -295,11 +325,18 @@ def build(content: Mapping[str, Any]) -> Recipe:
     try:
         parsed = parser.parse_object({"recipe": rest, **{name: dict(content.get(name, {})) for name in kinds}})
         made = parser.instantiate_classes(parsed)
-        return dataclasses.replace(made["recipe"], **{name: made[name] for name in kinds})
+        return _with_tokenizer(dataclasses.replace(made["recipe"], **{name: made[name] for name in kinds}))
     except UserError:
         raise
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_one_line(str(error))) from None
+
+
+def _with_tokenizer(recipe: Recipe) -> Recipe:
+    """`data.tokenizer: auto` is that of the pretrained network."""
+    if not isinstance(recipe.data, TextConfig) or recipe.data.tokenizer != "auto" or not recipe.model.pretrained:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=recipe.model.pretrained))
 
 
 def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
@@ -324,6 +361,7 @@ _NESTED = {
     "model": ModelConfig,
     "blocks": BlocksConfig,
     "lora": LoraConfig,
+    "in_context": InContextConfig,
     "train": TrainingConfig,
 }
 

@@ -15,6 +15,7 @@ from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.latents import latent_shape
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError
+from diffusionblocks.pretrained import local
 from diffusionblocks.recipes import TARGETS, ModelConfig, Recipe
 
 
@@ -52,7 +53,7 @@ def build_network(recipe: Recipe, num_outputs: int) -> Any:
     if not recipe.model.pretrained:
         return config.build()
     if isinstance(recipe.data, TextConfig):
-        return _load_of_tokens(config, recipe.model.pretrained)
+        return _load_of_tokens(config, recipe.model)
     return config.load(recipe.model.pretrained)
 
 
@@ -93,7 +94,7 @@ def _dit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> d
 
 def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> NetworkConfig:
     name, dropout = recipe.model.pretrained, recipe.model.dropout
-    config = pretrained_config(name)
+    config = pretrained_config(name, recipe.model.trust_remote_code)
     check_target(recipe, config.adapter, config.class_name)
     assert isinstance(recipe.data, DataConfig)
     diffusers = config.adapter.library == "diffusers"
@@ -125,10 +126,10 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
     settings, data = recipe.model, recipe.data
     assert isinstance(data, TextConfig)
     masked = TARGETS[recipe.task.kind] == "masked"
-    tokenizer = load_tokenizer(data.tokenizer, masked)
+    tokenizer = load_tokenizer(data.tokenizer, masked, data.trust_remote_code)
     mask = {"mask_token_id": tokenizer.mask_id} if masked else {}
     if settings.pretrained:
-        config = pretrained_config(settings.pretrained)
+        config = pretrained_config(settings.pretrained, settings.trust_remote_code)
         check_target(recipe, config.adapter, config.class_name)
         _check_pretrained_tokens(settings.pretrained, config, data, tokenizer)
         size = max(tokenizer.size, config.get("vocab_size"))
@@ -175,7 +176,7 @@ def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig,
             f"the tokenizer {data.tokenizer!r} has {tokenizer.size} tokens, {name} knows {own.vocab_size}: set data.tokenizer to its "
             "own"
         )
-    use = Path(name) / "denoiser.json"
+    use = Path(local(name)) / "denoiser.json"
     if use.is_file() and json.loads(use.read_text()).get("conditioned"):
         raise UserError(
             f"{name} was trained with layers that see the level (blocks.condition_width), and would lose that: only networks "
@@ -195,11 +196,11 @@ def _with_dropout(config: NetworkConfig, settings: ModelConfig) -> NetworkConfig
     return dataclasses.replace(config.changed(**own), attention=settings.attention)
 
 
-def _load_of_tokens(config: NetworkConfig, name_or_path: str) -> Any:
+def _load_of_tokens(config: NetworkConfig, settings: ModelConfig) -> Any:
     """The pretrained network, with rows for tokens that its tokenizer did not have."""
     wanted = config.get("vocab_size")
-    own = pretrained_config(name_or_path).get("vocab_size")
-    network = config.changed(vocab_size=own).load(name_or_path)
+    own = pretrained_config(settings.pretrained, settings.trust_remote_code).get("vocab_size")
+    network = config.changed(vocab_size=own).load(settings.pretrained)
     if wanted > own:
         network.resize_token_embeddings(wanted)
     return network

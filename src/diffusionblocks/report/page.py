@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from diffusionblocks.baselines.methods import find_method
 from diffusionblocks.data.latents import Autoencoder
 from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation.adaptation import SAMPLES
 from diffusionblocks.evaluation.compare import summarise
 from diffusionblocks.evaluation.generation import generate, grid, to_pixels
 from diffusionblocks.evaluation.run import load_run
@@ -23,8 +25,9 @@ from diffusionblocks.report import figures, table
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
 
-SAMPLES = 16  # test samples with their predictions
+PREDICTED = 16  # test samples with their predictions
 TEXTS = 6  # generated texts
+SHOWN = 400  # characters of a text that is gone on from
 IMAGES, PATHS, PATH_STEPS = 64, 4, 12  # generated images, those shown on their way, and steps of the way
 
 
@@ -40,8 +43,10 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     for folder in folders:
         if (folder / "compare.json").is_file():
             results = json.loads((folder / "compare.json").read_text())["results"]
+            first = _first_seeds(folder, results)
             groups.append(_group(f"Comparison on {results[0]['recipe']}", results))
-            runs += [_run(path) for path in _first_seeds(folder, results)]
+            groups[-1]["continuations"] = _side_by_side({path.parent.name: path for path in first})
+            runs += [_run(path) for path in first if find_method(path.parent.name).trains]
         elif (folder / "summary.json").is_file():
             summary = json.loads((folder / "summary.json").read_text())
             singles.setdefault(summary["recipe"], []).append(summarise([summary]))
@@ -59,6 +64,33 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
 
 def _first_seeds(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     return [folder / result["method"] / f"seed-{result['seeds'][0]}" for result in results]
+
+
+def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
+    """How every method goes on from the same held-out texts."""
+    found = {
+        name: json.loads((path / SAMPLES).read_text()) for name, path in folders.items() if (path / SAMPLES).is_file()
+    }
+    if not found:
+        return None
+    texts = next(iter(found.values()))
+    rows = [
+        [text["prompt"][-SHOWN:], text["real"], *(made[index]["written"] for made in found.values())]
+        for index, text in enumerate(texts)
+    ]
+    return {"heads": ["held-out text", "as it goes on", *found], "rows": rows}
+
+
+def _before_and_after(folder: Path) -> dict[str, Any] | None:
+    """How an adapted model goes on from held-out texts."""
+    if not (folder / SAMPLES).is_file():
+        return None
+    texts = json.loads((folder / SAMPLES).read_text())
+    earlier = ["before"] if all("before" in text for text in texts) else []
+    rows = [
+        [text["prompt"][-SHOWN:], text["real"], *(text[name] for name in earlier), text["written"]] for text in texts
+    ]
+    return {"heads": ["held-out text", "as it goes on", *earlier, "after"], "rows": rows}
 
 
 def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,6 +136,7 @@ def _run(folder: Path) -> dict[str, Any]:
     task = run.recipe.task
     unit = "" if isinstance(task, ImageGeneration) else " (nats)"
     unit_of_level = run.model.partition.levels.unit if isinstance(run.model, DiffusionBlocksModel) else ""
+    beside = _before_and_after(folder)
     order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
@@ -112,7 +145,7 @@ def _run(folder: Path) -> dict[str, Any]:
         "warnings": summary["warnings"],
         "ranges": figures.noise_ranges(ranges, unit_of_level) if ranges else "",
         "losses": figures.losses(curves, summary["num_blocks"], unit) if curves else "",
-        **_SHOWN[type(task)](run),
+        **(_SHOWN[type(task)](run) if beside is None else {"continuations": beside}),
     }
 
 
@@ -122,7 +155,7 @@ def _range(model: DiffusionBlocksModel, block: int) -> dict[str, float]:
 
 
 def _samples(run: Any) -> dict[str, Any]:
-    count = min(SAMPLES, len(run.data.test))
+    count = min(PREDICTED, len(run.data.test))
     rows = predictions(run, count)
     images = run.data.test.images[:count]
     array = images[:, 0].numpy() if images.shape[1] == 1 else torch.movedim(images, 1, -1).numpy()

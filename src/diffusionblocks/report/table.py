@@ -6,6 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
+# Of adapted language models, the rest is in summary.json.
+ADAPTED = (
+    "nats_per_token_before",
+    "nats_per_token",
+    "perplexity",
+    "general_nats_per_token_before",
+    "general_nats_per_token",
+)
 UNITS = {"accuracy": "%", "class_accuracy": "%", "validation_loss": "nats"}
 
 
@@ -16,6 +24,8 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     # Each block's own, and what is there for reference, are in summary.json.
     metrics = [name for name in metrics if "_block_" not in name and not name.endswith(("_train", "_real"))]
     metrics = [name for name in metrics if not name.startswith("nats_at_")]  # a figure of the report
+    if adapted := [name for name in ADAPTED if name in metrics]:
+        metrics = adapted if set(adapted) - {"nats_per_token", "perplexity"} else metrics
     if "bits_per_character" in metrics:  # the same in another unit
         metrics = [name for name in metrics if name not in ("bits_per_byte", "perplexity")]
     units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}

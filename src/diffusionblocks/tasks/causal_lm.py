@@ -28,11 +28,16 @@ class CausalLM(NextToken):
     Args:
         levels_per_block: strata of every block's noise range in which evaluation measures the likelihood.
         sampling_steps: of blocks that draw along noise levels: levels per token, 0 = one per block.
+        before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts that it goes on
+            from, before and after (samples.json). continued: tokens that it writes there.
     """
 
     kind: str = "causal-lm"
     levels_per_block: int = 8
     sampling_steps: int = 0
+    before: bool = True
+    continuations: int = 0
+    continued: int = 64
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {**NextToken.CHOICES, "kind": ("causal-lm",)}
 
@@ -42,6 +47,11 @@ class CausalLM(NextToken):
             raise UserError(
                 "task.sampling_steps must be at least 0 and task.levels_per_block at least 1, got "
                 f"{self.sampling_steps} and {self.levels_per_block}"
+            )
+        if self.continuations < 0 or self.continued < 1:
+            raise UserError(
+                "task.continuations must be at least 0 and task.continued at least 1, got "
+                f"{self.continuations} and {self.continued}"
             )
 
     def check_model(self, model: BlockModel) -> None:

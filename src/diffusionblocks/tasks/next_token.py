@@ -69,12 +69,34 @@ class NextToken:
         self.check_model(model)
         if not isinstance(model, CausalBlocks):
             return self.whole_step(model, block, batch)
+        model.learning(block)
         wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
         size = tuple(wanted.shape[:1]) if denoiser.reads_noise else tuple(wanted.shape)
         sigma = self._levels(model, None if whole_range else block, size).to(wanted.device)
         noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma)
+        if model.block(block).settling and model.config.distill:
+            return self._distilled(model, block, batch)
         losses, context = denoiser.losses(batch, noisy, sigma)
-        return StepOutput(mean_loss(losses, batch), None if context is None else context.detach())
+        loss = mean_loss(losses, batch)
+        if model.config.ordinary and not model.block(block).settling and block < model.num_blocks - 1:
+            assert context is not None
+            end = mean_loss(denoiser.head()(model.answer(block, context, batch), following(batch)), batch)
+            trust = (end - loss).detach().clamp(max=0).exp()  # as TrainingConfig.trust
+            loss = trust * loss + model.config.ordinary * end
+        return StepOutput(loss, None if context is None else context.detach())
+
+    def _distilled(self, model: CausalBlocks, block: int, batch: Batch) -> StepOutput:
+        """A head learns what the whole network answers to the features that it reads: mean divergence in nats."""
+        denoiser = model.denoiser(block)
+        hidden, context = denoiser.rows(batch, None, None)
+        assert context is not None
+        with torch.no_grad():
+            teacher = model.answer(block, context, batch)
+        wanted = following(batch) != IGNORED
+        divergences = denoiser.head()(hidden, teacher=teacher).masked_fill(~wanted, 0.0)
+        after = model.layers[-1].stop - model.layers[block].stop
+        own = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
+        return StepOutput(mean_loss(divergences, batch), context.detach(), own + after / 3)
 
     def check_model(self, model: BlockModel) -> None:
         """Raises UserError for a model that the task is not for."""

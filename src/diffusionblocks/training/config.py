@@ -22,8 +22,8 @@ class TrainingConfig:
             steps).
         max_grad_norm: gradient clipping per block, 0 = off.
         blocks: train only these; the others, and shared parts, stay as they are. Empty = all.
-        order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order) or `sequential`
-            (one block to its end, then the next).
+        order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order), `cyclic` (blocks take turns, each
+            with batches of its own) or `sequential` (one block to its end, then the next).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
             next block in while the active one computes (needs room on the device for the state of both).
@@ -35,6 +35,10 @@ class TrainingConfig:
             batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its steps grow
             in number so that samples and layer evaluations stay.
         own_rate: factor on the learning rate of these steps: a smaller batch has noisier gradients.
+        heads_first: share of a block's steps in which only its head learns, where it has one (blocks.head_layers): gradients through a
+            head that knows nothing would harm what a pretrained block knows.
+        trust: factor exp(loss of the last block - loss of this one, in nats) on the rate of a block's layers: how likely its head finds
+            the right answers, against the whole network. For blocks with heads, not in the order sequential.
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
             (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
@@ -64,6 +68,8 @@ class TrainingConfig:
     decay_from: str = "branch"
     own_batch: int = 0
     own_rate: float = 1.0
+    heads_first: float = 0.0
+    trust: bool = False
     precision: str = "fp32"
     device: str = "auto"
     ema_decay: float = 0.0
@@ -78,7 +84,7 @@ class TrainingConfig:
     tensorboard: bool = False
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "order": ("random", "sweep", "sequential"),
+        "order": ("random", "sweep", "cyclic", "sequential"),
         "residency": ("device", "host", "disk"),
         "schedule": ("cosine", "constant"),
         "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
@@ -101,6 +107,10 @@ class TrainingConfig:
             )
         if not 0 < self.own_rate <= 1:
             raise UserError(f"train.own_rate must be in (0, 1], got {self.own_rate}")
+        if not 0 <= self.heads_first < 1:
+            raise UserError(f"train.heads_first is a share of the steps in [0, 1), got {self.heads_first}")
+        if self.trust and self.order == "sequential":
+            raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")
         if self.branch_at is not None and not 0 <= self.branch_at < 1:
             raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
         if not 0 <= self.ema_decay < 1:

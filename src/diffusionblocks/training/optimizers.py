@@ -19,15 +19,22 @@ from diffusionblocks.training.config import TrainingConfig
 SHARED_TABLES = ("qmap1", "qmap2")  # bitsandbytes' quantisation tables: constants of the optimizer
 
 
-def new_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> Optimizer:
+def new_optimizer(
+    parameters: Iterable[nn.Parameter], config: TrainingConfig, heads: Iterable[nn.Parameter] = ()
+) -> Optimizer:
     """The optimizer that `config.optimizer` names. Matrices decay; norms, biases and embeddings of one row do not.
+
+    heads: those of `parameters` that make groups of their own, marked `head`.
 
     Raises UserError when its library is missing.
     """
-    parameters = list(parameters)
-    decay = {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay}
-    rest = {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0}
-    groups: list[dict[str, Any]] = [group for group in (decay, rest) if group["params"]]
+    parameters, apart = list(parameters), {id(p) for p in heads}
+    groups: list[dict[str, Any]] = []
+    for head in (False, True):
+        own = [p for p in parameters if (id(p) in apart) == head]
+        groups.append({"params": [p for p in own if p.dim() > 1], "weight_decay": config.weight_decay, "head": head})
+        groups.append({"params": [p for p in own if p.dim() <= 1], "weight_decay": 0.0, "head": head})
+    groups = [group for group in groups if group["params"]]
     beta1, beta2 = config.betas
     rate = config.learning_rate
     if config.optimizer == "sgd":

@@ -118,4 +118,11 @@ def _random(start: int, steps: int, blocks: list[int], config: TrainingConfig) -
         yield Visit(block=generator.choice(blocks), batches=batches)
 
 
-_ORDERS = {"sweep": _sweep, "sequential": _sequential, "random": _random}
+def _cyclic(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
+    for group in _groups(0, steps, config.visit_steps):
+        for block in blocks:
+            yield Visit(block=block, batches=range(start, start + len(group)))
+            start += len(group)
+
+
+_ORDERS = {"sweep": _sweep, "cyclic": _cyclic, "sequential": _sequential, "random": _random}

@@ -31,7 +31,14 @@ class BlockState:
         self.frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
         self.average: dict[str, Tensor] = {}
         self._set_aside: dict[str, Tensor] = {}  # weights, while the average is in their place
-        self.optimizer = new_optimizer(self.parameters.values(), config) if self.parameters else None
+        heads = [p for name, p in self.parameters.items() if name.startswith("head.")]
+        self.optimizer = new_optimizer(self.parameters.values(), config, heads) if self.parameters else None
+        self.has_head = bool(heads)
+        self._settled_after = round(config.heads_first * life) if heads else 0
+
+    def settles(self) -> bool:
+        """Whether only the head learns, so far."""
+        return self.steps < self._settled_after
 
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.
@@ -51,15 +58,15 @@ class BlockState:
         progress = max(0.0, (self.steps + 1 - start) / max(1, self.life - start + 1))
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def step(self) -> None:
-        """Clips, updates, averages and frees the gradients."""
+    def step(self, trust: float = 1.0) -> None:
+        """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head."""
         if self.optimizer is None:
             return
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         rate = self.learning_rate()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate if group.get("head") else rate * trust
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps += 1

@@ -8,12 +8,13 @@ written between visits.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel
@@ -44,6 +44,7 @@ from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
 
 log = logging.getLogger("diffusionblocks")
+EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
 
 
 @dataclass
@@ -51,7 +52,8 @@ class Progress:
     """How far a run is; saved with every checkpoint.
 
     layer_evaluations: layers passed forward and backward, times samples. A forward pass without backward (features of
-    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training.
+    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training. recent: running
+    mean of the loss of each block, where `trust` needs it.
     """
 
     visits: int = 0
@@ -60,6 +62,7 @@ class Progress:
     layer_evaluations: float = 0.0
     wall_seconds: float = 0.0
     journal_bytes: int = 0
+    recent: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -157,6 +160,7 @@ class Trainer:
         """
         state, parts = self.states[index], self.config.accumulation
         self.model.train()
+        self.model.block(index).settling = state.settles()
         total, contexts, layers = torch.zeros((), device=self.device), [], 0.0
         for micro, piece in enumerate(_pieces(batch, parts)):
             torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
@@ -167,15 +171,27 @@ class Trainer:
             total += loss.detach() / parts
             contexts.append(context)
             layers += self.model.layer_evaluations(index) if passed is None else passed
-        state.step()
+        state.step(self._trust(index, total))
         self.shared.step()
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
+    def _trust(self, index: int, loss: Tensor) -> float:
+        """How far a block's layers may follow their head: exp of what its answers are worse than those of the last block, in nats
+        (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only the head learns."""
+        last, recent = self.model.num_blocks - 1, self.progress.recent
+        mixed = isinstance(self.model, DiffusionBlocksModel) and self.model.config.ordinary  # weighs its own loss
+        if not self.config.trust or mixed or self.states[index].settles():
+            return 1.0
+        before = recent.get(str(index))
+        recent[str(index)] = loss.item() if before is None else 0.9 * before + 0.1 * loss.item()
+        if index == last or not self.states[index].has_head:
+            return 1.0
+        return math.exp(min(0.0, recent[str(last)] - recent[str(index)])) if str(last) in recent else 0.0
+
     def _readable(self) -> AbstractContextManager[None]:
         """For a model whose steps read idle blocks: lets these visit the device layer by layer."""
-        reads_all = isinstance(self.model, BlockCoordinateModel)
-        return self.residency.borrowed() if reads_all else nullcontext()
+        return self.residency.borrowed() if self.model.reads_idle_blocks else nullcontext()
 
     def visit(self, visit: Visit, batches: list[dict[str, Tensor]], upcoming: int | None = None) -> list[Tensor]:
         """All steps of one visit. `batches` gain the context that the next block reads; `upcoming` is that block."""
@@ -316,7 +332,7 @@ class Trainer:
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
         """The task's metrics on `data`, with the moving averages if there are any."""
         with self.averaged():
-            batches = on_device(in_order(data, max(self.config.batch_size, 128)), self.device)
+            batches = on_device(in_order(data, max(self.config.batch_size, _at_once(data))), self.device)
             return self.task.evaluate(self.model, batches)
 
     @contextmanager
@@ -365,6 +381,8 @@ class Trainer:
 
     def restore(self, folder: Path) -> bool:
         """Loads the newest whole checkpoint below `folder`, before the first step. False when there is none."""
+        if not checkpoint.existing(folder):
+            return False
         assert self._residency is None, "restore before the first step"
         saved = checkpoint.restore_latest(folder, self._named_states())
         if saved is None:
@@ -373,6 +391,11 @@ class Trainer:
         if not self.progress.finished:
             log.info("resuming after %d block steps", self.progress.block_steps)
         return True
+
+
+def _at_once(data: Dataset) -> int:
+    """Samples that are evaluated together: fewer of long texts."""
+    return max(1, min(128, EVALUATED_TOKENS // getattr(data, "length", 1)))
 
 
 def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

@@ -1,0 +1,119 @@
+"""What adapting a pretrained language model changed: likelihood before and after, of the domain's text and of general text, and
+what the model writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusionblocks.baselines.methods import find_method
+from diffusionblocks.denoisers.causal import CausalBlocks
+from diffusionblocks.evaluation import in_context
+from diffusionblocks.evaluation.in_context import InContext, Passages
+from diffusionblocks.network import EndToEndModel
+from diffusionblocks.readout import IGNORED
+from diffusionblocks.tasks import CausalLM
+from diffusionblocks.tasks.base import Metric
+
+SAMPLES = "samples.json"  # continuations, in a run's folder
+_BEFORE = "before.json"
+
+
+def adapts(run: Any) -> bool:
+    """Whether a run adapts a pretrained language model whose function its model has from the start."""
+    recipe, model = run.recipe, run.model
+    ordinary = isinstance(model, EndToEndModel) or (isinstance(model, CausalBlocks) and model.is_ordinary)
+    return isinstance(recipe.task, CausalLM) and bool(recipe.model.pretrained) and ordinary
+
+
+def as_scored(run: Any, split: Any) -> Any:
+    """The split as the run's method is scored on it: `prompt` and `retrieval` put a context before every text."""
+    if run.recipe.method not in in_context.METHODS:
+        return split
+    passages = Passages(run.data.train, run.data.tokenizer, run.recipe.in_context)
+    return InContext(split, passages, run.recipe.method)
+
+
+def general(run: Any) -> dict[str, Metric]:
+    """Likelihood of `data.general`."""
+    if getattr(run.data, "general", None) is None:
+        return {}
+    nats = run.trainer.evaluate(as_scored(run, run.data.general))["nats_per_token"]
+    return {"general_nats_per_token": nats, "general_perplexity": exponential(nats)}
+
+
+def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
+    """Likelihoods of the model as it came, measured once per run: `nats_per_token_before` and the like. Call it before the first step
+    and before a checkpoint is restored."""
+    if not (adapts(run) and run.recipe.task.before and find_method(run.recipe.method).trains):
+        return {}
+    path = folder / _BEFORE
+    if not path.is_file():
+        nats = run.trainer.evaluate(split)["nats_per_token"]
+        found = {"nats_per_token": nats, "perplexity": exponential(nats), **general(run)}
+        written = [one["written"] for one in continuations(run, split)]
+        content = {"metrics": {name: metric._asdict() for name, metric in found.items()}, "written": written}
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(content) + "\n")
+        partial.replace(path)
+    metrics = json.loads(path.read_text())["metrics"]
+    return {f"{name}_before": Metric(**metric) for name, metric in metrics.items()}
+
+
+def write_samples(run: Any, split: Any, folder: Path) -> None:
+    """samples.json: how the adapted model goes on from held-out texts, beside the real text and what the model wrote before."""
+    made = continuations(run, split)
+    if not made:
+        return
+    if (folder / _BEFORE).is_file():
+        for one, text in zip(made, json.loads((folder / _BEFORE).read_text())["written"], strict=True):
+            one["before"] = text
+    (folder / SAMPLES).write_text(json.dumps(made, indent=1) + "\n")
+
+
+def continuations(run: Any, split: Any) -> list[dict[str, str]]:
+    """`task.continuations` held-out texts, each cut in the middle (conversations: where the first answer begins), and the likeliest
+    `task.continued` tokens after the cut. Each has `prompt`, `real` and `written`."""
+    if not adapts(run) or not run.recipe.task.continuations:
+        return []
+    task, tokenizer = run.recipe.task, run.data.tokenizer
+    count = min(task.continuations, len(split))
+    scored = as_scored(run, split)
+    greedy = dataclasses.replace(task, temperature=0.0, top_p=1.0, top_k=0)
+    run.model.eval()
+    found = []
+    with run.trainer.averaged():
+        for index in range(count):
+            batch = split[index * len(split) // count]
+            real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["input_ids"])
+            ids, cut = batch["input_ids"][:real], max(1, real // 2)
+            if "labels" in batch:
+                cut = int(torch.nonzero(batch["labels"][1:real] != IGNORED)[0]) + 1
+            prompt = ids[:cut]
+            if isinstance(scored, InContext):
+                prompt = torch.cat([torch.from_numpy(scored.context(prompt.numpy())), prompt])
+            start = prompt[None].to(run.trainer.device)
+
+            def ended(tokens: torch.Tensor) -> bool:
+                return bool(tokens[0, -1] == tokenizer.separator)
+
+            made = greedy.sample(run.model, start, len(prompt) + task.continued, watch=ended)[0, len(prompt) :]
+            texts = [_text(tokens, tokenizer) for tokens in (ids[:cut], ids[cut : cut + task.continued], made.cpu())]
+            found.append(dict(zip(("prompt", "real", "written"), texts, strict=True)))
+    return found
+
+
+def _text(tokens: torch.Tensor, tokenizer: Any) -> str:
+    return str(tokenizer.decode(tokens.tolist()))
+
+
+def exponential(metric: Metric) -> Metric:
+    """Perplexity from nats."""
+    value = math.exp(min(metric.value, 700.0))
+    return Metric(value, None if metric.stderr is None else value * metric.stderr)

@@ -1,0 +1,163 @@
+"""Adapting a pretrained language model on the command line, and what it leaves behind."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from diffusionblocks.cli import main
+from tests.cli.test_text import run_json
+from tests.language_models import make_pretrained, write_messages, write_texts
+
+METHODS = ("full", "lora", "last-block", "exact", "diffusionblocks", "mixed")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapt")
+    make_pretrained(folder / "net")
+    write_messages(folder / "chat.jsonl", 60)
+    write_texts(folder / "texts")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def settings(folder):
+    return [
+        *("--data.path", str(folder / "chat.jsonl"), "--data.general", str(folder / "texts"), "--data.length", "64"),
+        *("--data.evaluated", "4", "--steps", "6", "--batch-size", "4", "--device", "cpu", "--train.warmup", "0"),
+        *("--train.learning-rate", "5e-3", "--task.continuations", "2", "--task.continued", "8"),
+        *("--data.cache-dir", str(folder / "cache"), "--in-context.tokens", "100"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(folder, settings):
+    """method -> folder of its finished run"""
+    made = {}
+    for method in METHODS:
+        made[method] = folder / "runs" / method
+        command = ["adapt", str(folder / "net"), *settings, "--method", method, "--output-dir", str(made[method])]
+        assert main(command) == 0
+    return made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_measured_before_and_after(runs, method):
+    summary = json.loads((runs[method] / "summary.json").read_text())
+    metrics = summary["metrics"]
+    names = ("nats_per_token", "perplexity", "general_nats_per_token", "general_perplexity")
+    assert {*names, *(f"{name}_before" for name in names)} <= set(metrics)
+    assert metrics["nats_per_token"]["value"] < metrics["nats_per_token_before"]["value"]
+    first = json.loads((runs["full"] / "summary.json").read_text())["metrics"]
+    assert metrics["nats_per_token_before"]["value"] == pytest.approx(first["nats_per_token_before"]["value"], abs=1e-5)
+    assert metrics["general_nats_per_token_before"] == pytest.approx(first["general_nats_per_token_before"], rel=1e-4)
+    texts = json.loads((runs[method] / "samples.json").read_text())
+    assert len(texts) == 2 and all(set(text) == {"prompt", "real", "written", "before"} for text in texts)
+    assert texts[0]["prompt"].endswith("<|im_start|>assistant\n") and texts[0]["real"].startswith("It is")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_deploy_in_plain_transformers(runs, folder, method):
+    summary = json.loads((runs[method] / "summary.json").read_text())
+    result = summary["result"]
+    assert not result["needs_diffusionblocks"]
+    place = runs[method] / result["folder"]
+    if result["format"] == "peft adapter":
+        from peft import PeftModel
+
+        network = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "net"), place)
+        assert json.loads((place / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder / "net")
+    else:
+        network = AutoModelForCausalLM.from_pretrained(place)
+        assert network.config.tie_word_embeddings and network.config.num_hidden_layers == 4
+        names = {name for name, _ in network.named_parameters()}
+        assert names == {name for name, _ in AutoModelForCausalLM.from_pretrained(folder / "net").named_parameters()}
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    asked = [{"role": "user", "content": "What is 3 plus 3?"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        ours = network(ids).logits
+        original = AutoModelForCausalLM.from_pretrained(folder / "net")(ids).logits
+    assert not torch.allclose(ours, original, atol=1e-3)
+    from diffusionblocks.evaluation.run import load_run
+
+    run = load_run(runs[method], [("train.device", "cpu")], with_data=False)
+    with torch.no_grad():
+        assert torch.allclose(run.model.network.eval()(ids).logits, ours, atol=1e-4)
+
+
+def test_blocks_that_are_not_chosen_stay_byte_identical(folder, settings, capsys):
+    place = folder / "runs" / "one"
+    found = run_json(capsys, "adapt", str(folder / "net"), *settings, "--train.blocks", "1", "--output-dir", str(place))
+    assert found["method"] == "exact"
+    ours = AutoModelForCausalLM.from_pretrained(place / "model").state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "net").state_dict()
+    for name, tensor in theirs.items():
+        trained = any(name.startswith(f"model.layers.{index}.") for index in (2, 3))
+        assert torch.equal(ours[name], tensor) != trained or "norm" in name, name
+
+
+def test_the_same_command_again_evaluates_what_is_there(runs, folder, settings, capsys):
+    place = str(runs["exact"])
+    command = ["adapt", str(folder / "net"), *settings, "--method", "exact", "--output-dir", place]
+    again = run_json(capsys, *command)
+    assert again == json.loads((runs["exact"] / "summary.json").read_text())
+    found = run_json(capsys, "evaluate", place)
+    assert found["metrics"]["nats_per_token"]["value"] == pytest.approx(again["metrics"]["nats_per_token"]["value"])
+
+
+def test_methods_side_by_side_with_those_that_train_nothing(folder, settings, capsys):
+    place = folder / "compared"
+    methods = "original,prompt,retrieval,lora"
+    command = ["adapt", str(folder / "net"), *settings, "--methods", methods, "--jobs", "2", "--output-dir", str(place)]
+    results = {row["method"]: row for row in run_json(capsys, *command)["results"]}
+    assert list(results) == methods.split(",")
+    for name, row in results.items():
+        assert not any(metric.endswith("_before") for metric in row["metrics"])
+        assert (row["peak_memory"]["total"] == 0) == (name != "lora")
+        assert (row["samples_seen"] == 0) == (name != "lora")
+    values = [results[name]["metrics"]["nats_per_token"]["value"] for name in ("original", "prompt", "retrieval")]
+    assert len(set(values)) == 3
+    page = (place / "report.html").read_text()
+    assert "continuations of held-out texts" in page and "What is" in page
+
+
+def test_a_run_answers_questions(runs, capsys):
+    command = ["sample", str(runs["exact"]), "--num", "2", "--prompt", "What is 2 plus 2?", "--chat", "--length", "60"]
+    found = run_json(capsys, *command)
+    assert len(found["texts"]) == 2 and not any("What is" in text for text in found["texts"])
+    assert main([*command[:2], "--chat", "--num", "1"]) == 2
+    assert "--chat takes a question" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--data.tokenizer", "bytes"], "bytes"),
+        (["--in-context.tokens", "250", "--method", "prompt"], "exceed the 256 positions"),
+        (["--method", "lorra"], "did you mean 'lora'"),
+        (["--data.path", "nowhere.jsonl"], "must be a file"),
+        (["--data.length", "512"], "exceeds the 256 positions"),
+        (["--device", "cuda"], "no CUDA device is available"),
+        (["--task.continuations", "-1"], "task.continuations must be at least 0"),
+    ],
+)
+def test_mistakes_are_one_line(folder, settings, tmp_path, capsys, changes, message):
+    place = tmp_path / "run"
+    assert main(["adapt", str(folder / "net"), *settings, *changes, "--output-dir", str(place)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("dblocks: ") and message in error
+    assert not place.exists() or not any(place.iterdir())
+
+
+def test_a_missing_model_is_one_line(settings, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["adapt", str(tmp_path / "none"), *settings, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "cannot load" in capsys.readouterr().err
+
+
+def test_a_new_network_has_nothing_to_adapt(settings, capsys):
+    assert main(["train", "adapt", *settings]) == 2
+    assert "set model.pretrained" in capsys.readouterr().err
