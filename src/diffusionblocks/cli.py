@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -478,6 +479,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
     log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         wants_help = argv[:1] in (["train"], ["adapt"], ["compare"]) and {"-h", "--help"} & set(argv)
         parser = _build_parser(_settings_help() if wants_help else "")

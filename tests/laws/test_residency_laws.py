@@ -12,7 +12,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.training import residency as module
-from diffusionblocks.training.residency import borrow_on_call, units
+from diffusionblocks.training.residency import Visitors, units
 from tests.conftest import config, make_data, make_llama, make_vit, same, weights
 
 
@@ -111,18 +111,16 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
     model = BlockCoordinateModel(parts, [range(0, 2), range(2, 4), range(4, 6)])
     model.train()
     for active in range(3):
-        handles, home = [], []
-        for index in range(3):
-            if streamed and index != active:
-                for unit in units(model.block(index)):
-                    for tensor in unit.parameters():
-                        home.append((tensor, tensor.data))
-                        tensor.data = torch.full_like(tensor.data, float("nan"))
-                    real = {tensor.data_ptr(): data for tensor, data in home}
-                    handles += borrow_on_call(unit, lambda data, real=real: real[data.data_ptr()].clone())
+        home, away = [], []
+        if streamed:
+            away = [unit for index in range(3) if index != active for unit in units(model.block(index))]
+            for tensor in (tensor for unit in away for tensor in unit.parameters()):
+                home.append((tensor, tensor.data))
+                tensor.data = torch.full_like(tensor.data, float("nan"))
+        real = {tensor.data_ptr(): data for tensor, data in home}
+        visitors = Visitors(away, lambda data, real=real: real.get(data.data_ptr(), data).clone())
         task.step(model, active, batch).loss.backward()
-        for handle in handles:
-            handle.remove()
+        visitors.close()
         for tensor, data in home:
             tensor.data = data
         trained = {name: p.grad for name, p in parts.network.named_parameters() if p.grad is not None}
@@ -130,6 +128,48 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
         for name, gradient in trained.items():
             torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6)
         model.zero_grad()
+
+
+def test_visiting_layers_are_fetched_ahead_on_the_way_there_and_back():
+    """Half of the time of fetching is hidden behind layers that compute."""
+    made = exact(3, make_vit())
+    model, batch = made.model, made.stream.load([0])
+    batch = next(iter(batch))
+    model.train()
+    away = [unit for index in (1, 2) for unit in units(model.block(index))]
+    loads = sum(1 for _ in model.block(1).layers) * 2  # layers of two blocks, there and back
+
+    def slowly(data):
+        time.sleep(0.02 / 12)
+        return data.clone()
+
+    def computing(module, arguments):
+        time.sleep(0.03)
+
+    handles = [layer.register_forward_pre_hook(computing) for layer in away]
+    seconds = {}
+    for ahead in (False, True):
+        visitors = Visitors(away, slowly)
+        if not ahead:
+            visitors._loader.submit = lambda *arguments: _Late(*arguments)
+        started = time.perf_counter()
+        made.task.step(model, 0, batch).loss.backward()
+        seconds[ahead] = time.perf_counter() - started
+        visitors.close()
+        model.zero_grad()
+    for handle in handles:
+        handle.remove()
+    assert loads == 4 and seconds[False] - seconds[True] > 0.08
+
+
+class _Late:
+    """A fetch that begins when its result is asked for."""
+
+    def __init__(self, call, *arguments):
+        self.call, self.arguments = call, arguments
+
+    def result(self):
+        return self.call(*self.arguments)
 
 
 def test_exact_mode_trains_only_the_chosen_block_and_saves_an_ordinary_network(tmp_path):

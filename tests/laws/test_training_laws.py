@@ -14,7 +14,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import plan, steps_in_a_life, total_steps
-from diffusionblocks.training.residency import borrow_on_call, units
+from diffusionblocks.training.residency import Visitors, units
 from diffusionblocks.training.state import BlockState
 from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
 
@@ -100,14 +100,13 @@ def test_absent_blocks_borrow_their_weights_for_one_call():
     for tensor in far.block(1).parameters():
         tensor.data = torch.zeros_like(tensor)
         fetched[tensor.data_ptr()] = home[id(tensor)]
-    handles = [h for unit in units(far.block(1)) for h in borrow_on_call(unit, lambda t: fetched.get(t.data_ptr(), t))]
+    visitors = Visitors(units(far.block(1)), lambda t: fetched.get(t.data_ptr(), t))
     batch = {**make_data(4).__getitems__([0, 1, 2, 3]), "noisy_target": torch.ones(4, 16)}
     raw = [model.denoiser(1)(batch, torch.ones(4)).raw for model in (near, far)]
     torch.testing.assert_close(*raw)
     assert raw[0].abs().sum() > 0
     assert all(not p.any() for p in far.block(1).parameters())
-    for handle in handles:
-        handle.remove()
+    visitors.close()
     assert not torch.allclose(far.denoiser(1)(batch, torch.ones(4)).raw, raw[0])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from diffusionblocks.errors import UserError
@@ -19,7 +20,14 @@ from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, Recurrent
 
 # Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
 ALLOWANCE = 0.08
-BLOCKWISE = ("diffusionblocks", "diffusionblocks-paper", "exact", "last-block", "shallow")  # that depend on num_blocks
+BLOCKWISE = (
+    "diffusionblocks",
+    "diffusionblocks-paper",
+    "exact",
+    "mixed",
+    "last-block",
+    "shallow",
+)  # that depend on num_blocks
 UNITS = {"B": 1} | {p + s: b**e for e, p in enumerate("KMGT", 1) for s, b in (("iB", 1024), ("B", 1000))}
 LARGEST = 1 << 50
 
@@ -50,9 +58,17 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
             yield Choice(method="last-block", num_blocks=count)
         if not isinstance(work.task, ImageGeneration | MaskedLM):
             yield Choice(method="exact", num_blocks=count)
-        if not (isinstance(work.task, CausalLM) and work.pretrained):  # local losses may harm what was learned
-            yield Choice(method="diffusionblocks", num_blocks=count)
-            yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
+        if isinstance(work.task, CausalLM) and work.pretrained:
+            if (
+                work.blocks.context == "features"
+                and work.blocks.target_entry == "none"
+                and work.blocks.shared != "trained"
+            ):
+                yield Choice(method="diffusionblocks", num_blocks=count)
+                yield Choice(method="mixed", num_blocks=count)
+            continue
+        yield Choice(method="diffusionblocks", num_blocks=count)
+        yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 
 
 def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: int) -> dict[str, Any]:
@@ -109,13 +125,15 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     if choice.method == "exact":
         count = choice.num_blocks
         return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
-    if choice.method == "diffusionblocks":
+    if choice.method in ("diffusionblocks", "mixed"):
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
         trained: float = sum(blocks.evaluations(1, last, blocks.target) - 1 for last in lasts)  # beside the layers
         if blocks.context == "input":  # a second sequence passes every layer
             trained *= own
         heads = sum(blocks.heads(last, blocks.target) for last in lasts)
+        if choice.method == "mixed":  # layers behind each block: forward, again, and backward without weights
+            trained += own * choice.num_blocks * (choice.num_blocks - 1) / 2
         if isinstance(work.task, ImageGeneration | MaskedLM):
             return (layers + trained) * recomputed, own
         if isinstance(work.task, CausalLM):  # a clean token, and the noisy ones that layers read
@@ -161,6 +179,7 @@ REASONS = {
     "checkpointing": "it trains the whole network exactly, for a third more computation",
     "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
     "exact": "it trains the whole network on its own loss, one block's optimizer state at a time",
+    "mixed": "it trains the whole network, one block at a time, partly on the ordinary loss",
     "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
 }
 
@@ -169,7 +188,7 @@ def _recommend(
     work: Workload, made: dict[Choice, Predictor], traces: Traces, usable: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
-    for choice in sorted(made, key=_preference):
+    for choice in sorted(made, key=partial(_preference, work.pretrained)):
         predicting = made[choice]
         if not _could_fit(predicting, usable, batch_size):
             continue
@@ -216,8 +235,10 @@ def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
     return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).device.total <= usable
 
 
-def _preference(choice: Choice) -> tuple[int, int, int]:
-    order = ("full", "end-to-end", "checkpointing", "lora", "diffusionblocks", "exact", "last-block", "shallow")
+def _preference(pretrained: bool, choice: Choice) -> tuple[int, int, int]:
+    # What was learned before is safest with the loss that it was learned by.
+    blocks = ("exact", "mixed", "diffusionblocks") if pretrained else ("diffusionblocks", "exact")
+    order = ("full", "end-to-end", "checkpointing", "lora", *blocks, "last-block", "shallow")
     return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
 
 

@@ -29,6 +29,7 @@ from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 
+BLOCKWISE = ("exact", "diffusionblocks", "mixed")
 PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
 
 
@@ -140,7 +141,7 @@ def _language_model(
     for key in settings:
         if key not in known:
             raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
-    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host", "order": "sequential"}
+    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host", "order": "cyclic"}
     chosen = {key.removeprefix("train."): value for key, value in settings.items()}
     train = TrainingConfig(**{**defaults, **chosen})
     train.check()
@@ -151,14 +152,13 @@ def _language_model(
         return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
 
     def settings_of(method: str) -> TrainingConfig:
-        blocks = method == "exact"
-        return train if blocks else dataclasses.replace(train, residency="device", order="sweep")
+        return train if method in BLOCKWISE else dataclasses.replace(train, residency="device", order="sweep")
 
     work = Workload(
         network=lambda num_layers: network.cut(num_layers).build(),
         batch=batch,
         num_layers=network.num_layers,
-        blocks=BlocksConfig(),
+        blocks=dataclasses.replace(load_recipe("adapt").blocks, target="causal"),
         task=CausalLM(),
         train=settings_of,
         pretrained=True,
@@ -170,10 +170,8 @@ def _language_model(
 
 
 def _adapting(name: str, length: int, train: dict[str, Any]) -> str:
-    """The command that adapts a language model to a folder of text, with the training settings that were planned."""
-    own = shlex.quote(name)
-    words = ["dblocks train lm-folder --data.path FOLDER --model.pretrained", own, "--data.tokenizer", own]
-    words += ["--data.length", str(length)]
+    """The command that adapts a language model to one's own data, with the training settings that were planned."""
+    words = ["dblocks adapt", shlex.quote(name), "--data.path PATH", "--data.length", str(length)]
     for key, value in train.items():
         if f"train.{key}" not in PLANNED:
             words += [f"--train.{key.replace('_', '-')}", shlex.quote(str(value))]
@@ -230,6 +228,8 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
 
 def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
     shape: dict[str, Any] = {"num_blocks": len(sizes), "layers_per_block": list(sizes)}
+    if work.blocks.target == "causal":
+        shape["distill"] = False  # only while heads settle, which needs less
     if work.blocks.target == "recurrent":
         shape["layers_per_block"] = []
     if work.blocks.target != "masked":

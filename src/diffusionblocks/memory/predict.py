@@ -155,7 +155,7 @@ class Predictor:
             peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
         if parked and self.config.device != "cpu":  # the CPU reads idle weights where they are
             streamed = max(block.streamed for block in blocks)
-            peaks = [peak + Bytes(parameters=streamed) for peak in peaks]
+            peaks = [peak + Bytes(parameters=2 * streamed) for peak in peaks]  # one computes, one is on its way
         away = round(whole.total) if parked else 0
         return Prediction(
             blocks=tuple(blocks),

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from diffusionblocks.training.state import BlockState
 
 MAPPING = "map the file of an idle block"
 _Arrival = tuple[dict[str, Tensor], torch.cuda.Event | None]
+_Fetched = tuple[list[Tensor], torch.cuda.Event | None]
 
 
 class Residency:
@@ -159,22 +161,21 @@ class Residency:
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """Lets absent blocks run forward: each of their modules visits the device for the length of its own call.
+        """Lets absent blocks run forward: each of their modules visits the device for the length of its own call (`Visitors`).
 
-        For evaluation, and for the clean stream of the blocks before the active one. Only weights travel, one layer
-        at a time.
+        For evaluation, and for steps that pass layers of other blocks. Only weights travel, one layer at a time and the next one
+        ahead.
         """
-        handles: list[RemovableHandle] = []
-        for index, state in enumerate(self.states):
-            if index in self._present or self.device.type == "cpu":
-                continue  # the CPU reads host memory and mapped files where they are
-            for unit in units(state.module):
-                handles += borrow_on_call(unit, lambda tensor: tensor.to(self.device))
+        if self.device.type == "cpu":  # it reads host memory and mapped files where they are
+            yield
+            return
+        absent = [state.module for index, state in enumerate(self.states) if index not in self._present]
+        modules = [unit for block in absent for unit in units(block)]
+        visitors = Visitors(modules, lambda tensor: tensor.to(self.device, non_blocking=True), self._stream)
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            visitors.close()
 
 
 def units(block: nn.Module) -> Iterator[nn.Module]:
@@ -183,27 +184,65 @@ def units(block: nn.Module) -> Iterator[nn.Module]:
         yield from part if isinstance(part, nn.ModuleList) else [part]
 
 
-def borrow_on_call(unit: nn.Module, fetch: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
-    """Hooks that put `fetch(weight)` in place of each weight and buffer for the length of a forward.
+class Visitors:
+    """Modules whose weights are elsewhere, each of which gets them for the length of its own calls.
 
-    A graph made meanwhile keeps the fetched tensors, not the weights, so its backward pass does not need these.
+    While one computes, the next is fetched: the one behind it on the way through the network, and the one before it on the way
+    back, where activations are recomputed. So two modules' weights are on the device at once. A graph made meanwhile keeps the
+    fetched tensors, not the weights, so its backward pass does not need these.
+
+    Args:
+        modules: in the order of the network. fetch: a weight -> a copy of it where it is needed. stream: CUDA stream of the fetches.
     """
-    home: list[tuple[dict[str, Any], str, Tensor]] = []
 
-    def bring(module: nn.Module, arguments: object) -> None:
-        for part in module.modules():
-            for name, parameter in part._parameters.items():
-                if parameter is not None:
-                    home.append((part._parameters, name, parameter))
-                    part._parameters[name] = nn.Parameter(fetch(parameter.data), requires_grad=False)
-            for name, buffer in part._buffers.items():
-                if buffer is not None:
-                    home.append((part._buffers, name, buffer))
-                    part._buffers[name] = fetch(buffer)
+    def __init__(
+        self, modules: Iterable[nn.Module], fetch: Callable[[Tensor], Tensor], stream: torch.cuda.Stream | None = None
+    ) -> None:
+        self.modules, self.fetch, self.stream = list(modules), fetch, stream
+        self._last, self._coming = -1, dict[int, Future[_Fetched]]()
+        self._home: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="visitors")
+        self._handles: list[RemovableHandle] = []
+        for number, module in enumerate(self.modules):
+            self._handles.append(module.register_forward_pre_hook(partial(self._bring, number)))
+            self._handles.append(module.register_forward_hook(self._send, always_call=True))
 
-    def send(module: nn.Module, arguments: object, output: object) -> None:
-        for held, name, tensor in home:
-            held[name] = tensor
-        home.clear()
+    def close(self) -> None:
+        """Leaves the modules as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._loader.shutdown()
+        self._coming.clear()
 
-    return [unit.register_forward_pre_hook(bring), unit.register_forward_hook(send, always_call=True)]
+    def _load(self, number: int) -> _Fetched:
+        with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
+            tensors = [self.fetch(tensor.detach()) for _, _, tensor in _held(self.modules[number])]
+            return tensors, None if self.stream is None else self.stream.record_event()
+
+    def _bring(self, number: int, module: nn.Module, arguments: object) -> None:
+        coming = self._coming.pop(number, None)
+        tensors, arrived = self._load(number) if coming is None else coming.result()
+        if arrived is not None:
+            current = torch.cuda.current_stream()
+            current.wait_event(arrived)
+            for tensor in tensors:
+                tensor.record_stream(current)  # so that its memory is not reused too early
+        following = number + (1 if number > self._last else -1)
+        self._last = number
+        self._coming = {other: future for other, future in self._coming.items() if other == following}
+        if 0 <= following < len(self.modules) and following not in self._coming:
+            self._coming[following] = self._loader.submit(self._load, following)
+        for (holder, name, own), tensor in zip(_held(module), tensors, strict=True):
+            self._home.append((holder, name, own))
+            holder[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
+
+    def _send(self, module: nn.Module, arguments: object, output: object) -> None:
+        for holder, name, tensor in self._home:
+            holder[name] = tensor
+        self._home.clear()
+
+
+def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Where a module and its parts hold weights and buffers: dict, name and tensor."""
+    places = [held for part in module.modules() for held in (part._parameters, part._buffers)]
+    return [(held, name, tensor) for held in places for name, tensor in held.items() if tensor is not None]
