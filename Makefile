@@ -19,7 +19,7 @@ NEEDED_MIB := 3000
 demo: setup
 	$(BIN)/dblocks compare digits --preset demo --methods end-to-end,shallow,diffusionblocks --jobs 2 --output-dir runs/demo
 
-test: setup
+test: $(VENV)/.ready-to-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: setup
@@ -41,6 +41,10 @@ $(READY): pyproject.toml Makefile
 	@[ "$(TORCH)" = none ] || $(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[images,text,tracking,adapt,test]'
 	@touch $(READY)
+
+$(VENV)/.ready-to-test: $(READY)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[harness]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs

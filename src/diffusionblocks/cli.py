@@ -124,9 +124,20 @@ def _too_large(recipe: Any, name: str) -> str:
 
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
-    from diffusionblocks.evaluation.run import evaluate
+    from diffusionblocks.evaluation.run import evaluate, load_run
 
-    summary = evaluate(Path(arguments.run_dir), _overrides(rest))
+    folder, overrides = Path(arguments.run_dir), _overrides(rest)
+    if arguments.harness:
+        from diffusionblocks.evaluation.harness import evaluate_tasks
+
+        tasks = [name.strip() for name in arguments.harness.split(",") if name.strip()]
+        run = load_run(folder, overrides, with_data=False)
+        found = evaluate_tasks(run, tasks, arguments.harness_path, arguments.harness_limit)
+        if not arguments.json:
+            for task, metrics in found.items():
+                print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        return {"harness": found}
+    summary = evaluate(folder, overrides)
     if not arguments.json:
         _print_metrics(summary)
     return summary
@@ -410,6 +421,11 @@ def _build_parser(settings: str) -> _Parser:
     added["export"].add_argument("--block", type=int, help="only the weights of this block, as safetensors")
     for name in ("evaluate", "sample", "export"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
+    added["evaluate"].add_argument("--harness", metavar="TASK,...", help="tasks of lm-evaluation-harness instead")
+    added["evaluate"].add_argument(
+        "--harness-path", metavar="FOLDER", help="with more tasks, as YAML files on local data"
+    )
+    added["evaluate"].add_argument("--harness-limit", type=int, metavar="N", help="examples per task (default: all)")
     sampling = added["sample"]
     sampling.add_argument("--num", type=int, default=16, help="how many images, texts or test samples (default 16)")
     sampling.add_argument(

@@ -161,3 +161,54 @@ def test_a_missing_model_is_one_line(settings, tmp_path, capsys, monkeypatch):
 def test_a_new_network_has_nothing_to_adapt(settings, capsys):
     assert main(["train", "adapt", *settings]) == 2
     assert "set model.pretrained" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- lm-evaluation-harness
+
+
+@pytest.fixture(scope="module")
+def tasks(folder):
+    """A task of the harness on a local file: which of two answers is likelier."""
+    place = folder / "tasks"
+    place.mkdir()
+    rows = [
+        {"question": f"What is {n} plus {n}?", "choices": [f" It is {2 * n}.", " zzzzzzzzzzzzzzzz"], "answer": 0}
+        for n in range(4)
+    ]
+    (place / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (place / "sums.yaml").write_text(
+        f"task: local_sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {place / 'sums.jsonl'}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\n"
+        "doc_to_target: answer\nmetric_list: [{metric: acc}]\n"
+    )
+    return place
+
+
+def test_a_run_is_scored_by_the_harness(runs, tasks, capsys, monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tasks / "cache"))
+    command = ["evaluate", str(runs["exact"]), "--harness", "local_sums", "--harness-path", str(tasks)]
+    found = run_json(capsys, *command, "--harness-limit", "3")["harness"]
+    assert found["local_sums"]["acc"] == 1.0
+    assert main([*command[:3], "local_sun", "--harness-path", str(tasks)]) == 2
+    assert "unknown task of lm-evaluation-harness: 'local_sun'" in capsys.readouterr().err
+
+
+def test_scores_are_the_log_probabilities_of_the_network(runs):
+    from diffusionblocks.evaluation.harness import rolling, score, write
+    from diffusionblocks.evaluation.run import load_run
+
+    run = load_run(runs["diffusionblocks"], [("train.device", "cpu")], with_data=False)
+    ids = [5, 9, 30, 31, 32, 40]
+    with torch.no_grad():
+        log_p = run.model.network.eval()(torch.tensor([ids])).logits.log_softmax(-1)[0]
+    expected = sum(log_p[place - 1, ids[place]].item() for place in (4, 5))
+    found, greedy = score(run, ids[:4], ids[4:])
+    assert found == pytest.approx(expected, abs=1e-4) and not greedy
+    best = int(log_p[3].argmax())
+    assert score(run, ids[:4], [best])[1]
+    text = [int(token) for token in range(3, 153)]  # more than two windows of 64
+    parts = [([2], text[:63]), (text[:63][-1:], text[63:126])]
+    expected = sum(score(run, *part)[0] for part in parts) + score(run, text[150 - 64 : 126], text[126:])[0]
+    assert rolling(run, text) == pytest.approx(expected, abs=1e-3)
+    assert isinstance(write(run, "What is 2", {"until": ["."], "max_gen_toks": 5}), str)
