@@ -150,6 +150,10 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     run = load_run(folder, overrides, with_data=False)
+    if run.recipe.method in ("prompt", "retrieval"):
+        raise UserError(
+            f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and report.html"
+        )
     if isinstance(run.recipe.task, ImageGeneration):
         _only(arguments, "images", ("class", "guidance", "grid", "steps", "sampler", "seed"))
         return _sample_images(arguments, run)

@@ -11,11 +11,13 @@ cannot be saved, and takes long to read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,29 +87,36 @@ def _convert(file: Path, folder: Path) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise UserError(f"{file} is read with the package gguf: pip install 'diffusionblocks[gguf]'")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as of_transformers
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
-    of_transformers.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
-        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        config = read.config
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        config._name_or_path = ""
-        with torch.device("meta"):  # an ordinary network: one that was read from .gguf refuses to be saved
-            network = type(read)(config)
-        network.load_state_dict(read.state_dict(), assign=True)
-        network.tie_weights()
-        network.generation_config = read.generation_config
-        network.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    except UserError:
-        raise
+        with without_progress():
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+            read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            config = read.config
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            config._name_or_path = ""
+            with torch.device("meta"):  # an ordinary network: one that was read from .gguf refuses to be saved
+                network = type(read)(config)
+            network.load_state_dict(read.state_dict(), assign=True)
+            network.tie_weights()
+            network.generation_config = read.generation_config
+            network.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"cannot read the network {file}: {type(error).__name__}: {reason}") from None
+
+
+@contextlib.contextmanager
+def without_progress() -> Iterator[None]:
+    """transformers shows progress bars for the files that it reads and writes."""
+    from transformers.utils import logging as of_transformers
+
+    of_transformers.disable_progress_bar()
+    try:
+        yield
     finally:
         of_transformers.enable_progress_bar()
 

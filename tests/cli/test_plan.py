@@ -139,3 +139,30 @@ def test_seventy_billion_parameters_are_planned_without_allocating_them(tmp_path
     rows = {row["method"]: row["predicted"] for row in json.loads(out)["rows"]}
     assert 130 << 30 < rows["full"]["parameters"] < 133 << 30  # 70.6 billion parameters in bf16
     assert rows["exact"]["total"] < 0.15 * rows["full"]["total"]
+
+
+def test_a_pretrained_language_model_has_every_way_to_adapt_it(tmp_path, capsys):
+    from tests.language_models import make_pretrained
+
+    make_pretrained(tmp_path)
+    command = [
+        "--model",
+        str(tmp_path),
+        "--sequence-length",
+        "64",
+        "--num-blocks",
+        "2",
+        "--memory",
+        "1MiB",
+        "--json",
+    ]
+    code, printed = run(capsys, *command)
+    assert code == 0
+    found = json.loads(printed.out)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert {"full", "checkpointing", "lora", "last-block", "exact", "diffusionblocks", "mixed"} <= set(rows)
+    assert rows["exact"]["predicted"]["total"] < rows["full"]["predicted"]["total"]
+    assert rows["exact"]["layer_evaluations_per_sample"] == pytest.approx(2 * 4 / 3 + 4 * 2 / 3 + 2 * 2 / 3)
+    assert rows["diffusionblocks"]["layer_evaluations_per_sample"] == 4 + 2
+    assert rows["mixed"]["layer_evaluations_per_sample"] == 4 + 2 + 2
+    assert rows["exact"]["command"].startswith(f"dblocks adapt {tmp_path} --data.path PATH")

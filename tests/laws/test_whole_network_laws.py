@@ -192,3 +192,16 @@ def test_the_whole_network_is_the_original_sliding_windows_included(kind, attent
         other[:, place] = (other[:, place] + 1) % 12
         change = (model({"input_ids": other}) - model({"input_ids": tokens})).abs().amax((0, 2))
         assert (change[:place] == 0).all() and change[place] > 0
+
+
+def test_a_gpu_without_bf16_is_refused_and_a_processor_that_imitates_it_says_so(monkeypatch, caplog):
+    from diffusionblocks.training.trainer import _check_precision
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    with pytest.raises(UserError, match="this GPU has no bf16"):
+        _check_precision(config(device="cuda", precision="bf16"))
+    _check_precision(config(device="cuda", precision="fp32"))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    with caplog.at_level("WARNING", "diffusionblocks"):
+        trained(precision="bf16", steps=1)
+    assert "imitates bf16" in caplog.text

@@ -171,3 +171,21 @@ def test_predicting_allocates_no_weights():
     taken = sum(e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0)
     assert predicted.device.total > 1 << 30
     assert taken < 1 << 25
+
+
+@pytest.mark.parametrize("method", ["full", "exact", "diffusionblocks", "mixed"])
+def test_prediction_agrees_with_the_profiler_on_an_adapted_language_model(method, tmp_path):
+    from tests.language_models import make_pretrained
+
+    make_pretrained(tmp_path, layers=6)
+    settings = {"model.pretrained": str(tmp_path), "data.length": 64, "train.batch_size": 4, "train.residency": "disk"}
+    recipe = load_recipe("adapt", {**settings, "train.device": "cpu", "blocks.num_blocks": 3}.items())
+    work = from_recipe(recipe, "adapt")
+    made = predictor(work, Choice(method=method, num_blocks=1 if method == "full" else 3))
+    settled = dataclasses.replace(made.config, heads_first=0.0, trust=False)
+    data = [{"input_ids": torch.zeros(64, dtype=torch.long)}] * 8
+    sizes = [6] if method == "full" else [2, 2, 2]
+    found = profiled_peak(
+        lambda: dblocks.Trainer(made.network.build(sizes), work.task, data, None, settled), work.batch(4)
+    )
+    assert made.at(4).device.total == pytest.approx(found, rel=0.03)

@@ -13,7 +13,7 @@ import torch
 
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.errors import UserError
-from diffusionblocks.pretrained import explained, load_config, local
+from diffusionblocks.pretrained import explained, load_config, local, without_progress
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class NetworkConfig:
         config._attn_implementation = self.attention
         # In fp32, whatever it was stored in: train.precision says what it trains in.
         options: dict[str, Any] = {"ignore_mismatched_sizes": True, "dtype": torch.float32}
-        return model_class.from_pretrained(local(name_or_path), config=config, **options)
+        with without_progress():
+            return model_class.from_pretrained(local(name_or_path), config=config, **options)
 
     def _with_attention(self, network: Any) -> Any:
         from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0

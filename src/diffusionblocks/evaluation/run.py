@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation import adaptation, in_context
 from diffusionblocks.memory.measure import PeakMemory, measure_peak
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
+from diffusionblocks.pretrained import without_progress
 from diffusionblocks.recipes import TARGETS, Recipe, build, changed
 from diffusionblocks.recipes.networks import build_network, network_config
 from diffusionblocks.seeds import derive
@@ -258,7 +259,7 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
         )
     if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
-    with _without_progress():
+    with without_progress():
         if isinstance(run.model, CausalBlocks):
             _save_network(run, run.model, path)
         else:
@@ -302,7 +303,7 @@ def _save_model(run: Run, output_dir: Path) -> None:
     """model/: a DiffusionBlocks model, or an ordinary Hugging Face one for the end-to-end methods."""
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel | LoopedNetwork)
     run.trainer.use_averages()
-    with _without_progress():
+    with without_progress():
         run.model.save_pretrained(output_dir / "model")
         tokenizer = getattr(run.data, "tokenizer", None)
         if isinstance(run.model, EndToEndModel) and isinstance(tokenizer, HuggingFace):
@@ -330,18 +331,6 @@ def _result(run: Run) -> dict[str, Any]:
     if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
         return {"folder": DEPLOYED, "format": "transformers", "needs_diffusionblocks": False}
     return {"folder": "model", "format": "diffusionblocks", "needs_diffusionblocks": True}
-
-
-@contextlib.contextmanager
-def _without_progress() -> Iterator[None]:
-    """transformers shows a progress bar for the one file that it writes."""
-    from transformers.utils import logging as of_transformers
-
-    of_transformers.disable_progress_bar()
-    try:
-        yield
-    finally:
-        of_transformers.enable_progress_bar()
 
 
 def _summary(

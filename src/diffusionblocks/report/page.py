@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from diffusionblocks.baselines.methods import find_method
 from diffusionblocks.data.latents import Autoencoder
@@ -21,6 +22,7 @@ from diffusionblocks.evaluation.run import load_run
 from diffusionblocks.evaluation.sample import predictions
 from diffusionblocks.evaluation.text import path, sample_texts
 from diffusionblocks.network import DiffusionBlocksModel
+from diffusionblocks.recipes import build
 from diffusionblocks.report import figures, table
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
@@ -119,12 +121,12 @@ def _shown(results: Sequence[dict[str, Any]]) -> list[str]:
 
 def _run(folder: Path) -> dict[str, Any]:
     summary = json.loads((folder / "summary.json").read_text())
-    run = load_run(folder)
-    ranges = (
-        [_range(run.model, b) for b in range(run.model.num_blocks)]
-        if isinstance(run.model, DiffusionBlocksModel)
-        else []
-    )
+    beside = _before_and_after(folder)
+    # Loading a large pretrained network takes long; only what is drawn from one needs it.
+    run = None if beside is not None and summary["method"] not in ("diffusionblocks", "mixed") else load_run(folder)
+    recipe = build(yaml.safe_load((folder / "config.yaml").read_text())) if run is None else run.recipe
+    model = None if run is None else run.model
+    ranges = [_range(model, b) for b in range(model.num_blocks)] if isinstance(model, DiffusionBlocksModel) else []
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         entry = json.loads(line)
@@ -132,11 +134,9 @@ def _run(folder: Path) -> dict[str, Any]:
             x, y = curves.setdefault(block, ([], []))
             x.append(entry["layer_evaluations"])
             y.append(loss)
-    train = run.recipe.train
-    task = run.recipe.task
+    train, task = recipe.train, recipe.task
     unit = "" if isinstance(task, ImageGeneration) else " (nats)"
-    unit_of_level = run.model.partition.levels.unit if isinstance(run.model, DiffusionBlocksModel) else ""
-    beside = _before_and_after(folder)
+    unit_of_level = model.partition.levels.unit if isinstance(model, DiffusionBlocksModel) else ""
     order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",

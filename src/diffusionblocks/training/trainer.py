@@ -247,6 +247,12 @@ class Trainer:
         if self.progress.finished:
             return self.progress
         total = total_steps(self.config, self.model.num_blocks)
+        if (
+            self.config.precision != "fp32"
+            and self.device.type == "cpu"
+            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        ):
+            log.warning("this processor imitates bf16, which is much slower than --train.precision fp32")
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
@@ -407,6 +413,13 @@ def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tenso
         yield {name: chunk[index] for name, chunk in chunks.items()}
 
 
+def _check_precision(config: TrainingConfig) -> None:
+    """Raises UserError where a GPU has no bf16."""
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if config.precision != "fp32" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"train.precision {config.precision}: this GPU has no bf16; use --train.precision fp32")
+
+
 def _accelerator(config: TrainingConfig, output_dir: Path | None) -> Any:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -416,6 +429,7 @@ def _accelerator(config: TrainingConfig, output_dir: Path | None) -> Any:
         raise UserError("train.device cuda: no CUDA device is available here; use --device cpu or auto")
     if config.device == "mps" and not torch.backends.mps.is_available():
         raise UserError("train.device mps: no MPS device is available here; use --device cpu or auto")
+    _check_precision(config)
     AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several models in turn
     folder = str(output_dir or ".")
     return Accelerator(
