@@ -84,6 +84,8 @@ def _recipes(arguments: argparse.Namespace, rest: list[str]) -> Any:
 def _adapt(arguments: argparse.Namespace, rest: list[str]) -> Any:
     """The recipe adapt with its most important setting as an argument; several methods are compared."""
     arguments.recipe = "adapt"
+    if not any(key in ("data.path", "data.source") for key, _ in _overrides(rest)):
+        raise UserError("adapt needs your data: --data.path FOLDER, FILE, .jsonl or .parquet")
     rest = [f"--model.pretrained={arguments.model}", *rest]
     return _train(arguments, rest) if arguments.methods is None else _compare(arguments, rest)
 

@@ -141,8 +141,8 @@ class BlocksConfig:
             raise UserError(
                 "blocks.ordinary and blocks.distill need blocks.context features and blocks.target_entry none"
             )
-        if self.ordinary and self.shared == "trained":
-            raise UserError("blocks.ordinary needs blocks.shared frozen or copies")
+        if (self.ordinary or self.distill) and self.shared != "frozen":  # else a block's readout is not the network's
+            raise UserError("blocks.ordinary and blocks.distill need blocks.shared frozen")
         if self.target_entry == "add":
             raise UserError("blocks.target_entry add is for labels; next-token denoisers take replace or none")
         if self.target_entry == "none" and self.readout == "linear":

@@ -142,6 +142,8 @@ def test_a_run_answers_questions(runs, capsys):
         (["--data.length", "512"], "exceeds the 256 positions"),
         (["--device", "cuda"], "no CUDA device is available"),
         (["--task.continuations", "-1"], "task.continuations must be at least 0"),
+        (["--method", "diffusionblocks", "--train.blocks", "0"], "train block 1 too, or set train.trust false"),
+        (["--method", "retrieval", "--data.packing", "documents"], "set data.packing to stream or padded"),
     ],
 )
 def test_mistakes_are_one_line(folder, settings, tmp_path, capsys, changes, message):
@@ -156,6 +158,32 @@ def test_a_missing_model_is_one_line(settings, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert main(["adapt", str(tmp_path / "none"), *settings, "--output-dir", str(tmp_path / "run")]) == 2
     assert "cannot load" in capsys.readouterr().err
+
+
+def test_adapt_needs_data_that_is_not_the_general_text(folder, settings, tmp_path, capsys):
+    texts = str(folder / "texts")
+    where = ["--data.path", texts, "--data.general", texts, "--output-dir", str(tmp_path / "run")]
+    assert main(["adapt", str(folder / "net"), *settings[4:], *where]) == 2
+    assert "is the training text itself" in capsys.readouterr().err
+    assert main(["adapt", str(folder / "net")]) == 2
+    assert "adapt needs your data" in capsys.readouterr().err
+
+
+def test_averages_and_borrowed_weights_are_put_in_place_once(runs):
+    from diffusionblocks.evaluation.run import load_run
+
+    run = load_run(runs["exact"], [("train.device", "cpu")], with_data=False)
+    swaps = []
+    run.trainer._swap_averages = lambda: swaps.append(1)
+    with run.trainer.averaged(), run.trainer.averaged():
+        assert len(swaps) == 1
+    assert len(swaps) == 2
+
+
+def test_a_report_of_a_run_that_trained_nothing(folder, settings, tmp_path, capsys):
+    place = str(tmp_path / "run")
+    assert main(["adapt", str(folder / "net"), *settings, "--method", "original", "--output-dir", place]) == 0
+    assert main(["report", place]) == 0
 
 
 def test_a_new_network_has_nothing_to_adapt(settings, capsys):
@@ -194,7 +222,8 @@ def test_a_run_is_scored_by_the_harness(runs, tasks, capsys, monkeypatch):
     assert "unknown task of lm-evaluation-harness: 'local_sun'" in capsys.readouterr().err
 
 
-def test_scores_are_the_log_probabilities_of_the_network(runs):
+def test_scores_are_the_log_probabilities_of_the_network(runs, monkeypatch):
+    from diffusionblocks.evaluation import harness
     from diffusionblocks.evaluation.harness import rolling, score, write
     from diffusionblocks.evaluation.run import load_run
 
@@ -207,8 +236,14 @@ def test_scores_are_the_log_probabilities_of_the_network(runs):
     assert found == pytest.approx(expected, abs=1e-4) and not greedy
     best = int(log_p[3].argmax())
     assert score(run, ids[:4], [best])[1]
+    monkeypatch.setattr(harness, "window_of", lambda run: 64)
     text = [int(token) for token in range(3, 153)]  # more than two windows of 64
     parts = [([2], text[:63]), (text[:63][-1:], text[63:126])]
     expected = sum(score(run, *part)[0] for part in parts) + score(run, text[150 - 64 : 126], text[126:])[0]
     assert rolling(run, text) == pytest.approx(expected, abs=1e-3)
-    assert isinstance(write(run, "What is 2", {"until": ["."], "max_gen_toks": 5}), str)
+    written = write(run, "What is {2}?", {"until": ["."], "max_gen_toks": 5})
+    ids = [int(token) for token in run.data.tokenizer.encode("What is {2}?")]
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(run.model.network(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert run.data.tokenizer.decode(ids[-5:]).startswith(written)

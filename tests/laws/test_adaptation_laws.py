@@ -160,6 +160,14 @@ def test_resumed_is_uninterrupted(tmp_path, changes, residency):
     assert same(run(tmp_path / "cut"), expected)
 
 
+def test_after_training_everything_can_be_trained_again():
+    model = blocks(ordinary=1.0)
+    dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, config(heads_first=0.9)).fit()
+    assert all(p.requires_grad for index in range(3) for p in model.block(index).parameters())
+    assert not any(model.block(index).settling for index in range(3))
+    assert not any(p.requires_grad for p in model.shared.parameters())
+
+
 def test_blocks_that_are_not_named_stay_as_they_are():
     for order, changes in (("sweep", {}), ("cyclic", {"ordinary": 1.0})):
         model = blocks(**changes)
@@ -185,7 +193,7 @@ def test_blocks_take_turns_each_with_batches_of_its_own():
     ("options", "train", "message"),
     [
         ({"ordinary": -1.0}, {}, "ordinary must be at least 0"),
-        ({"ordinary": 1.0, "shared": "trained"}, {}, "needs blocks.shared frozen or copies"),
+        ({"ordinary": 1.0, "shared": "trained"}, {}, "need blocks.shared frozen"),
         ({"distill": True, "context": "input", "head_layers": 0}, {}, "need blocks.context features"),
         ({}, {"heads_first": 1.0}, r"share of the steps in \[0, 1\)"),
         ({}, {"trust": True, "order": "sequential"}, "set train.order to sweep, cyclic or random"),

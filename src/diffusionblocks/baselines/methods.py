@@ -257,9 +257,9 @@ def _passes(recipe: Recipe, span: range, num_layers: int) -> float:
     blocks, target, after = recipe.blocks, TARGETS[recipe.task.kind], num_layers - span.stop
     passes = blocks.evaluations(len(span), after == 0, target, after)
     heads = blocks.heads(after == 0, target) if blocks.context == "features" else 0
-    if not (blocks.distill and heads):
+    if target != "causal" or not heads:
         return passes
-    settling = len(span) / 3 + heads + after / 3
+    settling = len(span) / 3 + heads + (after / 3 if blocks.distill else 0)
     return passes + recipe.train.heads_first * (settling - passes)
 
 

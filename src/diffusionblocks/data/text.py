@@ -263,6 +263,8 @@ def _general(config: TextConfig, mask: bool) -> TextData | None:
         subset="",
         max_documents=0,
     )
+    if identity(own) == identity(dataclasses.replace(config, format="text", subset="", max_documents=0)):
+        raise UserError(f"data.general {config.general} is the training text itself: name another text, or none")
     tokens, ends, _ = _tokens(own, load_tokenizer(config.tokenizer, mask, config.trust_remote_code))
     part = TextData(tokens, _spans(ends), config.length)
     if len(part) == 0:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from diffusionblocks.network import EndToEndModel
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.tasks import CausalLM
 from diffusionblocks.tasks.base import Metric
+from diffusionblocks.training import checkpoint
 
+log = logging.getLogger("diffusionblocks")
 SAMPLES = "samples.json"  # continuations, in a run's folder
 _BEFORE = "before.json"
 
@@ -54,6 +57,9 @@ def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
     if not (adapts(run) and run.recipe.task.before and find_method(run.recipe.method).trains):
         return {}
     path = folder / _BEFORE
+    if not path.is_file() and checkpoint.existing(folder):
+        log.info("%s has begun to train: what the network was before is not measured", folder)
+        return {}
     if not path.is_file():
         nats = run.trainer.evaluate(split)["nats_per_token"]
         found = {"nats_per_token": nats, "perplexity": exponential(nats), **general(run)}
@@ -86,6 +92,7 @@ def continuations(run: Any, split: Any) -> list[dict[str, str]]:
     count = min(task.continuations, len(split))
     scored = as_scored(run, split)
     greedy = dataclasses.replace(task, temperature=0.0, top_p=1.0, top_k=0)
+    longest = int(run.model.network.config.max_position_embeddings)
     run.model.eval()
     found = []
     with run.trainer.averaged():
@@ -94,10 +101,12 @@ def continuations(run: Any, split: Any) -> list[dict[str, str]]:
             real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["input_ids"])
             ids, cut = batch["input_ids"][:real], max(1, real // 2)
             if "labels" in batch:
-                cut = int(torch.nonzero(batch["labels"][1:real] != IGNORED)[0]) + 1
+                answers = torch.nonzero(batch["labels"][1:real] != IGNORED)
+                cut = int(answers[0]) + 1 if len(answers) else cut
             prompt = ids[:cut]
             if isinstance(scored, InContext):
                 prompt = torch.cat([torch.from_numpy(scored.context(prompt.numpy())), prompt])
+            prompt = prompt[-max(1, longest - task.continued) :]
             start = prompt[None].to(run.trainer.device)
 
             def ended(tokens: torch.Tensor) -> bool:

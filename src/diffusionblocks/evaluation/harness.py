@@ -6,6 +6,7 @@ noisy target, looped networks) is scored by its own likelihood here, which is a 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.evaluation import in_context
 from diffusionblocks.network import EndToEndModel
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.tasks import CausalLM, NextToken
@@ -31,6 +33,8 @@ def evaluate_tasks(
     """
     if not isinstance(run.recipe.task, NextToken):
         raise UserError("lm-evaluation-harness scores language models that write token by token")
+    if run.recipe.method in in_context.METHODS:
+        raise UserError(f"a run of the method {run.recipe.method} has no model of its own: score the method original")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -111,7 +115,7 @@ def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float,
     Contexts longer than the window lose their beginning. Denoisers that are no ordinary network have a bound in place of the first,
     and False in place of the second.
     """
-    model, window = run.model, run.recipe.data.length
+    model, window = run.model, window_of(run)
     ids = [*before, *after][-window:]
     scored = min(len(after), len(ids) - 1)
     if scored == 0:
@@ -120,13 +124,21 @@ def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float,
     model.eval()
     with torch.no_grad():
         nats = run.recipe.task.measurer(model)(batch, torch.Generator().manual_seed(0))["nats_per_token"].sum().item()
-        ordinary = isinstance(run.recipe.task, CausalLM) and (
-            isinstance(model, EndToEndModel) or (isinstance(model, CausalBlocks) and model.is_ordinary)
-        )
-        if not ordinary:
+        if not _ordinary(run):
             return -nats, False
         logits = model.network(batch["input_ids"]).logits[0, -scored - 1 : -1]
         return -nats, bool((logits.argmax(-1) == batch["input_ids"][0, -scored:]).all())
+
+
+def _ordinary(run: Any) -> bool:
+    model = run.model
+    ordinary = isinstance(model, EndToEndModel) or (isinstance(model, CausalBlocks) and model.is_ordinary)
+    return isinstance(run.recipe.task, CausalLM) and ordinary
+
+
+def window_of(run: Any) -> int:
+    """Tokens that the model reads at most: what its positions allow, for denoisers the window that they were trained on."""
+    return int(run.model.network.config.max_position_embeddings) if _ordinary(run) else int(run.recipe.data.length)
 
 
 def _labelled(ids: Sequence[int], scored: int) -> dict[str, torch.Tensor]:
@@ -138,7 +150,7 @@ def _labelled(ids: Sequence[int], scored: int) -> dict[str, torch.Tensor]:
 
 def rolling(run: Any, tokens: Sequence[int]) -> float:
     """log p of a whole text in nats, window by window, every token once and with as much before it as fits."""
-    size, total, place = run.recipe.data.length - 1, 0.0, 0
+    size, total, place = window_of(run) - 1, 0.0, 0
     whole = [run.data.tokenizer.separator, *tokens]
     while place < len(tokens):
         end = min(place + size, len(tokens))
@@ -150,16 +162,26 @@ def rolling(run: Any, tokens: Sequence[int]) -> float:
 
 def write(run: Any, context: str, settings: dict[str, Any]) -> str:
     """Greedy, or as `settings` say, until one of their strings `until`."""
-    from diffusionblocks.evaluation.text import sample_texts
-
-    tokenizer, window = run.data.tokenizer, run.recipe.data.length
-    longest = min(int(settings.get("max_gen_toks", 256)), window - 1)
-    before = [int(token) for token in tokenizer.encode(context)][-(window - longest) :]
+    tokenizer, window = run.data.tokenizer, window_of(run)
+    longest = min(int(settings.get("max_gen_toks", 256)), window // 2)
+    before = [int(token) for token in tokenizer.encode(context)][-(window - longest) :] or [tokenizer.separator]
     until = settings.get("until") or []
     stop = [until] if isinstance(until, str) else list(until)
     temperature = float(settings.get("temperature", 0.0)) if settings.get("do_sample") else 0.0
-    prompt = tokenizer.decode(before)
-    found = sample_texts(
-        run, 1, prompt=prompt, length=min(window, len(before) + longest), stop=stop, temperature=temperature
-    )
-    return str(found["texts"][0][len(prompt) :])
+
+    def text_of(tokens: torch.Tensor) -> str:
+        written = tokens[0, len(before) :].tolist()
+        if tokenizer.separator in written:
+            written = written[: written.index(tokenizer.separator)]
+        text = str(tokenizer.decode(written))
+        return text[: min((place for word in stop if (place := text.find(word)) >= 0), default=None)]
+
+    def ended(tokens: torch.Tensor) -> bool:
+        written = tokens[0, len(before) :].tolist()
+        text = tokenizer.decode(written)
+        return written[-1] == tokenizer.separator or any(word in text for word in stop)
+
+    task = dataclasses.replace(run.recipe.task, temperature=temperature, top_p=1.0, top_k=0)
+    start = torch.tensor([before], device=run.trainer.device)
+    run.model.eval()
+    return text_of(task.sample(run.model, start, len(before) + longest, watch=ended))

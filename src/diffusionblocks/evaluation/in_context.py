@@ -97,8 +97,6 @@ class InContext(Dataset):
     """
 
     def __init__(self, split: TextData, passages: Passages, method: str) -> None:
-        if split.packing == "documents":
-            raise UserError(f"the method {method} puts examples before a text: set data.packing to stream or padded")
         self.split, self.passages, self.method = split, passages, method
         self.length = split.length + passages.settings.tokens
         self.stretches = [stretch for window in range(len(split)) for stretch in self._stretches(window)]
@@ -109,8 +107,8 @@ class InContext(Dataset):
         if self.method == "prompt":
             return [Stretch(window, 0, len(ids))]
         if self.split.answers is not None:
-            first = int(np.flatnonzero(labels[1:] != IGNORED)[0]) + 1
-            return [Stretch(window, first, len(ids))]
+            answers = np.flatnonzero(labels[1:] != IGNORED)
+            return [Stretch(window, int(answers[0]) + 1, len(ids))] if len(answers) else []
         stride = self.passages.settings.stride
         return [Stretch(window, start, min(start + stride, len(ids))) for start in range(0, len(ids), stride)]
 
@@ -161,6 +159,12 @@ def check(run: Any) -> None:
     """Raises UserError for what would only fail at evaluation."""
     settings, recipe = run.recipe.in_context, run.recipe
     settings.check()
+    if isinstance(run.data.train, TextData):
+        Passages(run.data.train, run.data.tokenizer, settings)
+        if run.data.train.packing == "documents":
+            raise UserError(
+                f"the method {recipe.method} puts text before a window: set data.packing to stream or padded"
+            )
     if recipe.method == "retrieval":
         _bm25s()
     longest = run.model.network.config.max_position_embeddings

@@ -210,7 +210,8 @@ def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[st
     summary_path = folder / "summary.json"
     if summary_path.is_file():
         own = json.loads(summary_path.read_text())
-        now = {"metrics": _as_dicts(metrics), "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
+        earlier = {name: metric for name, metric in own["metrics"].items() if name.endswith("_before")}
+        now = {"metrics": {**_as_dicts(metrics), **earlier}, "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
         return {**own, **now, **_layers_per_token(run, run.trainer.progress)}
     return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
 

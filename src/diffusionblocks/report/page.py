@@ -128,7 +128,8 @@ def _run(folder: Path) -> dict[str, Any]:
     model = None if run is None else run.model
     ranges = [_range(model, b) for b in range(model.num_blocks)] if isinstance(model, DiffusionBlocksModel) else []
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    journal = folder / "metrics.jsonl"
+    for line in journal.read_text().splitlines() if journal.is_file() else []:
         entry = json.loads(line)
         for block, loss in entry.get("loss", {}).items():
             x, y = curves.setdefault(block, ([], []))

@@ -83,7 +83,10 @@ class NextToken:
             end = mean_loss(denoiser.head()(model.answer(block, context, batch), following(batch)), batch)
             trust = (end - loss).detach().clamp(max=0).exp()  # as TrainingConfig.trust
             loss = trust * loss + model.config.ordinary * end
-        return StepOutput(loss, None if context is None else context.detach())
+        layers = None
+        if model.block(block).settling:  # the trunk runs forward alone
+            layers = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
+        return StepOutput(loss, None if context is None else context.detach(), layers)
 
     def _distilled(self, model: CausalBlocks, block: int, batch: Batch) -> StepOutput:
         """A head learns what the whole network answers to the features that it reads: mean divergence in nats."""

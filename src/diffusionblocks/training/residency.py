@@ -179,8 +179,9 @@ class Residency:
 
 
 def units(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a block that are called on their own: its parts, and each layer of its lists."""
-    for part in block.children():
+    """The modules of a block that are called on their own: its parts, and each layer of its lists, in the order of the network."""
+    parts = sorted(block.named_children(), key=lambda named: named[0] == "readout")  # which comes last
+    for _, part in parts:
         yield from part if isinstance(part, nn.ModuleList) else [part]
 
 
@@ -201,6 +202,7 @@ class Visitors:
         self.modules, self.fetch, self.stream = list(modules), fetch, stream
         self._last, self._coming = -1, dict[int, Future[_Fetched]]()
         self._home: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._done: torch.cuda.Event | None = None  # when the module before had computed
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="visitors")
         self._handles: list[RemovableHandle] = []
         for number, module in enumerate(self.modules):
@@ -214,7 +216,10 @@ class Visitors:
         self._loader.shutdown()
         self._coming.clear()
 
-    def _load(self, number: int) -> _Fetched:
+    def _load(self, number: int, after: torch.cuda.Event | None = None) -> _Fetched:
+        """after: what must have been computed before; else the processor would run ahead and fetch everything at once."""
+        if after is not None:
+            after.synchronize()
         with torch.cuda.stream(self.stream) if self.stream is not None else nullcontext():
             tensors = [self.fetch(tensor.detach()) for _, _, tensor in _held(self.modules[number])]
             return tensors, None if self.stream is None else self.stream.record_event()
@@ -229,9 +234,10 @@ class Visitors:
                 tensor.record_stream(current)  # so that its memory is not reused too early
         following = number + (1 if number > self._last else -1)
         self._last = number
-        self._coming = {other: future for other, future in self._coming.items() if other == following}
+        for other in [other for other in self._coming if other != following]:
+            self._coming.pop(other).cancel()
         if 0 <= following < len(self.modules) and following not in self._coming:
-            self._coming[following] = self._loader.submit(self._load, following)
+            self._coming[following] = self._loader.submit(self._load, following, self._done)
         for (holder, name, own), tensor in zip(_held(module), tensors, strict=True):
             self._home.append((holder, name, own))
             holder[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
@@ -240,6 +246,8 @@ class Visitors:
         for holder, name, tensor in self._home:
             holder[name] = tensor
         self._home.clear()
+        if self.stream is not None:
+            self._done = torch.cuda.current_stream().record_event()
 
 
 def _held(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:

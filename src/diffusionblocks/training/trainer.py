@@ -126,6 +126,8 @@ class Trainer:
         self.shared = BlockState(model.shared, self.config, self.config.steps * len(self.trained))
         self.progress = Progress()
         self._residency: Residency | None = None
+        self._averaged = False
+        self._check_heads()
         self._first_step, self._passed = 0, dict[str, int]()
 
     def _check_combination(self) -> None:
@@ -138,6 +140,17 @@ class Trainer:
                 raise UserError(
                     "train.branch_at needs blocks of equal depth; set it to 0 or drop blocks.layers_per_block"
                 )
+
+    def _check_heads(self) -> None:
+        model, last = self.model, self.model.num_blocks - 1
+        if not isinstance(model, DiffusionBlocksModel) or not any(state.has_head for state in self.states):
+            return
+        if self.config.heads_first and model.target != "causal":
+            raise UserError("train.heads_first is for blocks that write tokens (blocks.target causal)")
+        if self.config.trust and last not in self.trained and not model.config.ordinary:
+            raise UserError(
+                f"train.trust compares every block with the last one: train block {last} too, or set train.trust false"
+            )
 
     @property
     def residency(self) -> Residency:
@@ -247,16 +260,16 @@ class Trainer:
         if self.progress.finished:
             return self.progress
         total = total_steps(self.config, self.model.num_blocks)
-        if (
-            self.config.precision != "fp32"
-            and self.device.type == "cpu"
-            and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        ):
+        if self.config.precision != "fp32" and self.device.type == "cpu" and not _has_bf16():
             log.warning("this processor imitates bf16, which is much slower than --train.precision fp32")
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
-        with _stop_on_signal() as stop, ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar:
+        with (
+            self._everything_trains(),
+            _stop_on_signal() as stop,
+            ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar,
+        ):
             for visit, losses in self._visits():
                 self._check_finite(visit, losses)
                 self.progress.wall_seconds = before + time.monotonic() - started
@@ -281,6 +294,17 @@ class Trainer:
         self._save(journal)
         journal.close()
         return self.progress
+
+    @contextmanager
+    def _everything_trains(self) -> Iterator[None]:
+        """Steps that pass other blocks switch gradients off there; afterwards everything is as it was."""
+        try:
+            yield
+        finally:
+            for index, state in enumerate(self.states):
+                self.model.block(index).settling = False
+                for parameter in state.parameters.values():
+                    parameter.requires_grad_(True)
 
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
@@ -345,9 +369,14 @@ class Trainer:
     def averaged(self) -> Iterator[None]:
         """The model as it is evaluated: moving averages in place, no gradients, every block readable, and before branching
         the one block that learns in place of all."""
+        if self._averaged:  # asked for within itself
+            self.model.eval()
+            yield
+            return
         residency = self.residency
         residency.settle()
         self._swap_averages()
+        self._averaged = True
         self.model.eval()
         common = self.progress.block_steps < branch_steps(self.config, self.model.num_blocks)
         if isinstance(self.model, DiffusionBlocksModel):
@@ -357,6 +386,7 @@ class Trainer:
                 yield
         finally:
             self._swap_averages()
+            self._averaged = False
             if isinstance(self.model, DiffusionBlocksModel):
                 self.model.one_for_all = False
 
@@ -418,6 +448,11 @@ def _check_precision(config: TrainingConfig) -> None:
     cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
     if config.precision != "fp32" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"train.precision {config.precision}: this GPU has no bf16; use --train.precision fp32")
+
+
+def _has_bf16() -> bool:
+    """Whether the processor has bf16, as far as it can be told."""
+    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _accelerator(config: TrainingConfig, output_dir: Path | None) -> Any:
