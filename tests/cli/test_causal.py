@@ -134,7 +134,7 @@ def test_the_command_that_plan_prints_for_a_language_model_runs(settings, capsys
     )
     command = found["recommendation"]["command"]
     assert "--method full" in command and "--train.precision bf16-true" in command
-    words = command.replace("FOLDER", settings[settings.index("--data.path") + 1]).split()[1:]
+    words = command.replace(" PATH ", " " + settings[settings.index("--data.path") + 1] + " ").split()[1:]
     more = [*settings[settings.index("--data.cache-dir") :], "--steps", "2", "--task.num-samples", "0"]
     assert main([*words, *more, "--output-dir", str(tmp_path / "run")]) == 0
 
