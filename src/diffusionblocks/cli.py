@@ -147,12 +147,13 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.denoisers.causal import CausalBlocks
+    from diffusionblocks.evaluation import in_context
     from diffusionblocks.evaluation.run import load_run
     from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     run = load_run(folder, overrides, with_data=False)
-    if run.recipe.method in ("prompt", "retrieval"):
+    if run.recipe.method in in_context.METHODS:
         raise UserError(
             f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and report.html"
         )

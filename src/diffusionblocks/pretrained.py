@@ -57,7 +57,7 @@ def _in_package(package: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """The folder that a .gguf file became, made on first use."""
-    from diffusionblocks.data.cache import cache_folder
+    from diffusionblocks.data.cache import cache_folder, publish
 
     if not file.is_file():
         raise UserError(f"the network {str(file)!r} does not exist")
@@ -69,11 +69,7 @@ def _converted(file: Path) -> Path:
     partial.mkdir(parents=True, exist_ok=True)
     try:
         _convert(file, partial)
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "config.json").is_file():
-                raise
+        publish(partial, folder, "config.json")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     log.info("converted %s to ordinary weights in %s", file.name, folder)

@@ -14,6 +14,15 @@ def cache_folder(chosen: str = "") -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusionblocks"
 
 
+def publish(partial: Path, folder: Path, proof: str) -> None:
+    """Moves what was made in `partial` to its place; keeps what another process put there first (`proof` is a file of it)."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not (folder / proof).is_file():
+            raise
+
+
 def file_hash(path: Path) -> str:
     """Of a file's content; `missing` when it cannot be read."""
     try:

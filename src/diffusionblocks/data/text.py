@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.cache import cache_folder, file_hash
+from diffusionblocks.data.cache import cache_folder, file_hash, publish
 from diffusionblocks.data.chat import encode
 from diffusionblocks.data.corpora import TextConfig, documents, identity
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
@@ -390,11 +390,7 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
             np.save(partial / "answers.npy", np.concatenate(answers))
             index |= {"conversations": True, "answers": file_hash(partial / "answers.npy")}
         (partial / "index.json").write_text(json.dumps(index) + "\n")
-        try:
-            partial.rename(folder)
-        except OSError:  # another process was first
-            if not (folder / "index.json").is_file():
-                raise
+        publish(partial, folder, "index.json")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     log.info("tokenised %d documents, %d tokens", len(ends), total)

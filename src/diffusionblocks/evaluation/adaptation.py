@@ -30,9 +30,14 @@ _BEFORE = "before.json"
 
 def adapts(run: Any) -> bool:
     """Whether a run adapts a pretrained language model whose function its model has from the start."""
-    recipe, model = run.recipe, run.model
+    return bool(run.recipe.model.pretrained) and is_ordinary(run)
+
+
+def is_ordinary(run: Any) -> bool:
+    """Whether a run's model is an ordinary language model of transformers (its `network`)."""
+    model = run.model
     ordinary = isinstance(model, EndToEndModel) or (isinstance(model, CausalBlocks) and model.is_ordinary)
-    return isinstance(recipe.task, CausalLM) and bool(recipe.model.pretrained) and ordinary
+    return isinstance(run.recipe.task, CausalLM) and ordinary
 
 
 def as_scored(run: Any, split: Any) -> Any:

@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.evaluation import in_context
-from diffusionblocks.network import EndToEndModel
+from diffusionblocks.evaluation.adaptation import is_ordinary
 from diffusionblocks.readout import IGNORED
-from diffusionblocks.tasks import CausalLM, NextToken
+from diffusionblocks.tasks import NextToken
 
 
 def evaluate_tasks(
@@ -124,21 +123,15 @@ def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float,
     model.eval()
     with torch.no_grad():
         nats = run.recipe.task.measurer(model)(batch, torch.Generator().manual_seed(0))["nats_per_token"].sum().item()
-        if not _ordinary(run):
+        if not is_ordinary(run):
             return -nats, False
         logits = model.network(batch["input_ids"]).logits[0, -scored - 1 : -1]
         return -nats, bool((logits.argmax(-1) == batch["input_ids"][0, -scored:]).all())
 
 
-def _ordinary(run: Any) -> bool:
-    model = run.model
-    ordinary = isinstance(model, EndToEndModel) or (isinstance(model, CausalBlocks) and model.is_ordinary)
-    return isinstance(run.recipe.task, CausalLM) and ordinary
-
-
 def window_of(run: Any) -> int:
     """Tokens that the model reads at most: what its positions allow, for denoisers the window that they were trained on."""
-    return int(run.model.network.config.max_position_embeddings) if _ordinary(run) else int(run.recipe.data.length)
+    return int(run.model.network.config.max_position_embeddings) if is_ordinary(run) else int(run.recipe.data.length)
 
 
 def _labelled(ids: Sequence[int], scored: int) -> dict[str, torch.Tensor]:
