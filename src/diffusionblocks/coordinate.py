@@ -1,14 +1,22 @@
-"""Exact block-coordinate training: the ordinary loss at the end of the network, one block's parameters at a time.
+"""Exact training: the ordinary loss at the end of the network, one block's parameters at a time.
 
-Only the active block has gradients and optimizer state. The blocks before it run without a graph; those after it are
-recomputed layer by layer in the backward pass, so of their activations only what passes between layers is kept. Where
-idle blocks live elsewhere (residency host or disk), their layers visit the device one at a time. The result is the
-ordinary network (BAdam, Luo et al. 2024, arXiv 2404.02827, trains so with Adam).
+Only the active block has gradients and optimizer state on the device. Where idle blocks live elsewhere (residency host or
+disk), their layers visit the device one at a time. The result is the ordinary network. There are two ways to it:
+
+in turn   (orders sweep, cyclic, random, sequential) Every block step is a pass of its own. The blocks before the active one run
+          without a graph; those after it are recomputed layer by layer in the backward pass (BAdam, Luo et al. 2024, arXiv
+          2404.02827, trains so with Adam).
+backward  (order backward) One batch visits all blocks, last to first, in one backward pass. The forward pass keeps what enters
+          each block, and no graph but the last block's. Each block in its turn is recomputed, takes the gradient of what it
+          handed on, steps, and passes the gradient of what entered it down (`Passage`). No block is read again after it has
+          changed, so the updates are those of ordinary training, for a quarter more computation (B = 4) and one
+          block's memory (the execution layer by layer of Pudipeddi et al. 2020, arXiv 2002.05645, by blocks).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +25,59 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Parts, documents_apart
+from diffusionblocks.seeds import derive
+
+
+@dataclass
+class Passage:
+    """One batch (or part of one) on its way through the network and back, between the steps of its blocks.
+
+    Args:
+        trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is recomputed must
+            draw what it drew.
+        entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch itself.
+        reached: the block that stepped last. gradient: of the loss with respect to what entered that block. loss: the ordinary one.
+    """
+
+    trained: Sequence[int]
+    seed: int = 0
+    entering: dict[int, Tensor] = field(default_factory=dict)
+    reached: int = 0
+    gradient: Tensor | None = None
+    loss: Tensor | None = None
+
+    def at(self, place: int) -> None:
+        """Before block `place` runs, -1 the stem: what it draws depends on the seed and the place alone."""
+        torch.manual_seed(derive(self.seed, "passage", place))
+
+    def enter(self, index: int, hidden: Tensor) -> Tensor:
+        """Keeps what enters a block that will step."""
+        if index == 0 or index not in self.trained:
+            return hidden
+        self.entering[index] = hidden.detach().requires_grad_()
+        return self.entering[index]
+
+    def stepped(self, index: int, loss: Tensor, parts: int) -> None:
+        """After the backward pass of block `index`, whose loss was divided by `parts`: what the next block down needs."""
+        self.loss = loss if self.loss is None else self.loss
+        self.reached, self.gradient = index, None
+        if (entered := self.entering.pop(index, None)) is not None and entered.grad is not None:
+            self.gradient = entered.grad if parts == 1 else entered.grad * parts
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.entering.values(), *([] if self.gradient is None else [self.gradient])]
+
+
+def layer_evaluations(sizes: Sequence[int], one_pass: bool = False) -> list[float]:
+    """Layers that one sample passes in the step of each block, where all are trained. Forward counts a third, so do the
+    backward pass to the layer's input and that to its weights.
+
+    In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it. In one
+    pass: the last block as before, the others recomputed and backward.
+    """
+    after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
+    in_turn = [sum(sizes) / 3 + own * 2 / 3 + rest * 2 / 3 for own, rest in zip(sizes, after, strict=True)]
+    return [*map(float, sizes[:-1]), in_turn[-1]] if one_pass else in_turn
 
 
 class BlockCoordinateModel(EndToEndModel):
@@ -50,6 +111,7 @@ class BlockCoordinateModel(EndToEndModel):
         self.shared = nn.ModuleDict({"stem": parts.stem, "readout": parts.readout} if parts.tied else {})
         self.shared.requires_grad_(False)
         self.layers = list(layers)
+        self.passage: Passage | None = None  # during a step of the order backward
 
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
         """batch of the stem's inputs -> logits, with a graph through block `active` (None: as torch says)."""
@@ -59,21 +121,56 @@ class BlockCoordinateModel(EndToEndModel):
         return checkpoint(self.readout, hidden, use_reentrant=False)
 
     def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
+        """What the last layer hands to the readout [N, T, D]. With a passage under way, what enters blocks is kept there."""
+        passage = self.passage if active is not None else None
         if active is not None:
-            for index in range(self.num_blocks):
-                self.block(index).requires_grad_(index == active)
-        hidden = self.stem(batch)
-        views = [view] if (view := documents_apart(batch, hidden)) is not None else []
+            self._trains_alone(active)
+        hidden = self._embedded(batch, passage)
         for index in range(self.num_blocks):
-            block = self.block(index)
-            if active is None or index == active:
-                hidden = block("trunk", hidden, *views)
-            elif index < active:
+            if passage is not None:
+                hidden = passage.enter(index, hidden)
+            if active is not None and index < active:
                 with torch.no_grad():
-                    hidden = block("trunk", hidden, *views)
+                    hidden = self._through(index, hidden, batch, passage)
             else:
-                for layer in block.layers:
-                    hidden = checkpoint(layer, hidden, *views, use_reentrant=False)
+                hidden = self._through(index, hidden, batch, passage, frozen=active not in (None, index))
+        return hidden
+
+    def going_down(self, index: int, batch: Batch, passage: Passage) -> tuple[Tensor, float]:
+        """The loss of a passage for block `index`, and the layers that a sample passed.
+
+        Its value is the ordinary loss's, and so is its gradient in this block and in what enters it, though no later block is
+        read, but those between this one and the last that stepped.
+        """
+        assert passage.gradient is not None and passage.loss is not None
+        self._trains_alone(index)
+        hidden = passage.entering[index] if index else self._embedded(batch, passage)
+        for place in range(index, passage.reached):
+            hidden = self._through(place, hidden, batch, passage, frozen=place != index)
+        product = (hidden * passage.gradient).sum()
+        layers = sum(len(self.layers[place]) for place in range(index, passage.reached))
+        return passage.loss + (product - product.detach()), float(layers)
+
+    def _trains_alone(self, active: int) -> None:
+        for index in range(self.num_blocks):
+            self.block(index).requires_grad_(index == active)
+
+    def _embedded(self, batch: Batch, passage: Passage | None) -> Tensor:
+        if passage is not None:
+            passage.at(-1)
+        return self.stem(batch)
+
+    def _through(
+        self, index: int, hidden: Tensor, batch: Batch, passage: Passage | None, *, frozen: bool = False
+    ) -> Tensor:
+        """One block. frozen: it keeps nothing but what passes between its layers."""
+        views = [view] if (view := documents_apart(batch, hidden)) is not None else []
+        if passage is not None:
+            passage.at(index)
+        if not frozen:
+            return self.block(index)("trunk", hidden, *views)
+        for layer in self.block(index).layers:
+            hidden = checkpoint(layer, hidden, *views, use_reentrant=False)
         return hidden
 
     @property
@@ -81,10 +178,7 @@ class BlockCoordinateModel(EndToEndModel):
         return True
 
     def layer_evaluations(self, index: int) -> float:
-        """Forward through all layers (a third each), backward with weights in the active ones (two thirds), and
-        recomputation and backward without weights after them (a third each)."""
-        own, after = len(self.layers[index]), sum(len(span) for span in self.layers[index + 1 :])
-        return sum(map(len, self.layers)) / 3 + own * 2 / 3 + after * 2 / 3
+        return layer_evaluations([len(span) for span in self.layers])[index]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network."""

@@ -41,7 +41,10 @@ def tiny(**overrides):
         (Choice(method="diffusionblocks", num_blocks=3), {"train.precision": "bf16-true", "train.optimizer": "sgd"}),
         (Choice(method="diffusionblocks", num_blocks=3), {"train.optimizer": "adafactor", "train.accumulation": 2}),
         (Choice(method="diffusionblocks", num_blocks=2), {"blocks.context": "features", "blocks.head_layers": 1}),
-        (Choice(method="exact", num_blocks=3), {}),
+        (Choice(method="exact", num_blocks=3), {}),  # order backward
+        (Choice(method="exact", num_blocks=4), {"train.accumulation": 4, "train.ema_decay": 0.9}),
+        (Choice(method="exact", num_blocks=6, checkpointing=True), {}),
+        (Choice(method="exact", num_blocks=3), {"train.order": "random"}),
         (Choice(method="last-block", num_blocks=3), {"model.num_hidden_layers": 24}),
     ],
     ids=lambda value: value.label if isinstance(value, Choice) else "-".join(map(str, value.values())),
@@ -173,13 +176,14 @@ def test_predicting_allocates_no_weights():
     assert taken < 1 << 25
 
 
-@pytest.mark.parametrize("method", ["full", "exact", "diffusionblocks", "mixed"])
+@pytest.mark.parametrize("method", ["full", "exact", "exact in turn", "diffusionblocks", "mixed"])
 def test_prediction_agrees_with_the_profiler_on_an_adapted_language_model(method, tmp_path):
     from tests.language_models import make_pretrained
 
     make_pretrained(tmp_path, layers=6)
     settings = {"model.pretrained": str(tmp_path), "data.length": 64, "train.batch_size": 4, "train.residency": "disk"}
-    recipe = load_recipe("adapt", {**settings, "train.device": "cpu", "blocks.num_blocks": 3}.items())
+    method, in_turn = method.removesuffix(" in turn"), {"train.order": "cyclic"} if method.endswith("turn") else {}
+    recipe = load_recipe("adapt", {**settings, **in_turn, "train.device": "cpu", "blocks.num_blocks": 3}.items())
     work = from_recipe(recipe, "adapt")
     made = predictor(work, Choice(method=method, num_blocks=1 if method == "full" else 3))
     settled = dataclasses.replace(made.config, heads_first=0.0, trust=False)

@@ -10,7 +10,7 @@ from typing import Any
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
 from diffusionblocks.baselines.lora import lora_model
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.coordinate import BlockCoordinateModel, layer_evaluations
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
@@ -235,16 +235,15 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     num_blocks, blocks, train = len(spans), prepared.blocks, prepared.train
     if budget == "layer-evaluations":
         passes = sum(_passes(prepared, span, num_layers) for span in spans)
-        if method == "exact":  # as BlockCoordinateModel.layer_evaluations counts
-            after = sum(num_layers - span.stop for span in spans)
-            passes = num_blocks * num_layers / 3 + num_layers * 2 / 3 + after * 2 / 3
+        if method == "exact":
+            passes = sum(layer_evaluations([len(span) for span in spans], train.order == "backward"))
         elif (
             blocks.context == "features" and train.order != "sweep"
         ):  # forward passes of the blocks before, a third each
             before = sum(span.start for span in spans) / 3
             passes += before
         return round(steps * num_layers / passes)
-    if train.order != "sweep":
+    if train.order not in ("sweep", "backward"):
         return max(1, round(steps / num_blocks)) if train.order in ("random", "cyclic") else steps
     train = resolve_branch(train, method != "exact" and blocks.may_branch(spans))
     common = branch_steps(train, num_blocks)

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+from diffusionblocks.coordinate import layer_evaluations
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
+from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
 from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
@@ -123,8 +125,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     if choice.method == "last-block":
         return layers / 3 + own * 2 / 3, layers
     if choice.method == "exact":
-        count = choice.num_blocks
-        return count * layers / 3 + layers * 2 / 3 + own * count * (count - 1) / 2 * 2 / 3, layers
+        sizes = [len(span) for span in split_layers(layers, choice.num_blocks, None)]
+        return sum(layer_evaluations(sizes, work.train("exact").order == "backward")), layers
     if choice.method in ("diffusionblocks", "mixed"):
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]

@@ -141,10 +141,13 @@ def _language_model(
     for key in settings:
         if key not in known:
             raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
-    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host", "order": "cyclic"}
+    defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host"}
     chosen = {key.removeprefix("train."): value for key, value in settings.items()}
     train = TrainingConfig(**{**defaults, **chosen})
     train.check()
+    exact = dataclasses.replace(
+        train, order=chosen.get("order", load_recipe("adapt").methods["exact"]["train"]["order"])
+    )
 
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
@@ -152,7 +155,9 @@ def _language_model(
         return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
 
     def settings_of(method: str) -> TrainingConfig:
-        return train if method in BLOCKWISE else dataclasses.replace(train, residency="device", order="sweep")
+        if method in BLOCKWISE:
+            return exact if method == "exact" else train
+        return dataclasses.replace(train, residency="device", order="sweep")
 
     work = Workload(
         network=lambda num_layers: network.cut(num_layers).build(),
@@ -213,6 +218,11 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
         after = [sum(sizes[index + 1 :]) for index in range(count)]
         steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
         steps[0], steps[-1] = Step((sizes[0], after[0])), Step((1, sizes[-1]), 1)
+        if (
+            kind == "exact" and work.train(choice.method).order == "backward"
+        ):  # but for one layer, to hand gradients down
+            steps = [Step((1, size, 1), 1) for size in sizes]
+            steps[0], steps[-1] = Step((sizes[0], 1)), Step((1, sizes[-1]), 1)
         steps = steps if count > 1 else [Step((sizes[0],))]
     elif kind == "last-block":
         steps = [Step((work.num_layers - sizes[-1], sizes[-1]))]

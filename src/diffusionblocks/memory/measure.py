@@ -72,7 +72,7 @@ def profiled_peak(build: Callable[[], Trainer], batch: dict[str, Tensor]) -> int
         for name in ("first steps", "measured steps"):
             with record_function(name):
                 piece = {key: tensor.clone() for key, tensor in batch.items()}
-                for block in range(trainer.model.num_blocks):
+                for block in trainer.round:
                     with trainer.residency.active(block):
                         _, context = trainer.block_step(block, piece)
                     if context is not None:
@@ -111,8 +111,8 @@ def _round(trainer: Trainer, number: int) -> Iterator[tuple[Visit, list[dict[str
     """One visit of one batch per block, in order, batch `number` handed on."""
     stream: BatchStream = trainer.stream
     batches = list(islice(on_device(stream.load([number]), trainer.device), 1))
-    for block in trainer.trained:
-        follows, handed = block != trainer.trained[0], block - 1 in trainer.trained
+    for block in trainer.round:
+        follows, handed = block != trainer.round[0], block - 1 in trainer.trained
         yield Visit(block=block, batches=range(number, number + 1), carried=follows, handed=handed), batches
 
 
@@ -124,6 +124,7 @@ def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]
         tracker, owners = PhaseTracker(), [trainer.shared, *(trainer.states[i] for i in residency.present())]
         tensors = [tensor for batch in batches for tensor in batch.values()]
         tensors += [tensor for state in owners for tensor in state.average.values()]
+        tensors += [tensor for passage in trainer.passages for tensor in passage.tensors()]
         here, blocks = residency.present(), range(model.num_blocks)
         modules = [model.shared, *(model.block(index) for index in here)]
         elsewhere = [model.block(index) for index in blocks if index not in here]

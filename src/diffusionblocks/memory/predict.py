@@ -77,11 +77,12 @@ class Network:
 class BlockPrediction:
     """One block. phases: the highest point of each phase of its step, shared parts included. state: its parameters,
     averages and optimizer state, which travel when it is parked. streamed: the largest piece of weights that visits
-    the device while another block is active (exact mode)."""
+    the device while another block is active (exact mode). border: order backward, what enters a block of one part of the batch."""
 
     phases: dict[str, Bytes]
     state: Bytes
     streamed: float = 0
+    border: float = 0
 
     def plus(self, other: BlockPrediction, origin: BlockPrediction, factor: float) -> BlockPrediction:
         """self + factor * (other - origin), phase by phase."""
@@ -90,7 +91,15 @@ class BlockPrediction:
             for name, point in self.phases.items()
         }
         state = self.state + (other.state + origin.state * -1) * factor
-        return BlockPrediction(phases, state, max(self.streamed, other.streamed))
+        return BlockPrediction(phases, state, max(self.streamed, other.streamed), self.border)
+
+    def with_borders(self, index: int, accumulation: int) -> BlockPrediction:
+        """As block `index` of a passage: what enters the blocks before it waits too, for every part of the batch. One state and
+        one gradient of (up to) two parts are in the trace."""
+        traced = min(accumulation, 2)
+        waiting = max(0, index - 1) * traced + (accumulation - traced) * (index + 1)
+        extra = Bytes(activations=waiting * self.border)
+        return dataclasses.replace(self, phases={name: point + extra for name, point in self.phases.items()})
 
     @property
     def peak(self) -> Bytes:
@@ -131,12 +140,18 @@ class Predictor:
         self.network, self.task, self.config = network, task, config
         self._traces: Traces = {} if traces is None else traces
         memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
-        self._kind = (network.kind, network.masked_share, *(getattr(config, name) for name in memory))
+        self._kind = (
+            network.kind,
+            network.masked_share,
+            config.order == "backward",
+            *(getattr(config, name) for name in memory),
+        )
 
     def at(self, batch_size: int, accumulation: int = 1) -> Prediction:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
         samples = batch_size // accumulation
         blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
+        blocks = [block.with_borders(index, accumulation) for index, block in enumerate(blocks)]
         return self._combine(blocks, self._waiting(samples, accumulation))
 
     def _waiting(self, samples: int, accumulation: int) -> Bytes:
@@ -264,6 +279,10 @@ class Predictor:
             entering = model.context(batch, 1)  # every border has the same shape
             assert entering is not None
             batch["context"] = entering
+        before = trainer.round[: trainer.round.index(index)] if config.order == "backward" else []
+        for other in before:  # what it hands down
+            trainer.block_step(other, batch)
+        held = [tensor for passage in trainer.passages for tensor in passage.tensors()]
         owners = [trainer.states[index], trainer.shared]
         for state in owners:  # as after the first step: a cold one would miss the optimizer state
             for parameter in state.parameters.values():
@@ -274,12 +293,14 @@ class Predictor:
         averages = [tensor for state in owners for tensor in state.average.values()]
         others = [model.block(i) for i in range(model.num_blocks) if i != index and passes_all]
         optimizers = [state.optimizer for state in owners]
-        tracker.present([block, model.shared], optimizers, [*batch.values(), *averages], others)
+        tracker.present([block, model.shared], optimizers, [*batch.values(), *averages, *held], others)
         with tracker:
             trainer.block_step(index, batch)
         streams = passes_all and model.num_blocks > 1
         pieces = [sum(p.nbytes for p in unit.parameters()) for unit in units(block)] if streams else [0]
-        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces))
+        held += [tensor for passage in trainer.passages for tensor in passage.tensors()]
+        border = float(max((tensor.nbytes for tensor in held), default=0))
+        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces), border)
 
 
 def trace_all(

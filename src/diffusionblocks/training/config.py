@@ -23,7 +23,8 @@ class TrainingConfig:
         max_grad_norm: gradient clipping per block, 0 = off.
         blocks: train only these; the others, and shared parts, stay as they are. Empty = all.
         order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order), `cyclic` (blocks take turns, each
-            with batches of its own) or `sequential` (one block to its end, then the next).
+            with batches of its own), `sequential` (one block to its end, then the next) or, for the method exact, `backward` (a batch
+            visits all blocks, last to first, in one backward pass: the updates of ordinary training).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
             next block in while the active one computes (needs room on the device for the state of both).
@@ -84,7 +85,7 @@ class TrainingConfig:
     tensorboard: bool = False
 
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "order": ("random", "sweep", "cyclic", "sequential"),
+        "order": ("random", "sweep", "cyclic", "sequential", "backward"),
         "residency": ("device", "host", "disk"),
         "schedule": ("cosine", "constant"),
         "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
@@ -109,6 +110,11 @@ class TrainingConfig:
             raise UserError(f"train.own_rate must be in (0, 1], got {self.own_rate}")
         if not 0 <= self.heads_first < 1:
             raise UserError(f"train.heads_first is a share of the steps in [0, 1), got {self.heads_first}")
+        if self.order == "backward" and self.visit_steps > 1:
+            raise UserError(
+                "train.order backward takes one batch through all blocks: set train.visit_steps 1 (larger batches, with "
+                "train.accumulation, make visits longer)"
+            )
         if self.trust and self.order == "sequential":
             raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")
         if self.branch_at is not None and not 0 <= self.branch_at < 1:

@@ -125,4 +125,10 @@ def _cyclic(start: int, steps: int, blocks: list[int], config: TrainingConfig) -
             start += len(group)
 
 
-_ORDERS = {"sweep": _sweep, "cyclic": _cyclic, "sequential": _sequential, "random": _random}
+def _backward(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
+    for batches in _groups(start, steps, 1):
+        for block in reversed(blocks):
+            yield Visit(block=block, batches=batches, carried=block != blocks[-1], border=block == blocks[0])
+
+
+_ORDERS = {"sweep": _sweep, "cyclic": _cyclic, "sequential": _sequential, "random": _random, "backward": _backward}

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.coordinate import BlockCoordinateModel, Passage
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.errors import RunStopped, UserError
-from diffusionblocks.network import BlockModel, DiffusionBlocksModel
+from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
 from diffusionblocks.seeds import derive
-from diffusionblocks.tasks.base import Metric, Task, on_device
+from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.order import (
@@ -128,9 +129,15 @@ class Trainer:
         self._residency: Residency | None = None
         self._averaged = False
         self._check_heads()
+        self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
         self._first_step, self._passed = 0, dict[str, int]()
 
     def _check_combination(self) -> None:
+        if self.config.order == "backward" and not isinstance(self.model, BlockCoordinateModel):
+            raise UserError(
+                "train.order backward passes the ordinary gradient from block to block, which the method exact does alone; set it to "
+                "sweep, cyclic, random or sequential"
+            )
         if self.config.branch_at and isinstance(self.model, DiffusionBlocksModel):
             if self.model.config.context != "input":
                 raise UserError(
@@ -178,9 +185,12 @@ class Trainer:
         for micro, piece in enumerate(_pieces(batch, parts)):
             torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
             with self._readable():
-                with self.accelerator.autocast():
-                    loss, context, passed = self.task.step(self.model, index, piece, whole_range=whole_range)
-                self.accelerator.backward(loss / parts)
+                with self._passing(index, micro) as passage:
+                    with self.accelerator.autocast():
+                        loss, context, passed = self._loss(index, piece, passage, whole_range)
+                    self.accelerator.backward(loss / parts)
+                if passage is not None:
+                    passage.stepped(index, loss.detach(), parts)
             total += loss.detach() / parts
             contexts.append(context)
             layers += self.model.layer_evaluations(index) if passed is None else passed
@@ -188,6 +198,35 @@ class Trainer:
         self.shared.step()
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
+
+    def _loss(self, index: int, piece: Batch, passage: Passage | None, whole_range: bool) -> StepOutput:
+        """The task's, or what the gradient that comes down from later blocks makes of it."""
+        if passage is None or passage.loss is None:
+            return self.task.step(self.model, index, piece, whole_range=whole_range)
+        assert isinstance(self.model, BlockCoordinateModel)
+        loss, layers = self.model.going_down(index, piece, passage)
+        return StepOutput(loss, None, layers)
+
+    @contextmanager
+    def _passing(self, index: int, micro: int) -> Iterator[Passage | None]:
+        """Order backward: the passage of part `micro` of the batch, begun by the last block that trains."""
+        model = self.model
+        if self.config.order != "backward" or not isinstance(model, BlockCoordinateModel):
+            yield None
+            return
+        if index == self.round[0]:
+            seed = derive(self.config.seed, "passage", self.states[index].steps, micro)
+            self.passages[micro:] = [Passage(self.trained, seed)]
+        model.passage = self.passages[micro]
+        try:
+            yield model.passage
+        finally:
+            model.passage = None
+
+    @property
+    def round(self) -> list[int]:
+        """The trained blocks in the order in which a batch visits them."""
+        return self.trained[::-1] if self.config.order == "backward" else self.trained
 
     def _trust(self, index: int, loss: Tensor) -> float:
         """How far a block's layers may follow their head: exp of what its answers are worse than those of the last block, in nats

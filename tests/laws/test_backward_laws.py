@@ -1,0 +1,171 @@
+"""Order backward: exact training whose updates are those of ordinary training, one block after the other."""
+
+import pytest
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.adapters import take_apart
+from diffusionblocks.coordinate import layer_evaluations
+from diffusionblocks.training.order import plan
+from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights
+
+SPANS = {1: [range(0, 6)], 2: [range(0, 4), range(4, 6)], 3: [range(0, 2), range(2, 4), range(4, 6)]}
+
+
+def images():
+    return make_vit, dblocks.Classification(), make_data()
+
+
+def texts():
+    return make_llama, dblocks.CausalLM(), Counting()
+
+
+def settings(**changes):
+    return config(**{"steps": 4, "learning_rate": 1e-2, "max_grad_norm": 0.0, "branch_at": 0.0, **changes})
+
+
+def in_blocks(make, task, data, num_blocks=3, **changes):
+    model = dblocks.BlockCoordinateModel(take_apart(make()), SPANS[num_blocks])
+    return dblocks.Trainer(model, task, data, None, settings(order="backward", **changes))
+
+
+def whole(make, task, data, frozen=False, **changes):
+    parts = take_apart(make())
+    model = dblocks.EndToEndModel(parts)
+    if frozen:
+        parts.stem.requires_grad_(False)
+        parts.readout.requires_grad_(False)
+    return dblocks.Trainer(model, task, data, None, settings(**changes))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize("kind", [images, texts])
+def test_its_updates_are_those_of_ordinary_training(kind, num_blocks, accumulation):
+    make, task, data = kind()
+    tied = take_apart(make()).tied  # then nobody owns the embeddings, and they stay
+    ordinary = whole(make, task, data, tied, accumulation=accumulation)
+    blocks = in_blocks(make, task, data, num_blocks, accumulation=accumulation, residency="host")
+    ordinary.fit()
+    blocks.fit()
+    assert blocks.progress.samples_seen == ordinary.progress.samples_seen
+    wanted = ordinary.model.network.state_dict()
+    for name, tensor in blocks.model.network.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=2e-5)
+    untouched = make().state_dict()
+    assert sum(not torch.equal(tensor, untouched[name]) for name, tensor in wanted.items()) > 20
+
+
+def test_plain_gradient_descent_agrees_to_the_last_digits():
+    make, task, data = texts()
+    changes = {"optimizer": "sgd", "learning_rate": 1e-2, "weight_decay": 0.0}
+    ordinary = whole(make, task, data, take_apart(make()).tied, **changes)
+    blocks = in_blocks(make, task, data, **changes)
+    ordinary.fit()
+    blocks.fit()
+    wanted = ordinary.model.network.state_dict()
+    for name, tensor in blocks.model.network.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
+
+
+def test_a_recomputed_layer_draws_the_dropout_that_it_drew():
+    """What a layer gives is the same on the way there and in its block's step; where dropout is on, not by itself."""
+    parts = take_apart(make_gpt2(resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3))
+    model = dblocks.BlockCoordinateModel(parts, SPANS[3])
+    _, task, data = texts()
+    trainer = dblocks.Trainer(model, task, data, None, settings(order="backward", learning_rate=1e-9, steps=1))
+    seen = {}
+    for number, layer in enumerate(parts.layers):
+        layer.register_forward_hook(
+            lambda _, __, out, number=number: seen.setdefault(number, []).append(
+                (out[0] if isinstance(out, tuple) else out).detach()
+            )
+        )
+    trainer.fit()
+    assert [len(seen[number]) for number in range(6)] == [2, 2, 2, 2, 1, 1]
+    for number in range(4):
+        torch.testing.assert_close(*seen[number])
+    model.train()
+    torch.manual_seed(1)
+    model.hidden(next(iter(trainer.stream.load([0]))), 2)
+    assert not torch.allclose(seen[0][2], seen[0][0])
+
+
+def test_later_blocks_are_not_read_again():
+    """Not even where they have become unreadable."""
+    make, task, data = texts()
+    kept, spoiled = in_blocks(make, task, data), in_blocks(make, task, data)
+    batch = next(iter(kept.stream.load([0])))
+    for index in (2, 1, 0):
+        kept.block_step(index, batch)
+        spoiled.block_step(index, batch)
+        assert same(weights(kept.model.block(index)), weights(spoiled.model.block(index)))
+        for parameter in spoiled.model.block(index).parameters():
+            parameter.data.fill_(float("nan"))
+    assert not [tensor for passage in kept.passages for tensor in passage.tensors()]
+
+
+@pytest.mark.parametrize("chosen", [[1], [0, 2], [0, 1]])
+def test_chosen_blocks_move_as_in_ordinary_training_and_the_others_stay(chosen):
+    make, task, data = texts()
+    trainer = in_blocks(make, task, data, blocks=chosen, steps=1)
+    before = [weights(trainer.model.block(index)) for index in range(3)]
+    all_blocks = in_blocks(make, task, data, steps=1)
+    trainer.fit()
+    all_blocks.fit()
+    for index in range(3):
+        now, wanted = weights(trainer.model.block(index)), weights(all_blocks.model.block(index))
+        if index not in chosen:
+            assert same(now, before[index])
+            continue
+        assert not same(now, before[index])
+        for name, tensor in now.items():
+            torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
+    make, task, data = texts()
+    straight = in_blocks(make, task, data)
+    straight.fit()
+    first = in_blocks(make, task, data, checkpoint_every=3)
+    first.output_dir = tmp_path
+    seen = []
+
+    def stop(*arguments, **options):
+        seen.append(1)
+        if len(seen) > 7:
+            raise KeyboardInterrupt
+        return step(*arguments, **options)
+
+    step, first.block_step = first.block_step, stop
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    again = in_blocks(make, task, data)
+    again.output_dir = tmp_path
+    assert again.restore(tmp_path) and again.progress.block_steps == 6  # whole batches
+    again.fit()
+    assert same(weights(again.model), weights(straight.model))
+
+
+def test_a_batch_visits_every_block_once_and_its_layers_are_counted():
+    visits = list(plan(settings(order="backward", steps=2), 3))
+    assert [visit.block for visit in visits] == [2, 1, 0] * 2
+    assert [visit.carried for visit in visits] == [False, True, True] * 2
+    assert [visit.border for visit in visits] == [False, False, True] * 2
+    make, task, data = texts()
+    trainer = in_blocks(make, task, data, steps=2)
+    trainer.fit()
+    expected = sum(layer_evaluations([2, 2, 2], one_pass=True))
+    assert expected == pytest.approx(6 * (4 / 3 - 1 / 9))  # all recomputed but the last block
+    assert trainer.progress.layer_evaluations == pytest.approx(expected * trainer.progress.samples_seen)
+    assert sum(layer_evaluations([2, 2, 2])) == pytest.approx(3 * 2 + 4 + 2 / 3 * 6)
+
+
+def test_what_cannot_go_backward_is_refused():
+    data = make_data()
+    with pytest.raises(dblocks.UserError, match="method exact"):
+        dblocks.Trainer(
+            dblocks.convert(make_vit(), 3), dblocks.Classification(), data, None, settings(order="backward")
+        )
+    with pytest.raises(dblocks.UserError, match=r"visit_steps 1"):
+        settings(order="backward", visit_steps=2).check()
