@@ -115,7 +115,9 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     sizes = SPLITS.get(count, [])
     split = {"blocks.num_blocks": count, "blocks.layers_per_block": sizes} if sizes else {"blocks.layers_per_block": []}
     order = {"train.order": row["order"]} if "order" in row else {}
-    recipe = load_recipe(RECIPE, [("device", "cpu"), ("train.heads_first", 0.0), *split.items(), *order.items()])
+    recipe = load_recipe(
+        RECIPE, [("device", "cpu"), ("residency", "disk"), ("train.heads_first", 0.0), *split.items(), *order.items()]
+    )
     work = wide(recipe) if row.get("wide") else from_recipe(recipe, RECIPE)
     choice = Choice(method=row["method"], num_blocks=count, checkpointing=row["method"] == "checkpointing")
     made = predictor(work, choice)

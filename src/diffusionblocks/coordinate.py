@@ -54,7 +54,9 @@ class Passage:
         """Keeps what enters a block that will step."""
         if index == 0 or index not in self.trained:
             return hidden
-        self.entering[index] = hidden.detach().requires_grad_(index > min(self.trained))  # nobody below needs a gradient
+        self.entering[index] = hidden.detach().requires_grad_(
+            index > min(self.trained)
+        )  # nobody below needs a gradient
         return self.entering[index]
 
     def stepped(self, index: int, loss: Tensor, parts: int) -> None:

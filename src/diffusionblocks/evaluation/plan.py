@@ -180,7 +180,8 @@ REASONS = {
     "full": "full fine-tuning fits, and nothing is better understood",
     "checkpointing": "it trains the whole network exactly, for a third more computation",
     "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
-    "exact": "it trains the whole network on its own loss, one block's optimizer state at a time",
+    "exact": "it makes the updates of ordinary training with the gradients and optimizer state of one block on the device at a time, "
+    "for up to a third more computation and the transfers",
     "mixed": "it trains the whole network, one block at a time, partly on the ordinary loss",
     "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
 }
@@ -190,7 +191,7 @@ def _recommend(
     work: Workload, made: dict[Choice, Predictor], traces: Traces, usable: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
-    for choice in sorted(made, key=partial(_preference, work.pretrained)):
+    for choice in sorted(made, key=partial(_preference, work)):
         predicting = made[choice]
         if not _could_fit(predicting, usable, batch_size):
             continue
@@ -237,9 +238,10 @@ def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
     return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).device.total <= usable
 
 
-def _preference(pretrained: bool, choice: Choice) -> tuple[int, int, int]:
-    # What was learned before is safest with the loss that it was learned by.
-    blocks = ("exact", "mixed", "diffusionblocks") if pretrained else ("diffusionblocks", "exact")
+def _preference(work: Workload, choice: Choice) -> tuple[int, int, int]:
+    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the whole network.
+    ordinary = work.pretrained or work.blocks.target == "causal"
+    blocks = ("exact", "mixed", "diffusionblocks") if ordinary else ("diffusionblocks", "exact")
     order = ("full", "end-to-end", "checkpointing", "lora", *blocks, "last-block", "shallow")
     return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
 
