@@ -166,6 +166,17 @@ def test_all_parts_of_an_accumulated_batch_are_counted():
     assert more == sum(tensor.nbytes for tensor in work.batch(56).values())
 
 
+@pytest.mark.parametrize("order", ["backward", "cyclic"])
+def test_what_travels_counts_the_weights_that_only_visit(order):
+    settings = {"train.device": "auto", "train.residency": "host", "train.visit_steps": 1, "train.order": order}
+    found = predictor(tiny(**settings), Choice(method="exact", num_blocks=3)).at(8)
+    first, second, third = (block.state.parameters for block in found.blocks)
+    passing = first + second if order == "backward" else 2 * (second + third) + (first + 2 * third) + first + second
+    assert found.transfer_per_step == pytest.approx((2 * found.host + passing) / 3, abs=2)
+    here = predictor(tiny(**{**settings, "train.device": "cpu"}), Choice(method="exact", num_blocks=3)).at(8)
+    assert here.transfer_per_step == pytest.approx(2 * here.host / 3, abs=2)  # read where they are
+
+
 def test_predicting_allocates_no_weights():
     work = tiny(**{"model.hidden_size": 2048, "model.num_attention_heads": 16, "model.intermediate_size": 8192})
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:

@@ -152,7 +152,20 @@ class Predictor:
         samples = batch_size // accumulation
         blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
         blocks = [block.with_borders(index, accumulation) for index, block in enumerate(blocks)]
-        return self._combine(blocks, self._waiting(samples, accumulation))
+        found = self._combine(blocks, self._waiting(samples, accumulation))
+        visiting = self._visiting(blocks) * accumulation if found.transfer_per_step else 0
+        return dataclasses.replace(found, transfer_per_step=found.transfer_per_step + round(visiting))
+
+    def _visiting(self, blocks: Sequence[BlockPrediction]) -> float:
+        """Bytes of weights that visit the device in a step, on average: those before the active block on the way through, those
+        after it there and back; in a passage, each but the last block's once for all steps."""
+        if self.config.device == "cpu" or not any(block.streamed for block in blocks):
+            return 0
+        weights = [block.state.parameters for block in blocks]
+        if self.config.order == "backward":
+            return sum(weights[:-1]) / len(blocks)
+        passed = [sum(weights[:index]) + 2 * sum(weights[index + 1 :]) for index in range(len(blocks))]
+        return sum(passed) / len(blocks)
 
     def _waiting(self, samples: int, accumulation: int) -> Bytes:
         """Inputs of the parts of a batch beyond the two that are traced."""
