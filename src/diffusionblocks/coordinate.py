@@ -10,17 +10,20 @@ backward  (order backward) One batch visits all blocks, last to first, in one ba
           each block, and no graph but the last block's. Each block in its turn is recomputed, takes the gradient of what it
           handed on, steps, and passes the gradient of what entered it down (`Passage`). No block is read again after it has
           changed, so the updates are those of ordinary training, for a quarter more computation (B = 4) and one
-          block's memory (the execution layer by layer of Pudipeddi et al. 2020, arXiv 2002.05645, by blocks).
+          block's memory (the execution layer by layer of Pudipeddi et al. 2020, arXiv 2002.05645, by blocks). With keep_graphs K
+          the last K blocks are not recomputed: their graphs wait from the forward pass on, without the weights (`WithoutWeights`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.errors import UserError
@@ -34,14 +37,17 @@ class Passage:
 
     Args:
         trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is recomputed must
-            draw what it drew.
+            draw what it drew. kept: those of the trained blocks, the last aside, whose graphs are kept.
         entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch itself.
+        leaving: kept block -> what the next trained block got of it, with the graph between the two.
         reached: the block that stepped last. gradient: of the loss with respect to what entered that block. loss: the ordinary one.
     """
 
     trained: Sequence[int]
     seed: int = 0
+    kept: Collection[int] = ()
     entering: dict[int, Tensor] = field(default_factory=dict)
+    leaving: dict[int, Tensor] = field(default_factory=dict)
     reached: int = 0
     gradient: Tensor | None = None
     loss: Tensor | None = None
@@ -52,12 +58,25 @@ class Passage:
 
     def enter(self, index: int, hidden: Tensor) -> Tensor:
         """Keeps what enters a block that will step."""
-        if index == 0 or index not in self.trained:
+        if index not in self.trained:
+            return hidden
+        if hidden.requires_grad and (below := self.below(index)) is not None:
+            self.leaving[below] = hidden
+        if index == 0:
             return hidden
         self.entering[index] = hidden.detach().requires_grad_(
             index > min(self.trained)
         )  # nobody below needs a gradient
         return self.entering[index]
+
+    def below(self, index: int) -> int | None:
+        """The next trained block on the way down."""
+        return max((block for block in self.trained if block < index), default=None)
+
+    def keeps_graph(self, index: int) -> bool:
+        """Whether block `index` belongs to a graph that is kept: of a kept block, or between one and the next trained block."""
+        owner = index if index in self.trained else self.below(index)
+        return owner in self.kept
 
     def stepped(self, index: int, loss: Tensor, parts: int) -> None:
         """After the backward pass of block `index`, whose loss was divided by `parts`: what the next block down needs."""
@@ -70,16 +89,54 @@ class Passage:
         return [*self.entering.values(), *([] if self.gradient is None else [self.gradient])]
 
 
-def layer_evaluations(sizes: Sequence[int], one_pass: bool = False) -> list[float]:
+class WithoutWeights(saved_tensors_hooks):
+    """Graphs made within save the given weights (and views of them) by name alone: what a weight is when the backward pass comes is
+    what it was, wherever its values have been meanwhile. Weights may thus leave the device between the two passes.
+
+    `saved` counts the bytes of everything else that such graphs hold.
+    """
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        self.weights = {id(weight): weight for weight in weights}
+        self._sizes: dict[int, int] = {}
+        super().__init__(self._pack, self._unpack)
+
+    @property
+    def saved(self) -> int:
+        return sum(self._sizes.values())
+
+    def size(self, tensor: Tensor) -> int:
+        """Bytes of what `tensor` is stored in, if such a graph holds it, else 0."""
+        return self._sizes.get(tensor.untyped_storage()._cdata, 0)
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple[nn.Parameter, tuple[int, ...], tuple[int, ...], int]:
+        base = tensor._base if tensor._is_view() else tensor
+        weight = self.weights.get(id(base))
+        if weight is not None:
+            return weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+        storage = tensor.untyped_storage()
+        self._sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    def _unpack(self, packed: Tensor | tuple[nn.Parameter, tuple[int, ...], tuple[int, ...], int]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        weight, shape, stride, offset = packed
+        return weight.detach().as_strided(shape, stride, offset)
+
+
+def layer_evaluations(sizes: Sequence[int], one_pass: bool = False, keep_graphs: int = 1) -> list[float]:
     """Layers that one sample passes in the step of each block, where all are trained. Forward counts a third, so do the
     backward pass to the layer's input and that to its weights.
 
     In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it. In one
-    pass: the last block as before, the others recomputed and backward.
+    pass: the last block as before, the others backward and, but for `keep_graphs` - 1 of them, recomputed.
     """
     after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
     in_turn = [sum(sizes) / 3 + own * 2 / 3 + rest * 2 / 3 for own, rest in zip(sizes, after, strict=True)]
-    return [*map(float, sizes[:-1]), in_turn[-1]] if one_pass else in_turn
+    recomputed = max(0, len(sizes) - keep_graphs)
+    going_down = [own if index < recomputed else own * 2 / 3 for index, own in enumerate(sizes[:-1])]
+    return [*going_down, in_turn[-1]] if one_pass else in_turn
 
 
 class BlockCoordinateModel(EndToEndModel):
@@ -126,12 +183,15 @@ class BlockCoordinateModel(EndToEndModel):
         """What the last layer hands to the readout [N, T, D]. With a passage under way, what enters blocks is kept there."""
         passage = self.passage if active is not None else None
         if active is not None:
-            self._trains_alone(active)
+            self._train(active, *(passage.kept if passage is not None else ()))
         hidden = self._embedded(batch, passage)
         for index in range(self.num_blocks):
             if passage is not None:
                 hidden = passage.enter(index, hidden)
-            if active is not None and index < active:
+            if passage is not None and active is not None and index < active and passage.keeps_graph(index):
+                with WithoutWeights(self.block(index).parameters()):
+                    hidden = self._through(index, hidden, batch, passage)
+            elif active is not None and index < active:
                 with torch.no_grad():
                     hidden = self._through(index, hidden, batch, passage)
             else:
@@ -145,22 +205,37 @@ class BlockCoordinateModel(EndToEndModel):
         read, but those between this one and the last that stepped.
         """
         assert passage.gradient is not None and passage.loss is not None
-        self._trains_alone(index)
-        hidden = passage.entering[index] if index else self._embedded(batch, passage)
-        for place in range(index, passage.reached):
-            hidden = self._through(place, hidden, batch, passage, frozen=place != index)
+        self._train(index)
+        own, between = len(self.layers[index]), sum(len(self.layers[i]) for i in range(index + 1, passage.reached))
+        if (kept := passage.leaving.pop(index, None)) is not None:
+            hidden, layers = kept, own * 2 / 3 + between / 3
+        else:
+            hidden = passage.entering[index] if index else self._embedded(batch, passage)
+            for place in range(index, passage.reached):
+                hidden = self._through(place, hidden, batch, passage, frozen=place != index)
+            layers = own + between * 2 / 3
         product = (hidden * passage.gradient).sum()
-        layers = sum(len(self.layers[place]) for place in range(index, passage.reached))
-        return passage.loss + (product - product.detach()), float(layers)
+        return passage.loss + (product - product.detach()), layers
 
-    def _trains_alone(self, active: int) -> None:
+    def _train(self, *active: int) -> None:
         for index in range(self.num_blocks):
-            self.block(index).requires_grad_(index == active)
+            self.block(index).requires_grad_(index in active)
 
     def _embedded(self, batch: Batch, passage: Passage | None) -> Tensor:
-        if passage is not None:
-            passage.at(-1)
-        return self.stem(batch)
+        if passage is None:
+            return self.stem(batch)
+        passage.at(-1)
+        with WithoutWeights(self.block(0).parameters()) if 0 in passage.kept else nullcontext():
+            return self.stem(batch)
+
+    def graph_bytes(self, index: int, batch: Batch, entering: Tensor) -> int:
+        """What a kept graph of block `index` holds beside weights and what entered it."""
+        self._train(index)
+        counted = WithoutWeights(self.block(index).parameters())
+        with counted:
+            leaving = self._through(index, entering, batch, None)
+        assert leaving.requires_grad
+        return counted.saved - counted.size(entering)
 
     def _through(
         self, index: int, hidden: Tensor, batch: Batch, passage: Passage | None, *, frozen: bool = False

@@ -5,8 +5,9 @@ import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
-from diffusionblocks.coordinate import layer_evaluations
+from diffusionblocks.coordinate import WithoutWeights, layer_evaluations
 from diffusionblocks.training.order import plan
+from diffusionblocks.training.residency import Visitors, units
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights
 
 SPANS = {1: [range(0, 6)], 2: [range(0, 4), range(4, 6)], 3: [range(0, 2), range(2, 4), range(4, 6)]}
@@ -38,14 +39,25 @@ def whole(make, task, data, frozen=False, **changes):
     return dblocks.Trainer(model, task, data, None, settings(**changes))
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("num_blocks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("num_blocks", "changes"),
+    [
+        (1, {}),
+        (2, {"accumulation": 2}),
+        (3, {}),
+        (3, {"accumulation": 2, "residency": "host"}),
+        (2, {"keep_graphs": 3}),
+        (3, {"keep_graphs": 2, "residency": "disk"}),
+        (3, {"keep_graphs": 3, "residency": "disk"}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else value,
+)
 @pytest.mark.parametrize("kind", [images, texts])
-def test_its_updates_are_those_of_ordinary_training(kind, num_blocks, accumulation):
+def test_its_updates_are_those_of_ordinary_training(kind, num_blocks, changes):
     make, task, data = kind()
     tied = take_apart(make()).tied  # then nobody owns the embeddings, and they stay
-    ordinary = whole(make, task, data, tied, accumulation=accumulation)
-    blocks = in_blocks(make, task, data, num_blocks, accumulation=accumulation, residency="host")
+    ordinary = whole(make, task, data, tied, accumulation=changes.get("accumulation", 1))
+    blocks = in_blocks(make, task, data, num_blocks, **changes)
     ordinary.fit()
     blocks.fit()
     assert blocks.progress.samples_seen == ordinary.progress.samples_seen
@@ -68,12 +80,15 @@ def test_plain_gradient_descent_agrees_to_the_last_digits():
         torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-6)
 
 
-def test_a_recomputed_layer_draws_the_dropout_that_it_drew():
+@pytest.mark.parametrize("keep_graphs", [1, 2, 3])
+def test_a_recomputed_layer_draws_the_dropout_that_it_drew(keep_graphs):
     """What a layer gives is the same on the way there and in its block's step; where dropout is on, not by itself."""
     parts = take_apart(make_gpt2(resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3))
     model = dblocks.BlockCoordinateModel(parts, SPANS[3])
     _, task, data = texts()
-    trainer = dblocks.Trainer(model, task, data, None, settings(order="backward", learning_rate=1e-9, steps=1))
+    trainer = dblocks.Trainer(
+        model, task, data, None, settings(order="backward", learning_rate=1e-9, steps=1, keep_graphs=keep_graphs)
+    )
     seen = {}
     for number, layer in enumerate(parts.layers):
         layer.register_forward_hook(
@@ -82,13 +97,14 @@ def test_a_recomputed_layer_draws_the_dropout_that_it_drew():
             )
         )
     trainer.fit()
-    assert [len(seen[number]) for number in range(6)] == [2, 2, 2, 2, 1, 1]
-    for number in range(4):
+    recomputed = 6 - 2 * keep_graphs
+    assert [len(seen[number]) for number in range(6)] == [2] * recomputed + [1] * 2 * keep_graphs
+    for number in range(recomputed):
         torch.testing.assert_close(*seen[number])
     model.train()
     torch.manual_seed(1)
     model.hidden(next(iter(trainer.stream.load([0]))), 2)
-    assert not torch.allclose(seen[0][2], seen[0][0])
+    assert not torch.allclose(seen[0][-1], seen[0][0])
 
 
 def test_later_blocks_are_not_read_again():
@@ -105,10 +121,11 @@ def test_later_blocks_are_not_read_again():
     assert not [tensor for passage in kept.passages for tensor in passage.tensors()]
 
 
+@pytest.mark.parametrize("keep_graphs", [1, 3])
 @pytest.mark.parametrize("chosen", [[1], [0, 2], [0, 1]])
-def test_chosen_blocks_move_as_in_ordinary_training_and_the_others_stay(chosen):
+def test_chosen_blocks_move_as_in_ordinary_training_and_the_others_stay(chosen, keep_graphs):
     make, task, data = texts()
-    trainer = in_blocks(make, task, data, blocks=chosen, steps=1)
+    trainer = in_blocks(make, task, data, blocks=chosen, steps=1, keep_graphs=keep_graphs)
     before = [weights(trainer.model.block(index)) for index in range(3)]
     all_blocks = in_blocks(make, task, data, steps=1)
     trainer.fit()
@@ -158,7 +175,60 @@ def test_a_batch_visits_every_block_once_and_its_layers_are_counted():
     expected = sum(layer_evaluations([2, 2, 2], one_pass=True))
     assert expected == pytest.approx(6 * (4 / 3 - 1 / 9))  # all recomputed but the last block
     assert trainer.progress.layer_evaluations == pytest.approx(expected * trainer.progress.samples_seen)
+    trainer = in_blocks(make, task, data, steps=2, keep_graphs=2)
+    trainer.fit()
+    assert sum(layer_evaluations([2, 2, 2], True, 2)) == pytest.approx(
+        6 * (1 + 1 / 9)
+    )  # one block of three is recomputed
+    assert trainer.progress.layer_evaluations == pytest.approx(6 * (1 + 1 / 9) * trainer.progress.samples_seen)
+    assert sum(layer_evaluations([2, 2, 2], True, 3)) == pytest.approx(6)
     assert sum(layer_evaluations([2, 2, 2])) == pytest.approx(3 * 2 + 4 + 2 / 3 * 6)
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2, make_vit])
+def test_a_kept_graph_holds_no_weights(make):
+    """They may be elsewhere between the two passes: what is where they were does not matter, what is there in the backward pass does."""
+    parts = take_apart(make())
+    model = dblocks.BlockCoordinateModel(parts, SPANS[3])
+    block, width = model.block(1), parts.network.config.hidden_size
+    hidden = torch.randn(2, 5, width, requires_grad=True)
+    expected = torch.autograd.grad(model._through(1, hidden, {}, None).square().sum(), [hidden, *block.parameters()])
+    away = {name: p.data.clone() for name, p in block.named_parameters()}
+    kept = WithoutWeights(block.parameters())
+    with kept:
+        leaving = model._through(1, hidden, {}, None)
+    assert 0 < kept.saved < 100 * hidden.nbytes
+    for name, parameter in block.named_parameters():
+        parameter.data.fill_(float("nan"))
+        parameter.data = away[name]
+    found = torch.autograd.grad(leaving.square().sum(), [hidden, *block.parameters()])
+    assert same(dict(enumerate(found)), dict(enumerate(expected)))
+
+
+@pytest.mark.parametrize("keep_graphs", [1, 2, 3])
+def test_weights_of_kept_graphs_visit_like_those_of_others(keep_graphs):
+    """Idle blocks hold rubbish; what they hold in truth comes for the length of a layer's call, as to a GPU."""
+    make, task, data = texts()
+    near = in_blocks(make, task, data, keep_graphs=keep_graphs)
+    far = in_blocks(make, task, data, keep_graphs=keep_graphs)
+    batch = next(iter(near.stream.load([0])))
+    truth = {}
+    for index in range(3):
+        for parameter in far.model.block(index).parameters():
+            truth[parameter] = parameter.data
+            parameter.data = torch.full_like(parameter, float("nan"))
+    for index in (2, 1, 0):
+        for parameter in far.model.block(index).parameters():
+            parameter.data = truth[parameter]
+        absent = [unit for other in range(index) for unit in units(far.model.block(other))]
+        by_place = {p.data.data_ptr(): truth[p] for unit in absent for p in unit.parameters()}
+        visitors = Visitors(absent, lambda tensor, real=by_place: real.get(tensor.data_ptr(), tensor).clone())
+        far.block_step(index, batch)
+        visitors.close()
+        near.block_step(index, batch)
+        assert same(weights(near.model.block(index)), weights(far.model.block(index)))
+        for other in range(index):
+            assert all(p.isnan().all() for p in far.model.block(other).parameters())
 
 
 def test_what_cannot_go_backward_is_refused():
@@ -169,3 +239,6 @@ def test_what_cannot_go_backward_is_refused():
         )
     with pytest.raises(dblocks.UserError, match=r"visit_steps 1"):
         settings(order="backward", visit_steps=2).check()
+    settings(keep_graphs=2, accumulation=2).check()  # of no account elsewhere
+    with pytest.raises(dblocks.UserError, match=r"keep_graphs"):
+        settings(order="backward", keep_graphs=2, accumulation=2).check()

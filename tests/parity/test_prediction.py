@@ -44,6 +44,7 @@ def tiny(**overrides):
         (Choice(method="exact", num_blocks=3), {}),  # order backward
         (Choice(method="exact", num_blocks=4), {"train.accumulation": 4, "train.ema_decay": 0.9}),
         (Choice(method="exact", num_blocks=6, checkpointing=True), {}),
+        (Choice(method="exact", num_blocks=4), {"methods.exact.train": {"order": "backward", "keep_graphs": 3}}),
         (Choice(method="exact", num_blocks=3), {"train.order": "random"}),
         (Choice(method="last-block", num_blocks=3), {"model.num_hidden_layers": 24}),
     ],

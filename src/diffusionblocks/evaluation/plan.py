@@ -126,7 +126,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
         return layers / 3 + own * 2 / 3, layers
     if choice.method == "exact":
         sizes = [len(span) for span in split_layers(layers, choice.num_blocks, None)]
-        return sum(layer_evaluations(sizes, work.train("exact").order == "backward")), layers
+        train = work.train("exact")
+        return sum(layer_evaluations(sizes, train.order == "backward", train.keep_graphs)), layers
     if choice.method in ("diffusionblocks", "mixed"):
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]

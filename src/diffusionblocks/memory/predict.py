@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import Unread
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
@@ -77,12 +78,14 @@ class Network:
 class BlockPrediction:
     """One block. phases: the highest point of each phase of its step, shared parts included. state: its parameters,
     averages and optimizer state, which travel when it is parked. streamed: the largest piece of weights that visits
-    the device while another block is active (exact mode). border: order backward, what enters a block of one part of the batch."""
+    the device while another block is active (exact mode). border: order backward, what enters a block of one part of the batch.
+    graph: order backward, what the block's graph holds beside weights and that."""
 
     phases: dict[str, Bytes]
     state: Bytes
     streamed: float = 0
     border: float = 0
+    graph: float = 0
 
     def plus(self, other: BlockPrediction, origin: BlockPrediction, factor: float) -> BlockPrediction:
         """self + factor * (other - origin), phase by phase."""
@@ -91,14 +94,15 @@ class BlockPrediction:
             for name, point in self.phases.items()
         }
         state = self.state + (other.state + origin.state * -1) * factor
-        return BlockPrediction(phases, state, max(self.streamed, other.streamed), self.border)
+        graph = self.graph + (other.graph - origin.graph) * factor
+        return BlockPrediction(phases, state, max(self.streamed, other.streamed), self.border, graph)
 
-    def with_borders(self, index: int, accumulation: int) -> BlockPrediction:
-        """As block `index` of a passage: what enters the blocks before it waits too, for every part of the batch. One state and
-        one gradient of (up to) two parts are in the trace."""
+    def with_borders(self, index: int, accumulation: int, graphs: float) -> BlockPrediction:
+        """As block `index` of a passage: what enters the blocks before it waits too, for every part of the batch, and so do their
+        `graphs` where these are kept. One state and one gradient of (up to) two parts are in the trace."""
         traced = min(accumulation, 2)
         waiting = max(0, index - 1) * traced + (accumulation - traced) * (index + 1)
-        extra = Bytes(activations=waiting * self.border)
+        extra = Bytes(activations=waiting * self.border + graphs)
         return dataclasses.replace(self, phases={name: point + extra for name, point in self.phases.items()})
 
     @property
@@ -151,7 +155,9 @@ class Predictor:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
         samples = batch_size // accumulation
         blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
-        blocks = [block.with_borders(index, accumulation) for index, block in enumerate(blocks)]
+        lowest = max(0, len(blocks) - self.config.keep_graphs)  # whose graph is kept
+        kept = [sum(block.graph for block in blocks[lowest:index]) for index in range(len(blocks))]
+        blocks = [block.with_borders(index, accumulation, kept[index]) for index, block in enumerate(blocks)]
         found = self._combine(blocks, self._waiting(samples, accumulation))
         visiting = self._visiting(blocks) * accumulation if found.transfer_per_step else 0
         return dataclasses.replace(found, transfer_per_step=found.transfer_per_step + round(visiting))
@@ -273,6 +279,7 @@ class Predictor:
             own_batch=0,
             heads_first=0.0,  # steps after that need more
             trust=False,
+            keep_graphs=1,
             device="cpu",
             tensorboard=False,
             compile=False,
@@ -312,8 +319,16 @@ class Predictor:
         streams = passes_all and model.num_blocks > 1
         pieces = [sum(p.nbytes for p in unit.parameters()) for unit in units(block)] if streams else [0]
         held += [tensor for passage in trainer.passages for tensor in passage.tensors()]
-        border = float(max((tensor.nbytes for tensor in held), default=0))
-        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces), border)
+        largest = max(held, key=lambda tensor: tensor.nbytes, default=None)
+        border = 0.0 if largest is None else float(largest.nbytes)
+        graph = 0.0
+        if largest is not None and isinstance(model, BlockCoordinateModel):
+            if config.activation_checkpointing:
+                graph = border * len(block.layers)
+            else:
+                with trainer.accelerator.autocast():
+                    graph = float(model.graph_bytes(index, batch, largest))
+        return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces), border, graph)
 
 
 def trace_all(

@@ -190,7 +190,8 @@ class Visitors:
 
     While one computes, the next is fetched: the one behind it on the way through the network, and the one before it on the way
     back, where activations are recomputed. So two modules' weights are on the device at once. A graph made meanwhile keeps the
-    fetched tensors, not the weights, so its backward pass does not need these.
+    fetched tensors, not the weights, so its backward pass does not need these. Weights that want gradients of such a graph get the
+    fetched values instead: it must not save them (`coordinate.WithoutWeights`), and they must be there in its backward pass.
 
     Args:
         modules: in the order of the network. fetch: a weight -> a copy of it where it is needed. stream: CUDA stream of the fetches.
@@ -201,7 +202,7 @@ class Visitors:
     ) -> None:
         self.modules, self.fetch, self.stream = list(modules), fetch, stream
         self._last, self._coming = -1, dict[int, Future[_Fetched]]()
-        self._home: list[tuple[dict[str, Any], str, Tensor]] = []
+        self._home: list[Callable[[], None]] = []
         self._done: torch.cuda.Event | None = None  # when the module before had computed
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="visitors")
         self._handles: list[RemovableHandle] = []
@@ -239,12 +240,16 @@ class Visitors:
         if 0 <= following < len(self.modules) and following not in self._coming:
             self._coming[following] = self._loader.submit(self._load, following, self._done)
         for (holder, name, own), tensor in zip(_held(module), tensors, strict=True):
-            self._home.append((holder, name, own))
-            holder[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
+            if own.requires_grad and torch.is_grad_enabled():
+                self._home.append(partial(setattr, own, "data", own.data))
+                own.data = tensor
+            else:
+                self._home.append(partial(holder.__setitem__, name, own))
+                holder[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
 
     def _send(self, module: nn.Module, arguments: object, output: object) -> None:
-        for holder, name, tensor in self._home:
-            holder[name] = tensor
+        for put_back in self._home:
+            put_back()
         self._home.clear()
         if self.stream is not None:
             self._done = torch.cuda.current_stream().record_event()

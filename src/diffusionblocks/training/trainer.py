@@ -216,7 +216,7 @@ class Trainer:
             return
         if index == self.round[0]:
             seed = derive(self.config.seed, "passage", self.states[index].steps, micro)
-            self.passages[micro:] = [Passage(self.trained, seed)]
+            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.keep_graphs : -1])]
         model.passage = self.passages[micro]
         try:
             yield model.passage
