@@ -10,7 +10,7 @@ import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.plan import ALLOWANCE, explain, parse_memory, plan
+from diffusionblocks.evaluation.plan import ALLOWANCE, _keeping, cheaper, explain, parse_memory, plan
 from diffusionblocks.evaluation.workload import Choice, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 
@@ -56,6 +56,30 @@ def test_the_recommendation_departs_no_further_than_memory_asks():
     nothing = plan(work, [4], blocks // 2, 2)["recommendation"]
     assert nothing["method"] is None
     assert "nothing fits" in nothing["reason"]
+
+
+def test_exact_keeps_the_activations_that_fit():
+    """The command says how many blocks' graphs, and running out of memory advises fewer."""
+    sizes = [("model.num_hidden_layers", 4), ("batch_size", 8), ("num_blocks", 4), ("method", "exact")]
+    work = from_recipe(load_recipe("digits", sizes), "digits")
+    traces = {}
+    one, two, three = (
+        predictor(work, Choice(method="exact", num_blocks=4, keep_graphs=kept), traces).at(8).device.total
+        for kept in (1, 2, 3)
+    )
+    assert one < two < three
+    choice = Choice(method="exact", num_blocks=4)
+    assert _keeping(work, choice, traces, int(two) + 1, 8).keep_graphs == 2
+    assert _keeping(work, choice, traces, int(one) + 1, 8) == choice
+    in_parts = Choice(method="exact", num_blocks=4, accumulation=2)
+    assert _keeping(work, in_parts, traces, int(three) + 1, 8) == in_parts
+    kept = {"order": "backward", "visit_steps": 1, "keep_graphs": 3}
+    recipe = load_recipe("digits", [*sizes, ("methods.exact.train", kept)])
+    now, found = cheaper(recipe, "digits", (two + three) / 2)
+    assert now.device.total == three
+    assert found[0] == ("--method exact --num-blocks 4 --train.keep-graphs 2", found[0][1])
+    assert found[0][1].device.total == two
+    assert "--train.accumulation 2 --train.keep-graphs 1" in found[1][0]
 
 
 def test_an_uneven_split_is_planned_block_by_block():

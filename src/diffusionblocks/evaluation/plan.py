@@ -127,7 +127,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     if choice.method == "exact":
         sizes = [len(span) for span in split_layers(layers, choice.num_blocks, None)]
         train = work.train("exact")
-        return sum(layer_evaluations(sizes, train.order == "backward", train.keep_graphs)), layers
+        keep = choice.keep_graphs or train.keep_graphs
+        return sum(layer_evaluations(sizes, train.order == "backward", keep)), layers
     if choice.method in ("diffusionblocks", "mixed"):
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
@@ -173,6 +174,8 @@ def _flags(choice: Choice) -> str:
         words += ["--train.activation-checkpointing", "true"]
     if choice.accumulation > 1:
         words += ["--train.accumulation", str(choice.accumulation)]
+    if choice.keep_graphs:
+        words += ["--train.keep-graphs", str(choice.keep_graphs)]
     return " ".join(words)
 
 
@@ -182,7 +185,7 @@ REASONS = {
     "checkpointing": "it trains the whole network exactly, for a third more computation",
     "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
     "exact": "it makes the updates of ordinary training with the gradients and optimizer state of one block on the device at a time, "
-    "for up to a third more computation and the transfers",
+    "for the transfers and, where activations are recomputed, up to a third more computation",
     "mixed": "it trains the whole network, one block at a time, partly on the ordinary loss",
     "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
 }
@@ -201,7 +204,14 @@ def _recommend(
                 continue
             trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
-            reason = REASONS[choice.method]
+            reason, largest = REASONS[choice.method], predicting.largest_batch(usable, batch_size, parts)
+            if predicting.config.order == "backward" and choice.method == "exact":
+                choice = _keeping(work, choice, traces, usable, batch_size)
+                predicting = predictor(work, choice, traces)
+                if choice.keep_graphs > 1:
+                    reason += (
+                        f"; the activations of {choice.keep_graphs} blocks fit beside it, which saves recomputing them"
+                    )
             if choice.method == "diffusionblocks" and isinstance(work.task, RecurrentLM):
                 reason = "unrolling does not fit, even with recomputed activations; one pass per step does"
             if parts > predicting.config.accumulation:
@@ -214,7 +224,7 @@ def _recommend(
                 "accumulation": parts,
                 "reason": reason,
                 "predicted": predicting.at(batch_size, parts).device.as_dict(),
-                "largest_batch": predicting.largest_batch(usable, batch_size, parts),
+                "largest_batch": largest,
                 "command": command,
             }
     least = min(made, key=lambda choice: made[choice].at(1).device.total)
@@ -228,6 +238,16 @@ def _recommend(
         + "bf16-true or adamw-8bit need less",
         "command": None,
     }
+
+
+def _keeping(work: Workload, choice: Choice, traces: Traces, usable: int, batch_size: int) -> Choice:
+    """`exact` with the graphs of as many blocks kept as fit: nothing else makes it compute less."""
+    counts = range(choice.num_blocks, 1, -1) if choice.accumulation == 1 else ()
+    for count in counts:
+        more = dataclasses.replace(choice, keep_graphs=count)
+        if predictor(work, more, traces).at(batch_size).device.total <= usable:
+            return more
+    return dataclasses.replace(choice, keep_graphs=1) if work.train(choice.method).keep_graphs > 1 else choice
 
 
 def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
@@ -256,8 +276,8 @@ def _accumulations(batch_size: int, at_least: int) -> list[int]:
 def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[tuple[str, Prediction]]]:
     """The prediction of a recipe's own run, and the changes that fit `limit` bytes, cheapest first.
 
-    One of each kind: the batch in smaller parts (costs no computation), recomputed activations (a third more), more
-    blocks (another method, or smaller blocks).
+    One of each kind, three at most: fewer kept graphs (method exact), the batch in smaller parts (costs no computation), recomputed
+    activations (a third more), more blocks (another method, or smaller blocks).
     """
     work, parts = from_recipe(recipe, name), recipe.train.accumulation
     batch_size = recipe.train.batch_size
@@ -267,7 +287,13 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
         checkpointing=recipe.train.activation_checkpointing,
         accumulation=parts,
     )
-    smaller = [dataclasses.replace(ours, accumulation=more) for more in _accumulations(batch_size, parts)]
+    kept = work.train(ours.method).keep_graphs if ours.method == "exact" else 1
+    fewer = [dataclasses.replace(ours, keep_graphs=count) for count in range(kept - 1, 0, -1)]
+    ours_in_parts = fewer[-1] if fewer else ours  # for which graphs are not kept
+    smaller = [
+        ours,
+        *(dataclasses.replace(ours_in_parts, accumulation=n) for n in _accumulations(batch_size, parts)[1:]),
+    ]
     recomputed = [] if ours.checkpointing else [dataclasses.replace(choice, checkpointing=True) for choice in smaller]
     method = ours.method if ours.method in BLOCKWISE else "diffusionblocks"
     looped = isinstance(recipe.task, RecurrentLM)
@@ -283,13 +309,13 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     def predict(choice: Choice) -> Prediction:
         return predictor(work, choice, traces).at(batch_size, choice.accumulation)
 
-    for changes in (smaller[1:], recomputed, split):  # in each, what needs least comes last
+    for changes in (fewer, smaller[1:], recomputed, split):  # in each, what needs least comes last
         if changes and predict(changes[-1]).device.total <= limit:
             best = next(choice for choice in changes if predict(choice).device.total <= limit)
             found.append((_flags(best), predict(best)))
     if isinstance(recipe.task, RecurrentLM) and ours.method in ("end-to-end", "checkpointing", "full"):
         found += _truncated(work, ours, batch_size, limit)
-    return now, found
+    return now, found[:3]
 
 
 def _truncated(work: Workload, ours: Choice, batch_size: int, limit: float) -> list[tuple[str, Prediction]]:

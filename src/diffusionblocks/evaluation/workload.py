@@ -58,12 +58,13 @@ class Workload:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One row: a method with the options that change its memory."""
+    """One row: a method with the options that change its memory. keep_graphs: 0 = as the training settings say."""
 
     method: str
     num_blocks: int = 1
     checkpointing: bool = False
     accumulation: int = 1
+    keep_graphs: int = 0
 
     @property
     def label(self) -> str:
@@ -188,6 +189,8 @@ def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> P
     train = work.train(choice.method)
     if choice.checkpointing:
         train = dataclasses.replace(train, activation_checkpointing=True)
+    if choice.keep_graphs:
+        train = dataclasses.replace(train, keep_graphs=choice.keep_graphs)
     uneven = work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
     sizes = [len(span) for span in split_layers(work.num_layers, choice.num_blocks, uneven)]
     task = work.task

@@ -155,7 +155,8 @@ class Predictor:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
         samples = batch_size // accumulation
         blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
-        lowest = max(0, len(blocks) - self.config.keep_graphs)  # whose graph is kept
+        keep = 1 if accumulation > 1 else self.config.keep_graphs
+        lowest = max(0, len(blocks) - keep)  # whose graph is kept
         kept = [sum(block.graph for block in blocks[lowest:index]) for index in range(len(blocks))]
         blocks = [block.with_borders(index, accumulation, kept[index]) for index, block in enumerate(blocks)]
         found = self._combine(blocks, self._waiting(samples, accumulation))
