@@ -11,7 +11,7 @@ import pytest
 from diffusionblocks.cli import main
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.plan import ALLOWANCE, _keeping, cheaper, explain, parse_memory, plan
-from diffusionblocks.evaluation.workload import Choice, from_recipe, predictor
+from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 
 TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "4", "--batch-size", "8", "--num-blocks", "2"]
@@ -190,3 +190,9 @@ def test_a_pretrained_language_model_has_every_way_to_adapt_it(tmp_path, capsys)
     assert rows["diffusionblocks"]["layer_evaluations_per_sample"] == 4 + 2
     assert rows["mixed"]["layer_evaluations_per_sample"] == 4 + 2 + 2
     assert rows["exact"]["command"].startswith(f"dblocks adapt {tmp_path} --data.path PATH")
+    work, _ = for_model(str(tmp_path), [("train.order", "backward")])  # which exact does anyway, and the others cannot
+    assert {method: work.train(method).order for method in ("exact", "mixed")} == {
+        "exact": "backward",
+        "mixed": "sweep",
+    }
+    assert "--train.order" not in work.command

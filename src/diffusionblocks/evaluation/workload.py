@@ -144,11 +144,12 @@ def _language_model(
             raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
     defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host"}
     chosen = {key.removeprefix("train."): value for key, value in settings.items()}
+    TrainingConfig(**{**defaults, **chosen}).check()
+    order = chosen.get("order", load_recipe("adapt").methods["exact"]["train"]["order"])
+    if order == "backward":  # exact goes so by itself, and nothing else can
+        chosen.pop("order", None)
     train = TrainingConfig(**{**defaults, **chosen})
-    train.check()
-    exact = dataclasses.replace(
-        train, order=chosen.get("order", load_recipe("adapt").methods["exact"]["train"]["order"])
-    )
+    exact = dataclasses.replace(train, order=order)
 
     def batch(samples: int) -> dict[str, Tensor]:
         import torch
