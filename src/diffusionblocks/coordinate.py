@@ -64,9 +64,8 @@ class Passage:
             self.leaving[below] = hidden
         if index == 0:
             return hidden
-        self.entering[index] = hidden.detach().requires_grad_(
-            index > min(self.trained)
-        )  # nobody below needs a gradient
+        wanted = index > min(self.trained)  # else nobody below needs its gradient
+        self.entering[index] = hidden.detach().requires_grad_(wanted)
         return self.entering[index]
 
     def below(self, index: int) -> int | None:
@@ -74,7 +73,8 @@ class Passage:
         return max((block for block in self.trained if block < index), default=None)
 
     def keeps_graph(self, index: int) -> bool:
-        """Whether block `index` belongs to a graph that is kept: of a kept block, or between one and the next trained block."""
+        """Whether block `index` belongs to a graph that is kept: is a kept block, or (recomputed) between one and the next trained
+        block."""
         owner = index if index in self.trained else self.below(index)
         return owner in self.kept
 
@@ -190,7 +190,7 @@ class BlockCoordinateModel(EndToEndModel):
                 hidden = passage.enter(index, hidden)
             if passage is not None and active is not None and index < active and passage.keeps_graph(index):
                 with WithoutWeights(self.block(index).parameters()):
-                    hidden = self._through(index, hidden, batch, passage)
+                    hidden = self._through(index, hidden, batch, passage, frozen=index not in passage.trained)
             elif active is not None and index < active:
                 with torch.no_grad():
                     hidden = self._through(index, hidden, batch, passage)
@@ -206,16 +206,18 @@ class BlockCoordinateModel(EndToEndModel):
         """
         assert passage.gradient is not None and passage.loss is not None
         self._train(index)
-        own, between = len(self.layers[index]), sum(len(self.layers[i]) for i in range(index + 1, passage.reached))
+        own, between = (
+            float(len(self.layers[index])),
+            sum(len(span) for span in self.layers[index + 1 : passage.reached]),
+        )
         if (kept := passage.leaving.pop(index, None)) is not None:
-            hidden, layers = kept, own * 2 / 3 + between / 3
+            hidden, own = kept, own * 2 / 3
         else:
             hidden = passage.entering[index] if index else self._embedded(batch, passage)
             for place in range(index, passage.reached):
                 hidden = self._through(place, hidden, batch, passage, frozen=place != index)
-            layers = own + between * 2 / 3
         product = (hidden * passage.gradient).sum()
-        return passage.loss + (product - product.detach()), layers
+        return passage.loss + (product - product.detach()), own + between * 2 / 3
 
     def _train(self, *active: int) -> None:
         for index in range(self.num_blocks):
