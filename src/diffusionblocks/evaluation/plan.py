@@ -277,7 +277,8 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     """The prediction of a recipe's own run, and the changes that fit `limit` bytes, cheapest first.
 
     One of each kind, three at most: fewer kept graphs (method exact), the batch in smaller parts (costs no computation), recomputed
-    activations (a third more), more blocks (another method, or smaller blocks).
+    activations (a third more), more blocks (another method, or smaller blocks). For an unrolled loop a shorter truncation and one pass per
+    step come before recomputation: they compute less than now.
     """
     work, parts = from_recipe(recipe, name), recipe.train.accumulation
     batch_size = recipe.train.batch_size
@@ -297,24 +298,28 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     recomputed = [] if ours.checkpointing else [dataclasses.replace(choice, checkpointing=True) for choice in smaller]
     method = ours.method if ours.method in BLOCKWISE else "diffusionblocks"
     looped = isinstance(recipe.task, RecurrentLM)
+    unrolled = looped and ours.method in ("end-to-end", "checkpointing", "full")
     counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
     split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
     if looped:  # one pass per step in place of many
-        unrolled = ours.method in ("end-to-end", "checkpointing", "full")
         split = [dataclasses.replace(ours, method="diffusionblocks", checkpointing=False)] if unrolled else []
     traces: Traces = {}
     now = predictor(work, ours, traces).at(batch_size, parts)
-    found: list[tuple[str, Prediction]] = []
 
     def predict(choice: Choice) -> Prediction:
         return predictor(work, choice, traces).at(batch_size, choice.accumulation)
 
-    for changes in (fewer, smaller[1:], recomputed, split):  # in each, what needs least comes last
-        if changes and predict(changes[-1]).device.total <= limit:
-            best = next(choice for choice in changes if predict(choice).device.total <= limit)
-            found.append((_flags(best), predict(best)))
-    if isinstance(recipe.task, RecurrentLM) and ours.method in ("end-to-end", "checkpointing", "full"):
-        found += _truncated(work, ours, batch_size, limit)
+    def best_of(changes: list[Choice]) -> list[tuple[str, Prediction]]:  # what needs least comes last
+        if not changes or predict(changes[-1]).device.total > limit:
+            return []
+        best = next(choice for choice in changes if predict(choice).device.total <= limit)
+        return [(_flags(best), predict(best))]
+
+    found = best_of(fewer) + best_of(smaller[1:])
+    if unrolled:  # of a loop, all but recomputation costs less than now
+        found += _truncated(work, ours, batch_size, limit) + best_of(split) + best_of(recomputed)
+    else:
+        found += best_of(recomputed) + best_of(split)
     return now, found[:3]
 
 
