@@ -13,7 +13,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.workload import Choice, Workload, predictor
-from diffusionblocks.memory import profiled_peak
+from diffusionblocks.memory import measure_peak, profiled_peak
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from environment import describe
 
@@ -132,13 +132,14 @@ def of_loops() -> Iterator[dict[str, Any]]:
     yield {**whole, "method": "diffusionblocks", "train": {"activation_checkpointing": True}}
 
 
-def run(row: dict[str, Any]) -> dict[str, Any]:
-    """Predicts and measures one row."""
+def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Predicts and measures one row. device cuda: residency host, measured by the caching allocator's statistics."""
     network, batch, task, samples = FAMILIES[row["family"]]
     num_layers = 4 if row["family"] == "looped" else 12
     if "truncation" in row:
         task = RecurrentLM(truncation=row["truncation"], mean_iterations=ITERATIONS, draw="constant")
-    train = {"batch_size": samples, "residency": "disk", "device": "cpu", "branch_at": 0.0, **row["train"]}
+    away = "disk" if device == "cpu" else "host"
+    train = {"batch_size": samples, "residency": away, "device": device, "branch_at": 0.0, **row["train"]}
     settings = dblocks.TrainingConfig(**train)
     work = Workload(
         network=network,
@@ -168,12 +169,34 @@ def run(row: dict[str, Any]) -> dict[str, Any]:
     sizes = whole.get(row["method"], [size] * row["num_blocks"])
     task = task.once() if row["family"] == "looped" and row["method"] == "shallow" else task
     data = [{name: tensor[0] for name, tensor in batch(1).items()}] * samples
-    measured = profiled_peak(
-        lambda: dblocks.Trainer(made.network.build(sizes), task, data, None, settings),  # type: ignore[arg-type]
-        batch(samples),
-    )
+
+    def trainer() -> dblocks.Trainer:
+        return dblocks.Trainer(made.network.build(sizes), task, data, None, settings)  # type: ignore[arg-type]
+
+    found: dict[str, Any]
+    if device == "cpu":
+        found = {"measured": profiled_peak(trainer, batch(samples))}
+    else:
+        peak = measure_peak(trainer())
+        found = {"measured": peak.total, "reserved": peak.reserved}
     total = predicted.device.total
-    return {**row, "predicted": predicted.device.as_dict(), "measured": measured, "error": total / measured - 1}
+    return {**row, "predicted": predicted.device.as_dict(), **found, "error": total / found["measured"] - 1}
+
+
+def measured_rows(target: Path, wanted: Iterable[dict[str, Any]], device: str) -> list[dict[str, Any]]:
+    """All rows, each in a process of its own. Those that the file holds already are kept."""
+    results = json.loads(target.read_text())["rows"] if target.is_file() else []
+    for row in wanted:
+        if any(all(done[key] == value for key, value in row.items()) for done in results):
+            continue
+        words = [sys.executable, str(Path(__file__).resolve()), json.dumps(row), device]
+        out = subprocess.run(words, capture_output=True, text=True)
+        if out.returncode:
+            raise SystemExit(out.stderr)
+        results.append(json.loads(out.stdout.splitlines()[-1]))
+        target.write_text(json.dumps({"environment": describe(), "rows": results}, indent=1) + "\n")
+        print(f"{row} {results[-1]['measured'] / 2**20:.1f} MiB, error {results[-1]['error']:+.2%}", flush=True)
+    return results
 
 
 def plot(results: list[dict[str, Any]]) -> None:
@@ -203,19 +226,9 @@ def plot(results: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        print(json.dumps(run(json.loads(sys.argv[1]))))
+        print(json.dumps(run(json.loads(sys.argv[1]), *sys.argv[2:])))
         return
-    results = json.loads(TARGET.read_text())["rows"] if TARGET.is_file() else []
-    for row in rows():
-        if any(all(done[key] == value for key, value in row.items()) for done in results):
-            continue
-        out = subprocess.run([sys.executable, __file__, json.dumps(row)], capture_output=True, text=True)
-        if out.returncode:
-            raise SystemExit(out.stderr)
-        results.append(json.loads(out.stdout.splitlines()[-1]))
-        TARGET.write_text(json.dumps({"environment": describe(), "rows": results}, indent=1) + "\n")
-        print(f"{row} {results[-1]['measured'] / 2**20:.1f} MiB, error {results[-1]['error']:+.2%}", flush=True)
-    plot(results)
+    plot(measured_rows(TARGET, rows(), "cpu"))
     print(TARGET)
 
 
