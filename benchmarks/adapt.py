@@ -38,6 +38,7 @@ RECIPE = "adapt-smollm2"
 UNTRAINED = ["original", "prompt", "retrieval"]
 SEEDED = ["full", "lora", "exact"]  # with --seeds seeds, the others with one
 RESEARCH = ["last-block", "diffusionblocks", "mixed"]
+QUIET = ["--task.before", "false", "--task.continuations", "0"]  # `original` says what was before
 NAMES = ("nats_per_token", "perplexity", "general_nats_per_token")
 SPLITS = {4: [8, 8, 7, 7], 6: [5] * 6}
 ROW = ("method", "num_blocks", "keep_graphs", "order", "wide")
@@ -49,7 +50,7 @@ def compared(arguments: argparse.Namespace, methods: list[str], words: list[str]
     groups = [([name for name in methods if (name in SEEDED) == seeded], seeded) for seeded in (True, False)]
     for names, seeded in groups:
         count = arguments.seeds if seeded else 1
-        asked = ["--methods", ",".join(names), *words, "--seeds", str(count), "--seed", str(arguments.seed)]
+        asked = ["--methods", ",".join(names), *words, *QUIET, "--seeds", str(count), "--seed", str(arguments.seed)]
         if code := command_line(
             ["compare", RECIPE, *asked, "--jobs", str(arguments.jobs), "--output-dir", str(folder)]
         ):

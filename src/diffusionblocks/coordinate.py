@@ -16,10 +16,12 @@ backward  (order backward) One batch visits all blocks, last to first, in one ba
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +41,14 @@ class Passage:
         trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is recomputed must
             draw what it drew. kept: those of the trained blocks, the last aside, whose graphs are kept.
         entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch itself.
-        leaving: kept block -> what the next trained block got of it, with the graph between the two.
+        leaving: kept block -> what the next trained block got of it, with the graph between the two. graphs: what they hold.
         reached: the block that stepped last. gradient: of the loss with respect to what entered that block. loss: the ordinary one.
     """
 
     trained: Sequence[int]
     seed: int = 0
     kept: Collection[int] = ()
+    graphs: list[WithoutWeights] = field(default_factory=list)
     entering: dict[int, Tensor] = field(default_factory=dict)
     leaving: dict[int, Tensor] = field(default_factory=dict)
     reached: int = 0
@@ -85,44 +88,68 @@ class Passage:
         if (entered := self.entering.pop(index, None)) is not None and entered.grad is not None:
             self.gradient = entered.grad if parts == 1 else entered.grad * parts
 
+    def without_weights(self, block: nn.Module) -> WithoutWeights:
+        """For a part of a graph that is kept."""
+        self.graphs.append(WithoutWeights(block.parameters()))
+        return self.graphs[-1]
+
     def tensors(self) -> list[Tensor]:
-        return [*self.entering.values(), *([] if self.gradient is None else [self.gradient])]
+        """What waits for blocks that have not stepped."""
+        graphs = [tensor for graph in self.graphs for tensor in graph.saved()]
+        return [*self.entering.values(), *([] if self.gradient is None else [self.gradient]), *graphs]
+
+
+class _Named(NamedTuple):
+    """A weight, or a view of it, perhaps cast to another type by autocast, as a graph remembers it."""
+
+    weight: nn.Parameter
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
 
 
 class WithoutWeights(saved_tensors_hooks):
-    """Graphs made within save the given weights (and views of them) by name alone: what a weight is when the backward pass comes is
-    what it was, wherever its values have been meanwhile. Weights may thus leave the device between the two passes.
-
-    `saved` counts the bytes of everything else that such graphs hold.
-    """
+    """Graphs made within save the given weights (views of them, and what autocast makes of them) by name alone: what a weight is
+    when the backward pass comes is what it was, wherever its values have been meanwhile. Weights may thus leave the device between
+    the two passes."""
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
         self.weights = {id(weight): weight for weight in weights}
-        self._sizes: dict[int, int] = {}
+        self._saved: list[weakref.ref[Tensor]] = []
         super().__init__(self._pack, self._unpack)
 
-    @property
-    def saved(self) -> int:
-        return sum(self._sizes.values())
+    def saved(self) -> list[Tensor]:
+        """Everything else that such graphs hold, as long as they do."""
+        return [tensor for reference in self._saved if (tensor := reference()) is not None]
 
-    def size(self, tensor: Tensor) -> int:
-        """Bytes of what `tensor` is stored in, if such a graph holds it, else 0."""
-        return self._sizes.get(tensor.untyped_storage()._cdata, 0)
-
-    def _pack(self, tensor: Tensor) -> Tensor | tuple[nn.Parameter, tuple[int, ...], tuple[int, ...], int]:
-        base = tensor._base if tensor._is_view() else tensor
-        weight = self.weights.get(id(base))
+    def _pack(self, tensor: Tensor) -> Tensor | _Named:
+        weight = self._weight(tensor)
         if weight is not None:
-            return weight, tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-        storage = tensor.untyped_storage()
-        self._sizes[storage._cdata] = storage.nbytes()
+            shape, stride = tuple(tensor.shape), tensor.stride()
+            return _Named(weight, tensor.dtype, shape, stride, int(tensor.storage_offset()))
+        self._saved.append(weakref.ref(tensor))
         return tensor
 
-    def _unpack(self, packed: Tensor | tuple[nn.Parameter, tuple[int, ...], tuple[int, ...], int]) -> Tensor:
+    def _weight(self, tensor: Tensor) -> nn.Parameter | None:
+        base = tensor._base if tensor._is_view() else tensor
+        if base is None or (known := self.weights.get(id(base))) is not None:
+            return known if base is not None else None
+        if type(base.grad_fn).__name__ != "ToCopyBackward0":  # autocast's copy of a weight
+            return None
+        source = base.grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        return self.weights.get(id(getattr(source, "variable", None)))
+
+    def _unpack(self, packed: Tensor | _Named) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        weight, shape, stride, offset = packed
-        return weight.detach().as_strided(shape, stride, offset)
+        return packed.weight.detach().to(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
+
+
+def stored(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what tensors are stored in."""
+    storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
+    return sum(storages.values())
 
 
 def layer_evaluations(sizes: Sequence[int], one_pass: bool = False, keep_graphs: int = 1) -> list[float]:
@@ -189,7 +216,7 @@ class BlockCoordinateModel(EndToEndModel):
             if passage is not None:
                 hidden = passage.enter(index, hidden)
             if passage is not None and active is not None and index < active and passage.keeps_graph(index):
-                with WithoutWeights(self.block(index).parameters()):
+                with passage.without_weights(self.block(index)):
                     hidden = self._through(index, hidden, batch, passage, frozen=index not in passage.trained)
             elif active is not None and index < active:
                 with torch.no_grad():
@@ -227,7 +254,7 @@ class BlockCoordinateModel(EndToEndModel):
         if passage is None:
             return self.stem(batch)
         passage.at(-1)
-        with WithoutWeights(self.block(0).parameters()) if 0 in passage.kept else nullcontext():
+        with passage.without_weights(self.block(0)) if 0 in passage.kept else nullcontext():
             return self.stem(batch)
 
     def graph_bytes(self, index: int, batch: Batch, entering: Tensor) -> int:
@@ -237,7 +264,8 @@ class BlockCoordinateModel(EndToEndModel):
         with counted:
             leaving = self._through(index, entering, batch, None)
         assert leaving.requires_grad
-        return counted.saved - counted.size(entering)
+        held = counted.saved()
+        return stored([*held, entering]) - stored([entering])
 
     def _through(
         self, index: int, hidden: Tensor, batch: Batch, passage: Passage | None, *, frozen: bool = False

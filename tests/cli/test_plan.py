@@ -10,7 +10,16 @@ import pytest
 
 from diffusionblocks.cli import main
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.plan import ALLOWANCE, _keeping, cheaper, explain, parse_memory, plan
+from diffusionblocks.evaluation.plan import (
+    ALLOWANCE,
+    _keeping,
+    _preference,
+    _recommend,
+    cheaper,
+    explain,
+    parse_memory,
+    plan,
+)
 from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 
@@ -80,6 +89,30 @@ def test_exact_keeps_the_activations_that_fit():
     assert found[0] == ("--method exact --num-blocks 4 --train.keep-graphs 2", found[0][1])
     assert found[0][1].device.total == two
     assert "--train.accumulation 2 --train.keep-graphs 1" in found[1][0]
+
+
+def test_what_is_recommended_can_run_at_the_batch_that_is_named():
+    """The recipe's own keep_graphs asks for more than there is; the largest batch is that of the printed command."""
+    kept = {"order": "backward", "visit_steps": 1, "keep_graphs": 4}
+    sizes = [("model.num_hidden_layers", 4), ("batch_size", 2), ("methods.exact.train", kept)]
+    work = from_recipe(load_recipe("digits", sizes), "digits")
+    exact = Choice(method="exact", num_blocks=4, keep_graphs=2)
+    limit = predictor(work, exact).at(2).device.total + 1
+    made = {Choice(method="exact", num_blocks=4): predictor(work, Choice(method="exact", num_blocks=4))}
+    best = _recommend(work, made, {}, limit, 2)
+    assert "--train.keep-graphs 2" in best["command"] and best["accumulation"] == 1
+    assert best["largest_batch"] >= 2
+    assert predictor(work, exact).at(best["largest_batch"]).device.total <= limit
+
+
+def test_a_new_network_with_tied_embeddings_is_not_sent_to_exact():
+    """Its embeddings would stay as they were drawn."""
+    small = [("model.hidden_size", 16), ("model.num_hidden_layers", 2), ("model.num_attention_heads", 2)]
+    for name, tied in (("GPT2LMHeadModel", True), ("LlamaForCausalLM", False)):
+        work = from_recipe(load_recipe("lm-pydocs", [*small, ("model.model_class", name)]), "lm-pydocs")
+        assert work.tied() == tied
+        exact, blocks = (Choice(method=method, num_blocks=2) for method in ("exact", "diffusionblocks"))
+        assert (_preference(work, tied, exact) > _preference(work, tied, blocks)) == tied
 
 
 def test_an_uneven_split_is_planned_block_by_block():

@@ -236,7 +236,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
     if budget == "layer-evaluations":
         passes = sum(_passes(prepared, span, num_layers) for span in spans)
         if method == "exact":
-            passes = sum(layer_evaluations([len(span) for span in spans], train.order == "backward", train.keep_graphs))
+            passes = sum(layer_evaluations([len(span) for span in spans], train.order == "backward", train.graphs))
         elif (
             blocks.context == "features" and train.order != "sweep"
         ):  # forward passes of the blocks before, a third each

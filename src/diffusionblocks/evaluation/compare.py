@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from diffusionblocks.baselines.methods import find_method, steps_for_budget
+from diffusionblocks.baselines.methods import find_method, for_method, steps_for_budget
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM
@@ -76,6 +76,7 @@ def compare(
 
 def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) -> _Job:
     find_method(method)
+    for_method(recipe, method).train.check()  # before others have trained for hours
     train = dataclasses.replace(recipe.train, seed=seed, steps=steps_for_budget(recipe, method, budget))
     # The preset is already in the values; named again in the file, it would be laid over them once more.
     own = dataclasses.replace(recipe, method=method, train=train, preset="")

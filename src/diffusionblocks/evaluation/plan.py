@@ -15,7 +15,6 @@ from diffusionblocks.coordinate import layer_evaluations
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
-from diffusionblocks.partition import split_layers
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
 from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
@@ -125,10 +124,8 @@ def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
     if choice.method == "last-block":
         return layers / 3 + own * 2 / 3, layers
     if choice.method == "exact":
-        sizes = [len(span) for span in split_layers(layers, choice.num_blocks, None)]
-        train = work.train("exact")
-        keep = choice.keep_graphs or train.keep_graphs
-        return sum(layer_evaluations(sizes, train.order == "backward", keep)), layers
+        train = work.settings(choice)
+        return sum(layer_evaluations(work.split(choice), train.order == "backward", train.graphs)), layers
     if choice.method in ("diffusionblocks", "mixed"):
         blocks = work.blocks
         lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
@@ -195,8 +192,12 @@ def _recommend(
     work: Workload, made: dict[Choice, Predictor], traces: Traces, usable: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
-    for choice in sorted(made, key=partial(_preference, work)):
-        predicting = made[choice]
+    tied = work.tied()
+    for choice in sorted(made, key=partial(_preference, work, tied)):
+        in_passage = choice.method == "exact" and work.train("exact").order == "backward"
+        if in_passage:  # what fits is asked of the least that it needs; then it keeps what graphs fit
+            choice = dataclasses.replace(choice, keep_graphs=1)
+        predicting = predictor(work, choice, traces)
         if not _could_fit(predicting, usable, batch_size):
             continue
         for parts in _accumulations(batch_size, predicting.config.accumulation):
@@ -204,8 +205,10 @@ def _recommend(
                 continue
             trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
-            reason, largest = REASONS[choice.method], predicting.largest_batch(usable, batch_size, parts)
-            if predicting.config.order == "backward" and choice.method == "exact":
+            reason = REASONS[choice.method]
+            if choice.method == "exact" and tied:
+                reason += "; input and output embeddings are tied here, belong to no block and stay as they are"
+            if in_passage:
                 choice = _keeping(work, choice, traces, usable, batch_size)
                 predicting = predictor(work, choice, traces)
                 if choice.keep_graphs > 1:
@@ -224,7 +227,7 @@ def _recommend(
                 "accumulation": parts,
                 "reason": reason,
                 "predicted": predicting.at(batch_size, parts).device.as_dict(),
-                "largest_batch": largest,
+                "largest_batch": predicting.largest_batch(usable, batch_size, parts),
                 "command": command,
             }
     least = min(made, key=lambda choice: made[choice].at(1).device.total)
@@ -247,7 +250,8 @@ def _keeping(work: Workload, choice: Choice, traces: Traces, usable: int, batch_
         more = dataclasses.replace(choice, keep_graphs=count)
         if predictor(work, more, traces).at(batch_size).device.total <= usable:
             return more
-    return dataclasses.replace(choice, keep_graphs=1) if work.train(choice.method).keep_graphs > 1 else choice
+    default = work.train(choice.method).graphs == 1
+    return dataclasses.replace(choice, keep_graphs=0) if default else choice
 
 
 def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
@@ -259,9 +263,10 @@ def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
     return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).device.total <= usable
 
 
-def _preference(work: Workload, choice: Choice) -> tuple[int, int, int]:
-    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the whole network.
-    ordinary = work.pretrained or work.blocks.target == "causal"
+def _preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
+    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the whole network,
+    # unless its embeddings would stay as they were drawn.
+    ordinary = work.pretrained or (work.blocks.target == "causal" and not tied)
     blocks = ("exact", "mixed", "diffusionblocks") if ordinary else ("diffusionblocks", "exact")
     order = ("full", "end-to-end", "checkpointing", "lora", *blocks, "last-block", "shallow")
     return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
@@ -288,7 +293,7 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
         checkpointing=recipe.train.activation_checkpointing,
         accumulation=parts,
     )
-    kept = work.train(ours.method).keep_graphs if ours.method == "exact" else 1
+    kept = min(work.train(ours.method).graphs, ours.num_blocks) if ours.method == "exact" else 1
     fewer = [dataclasses.replace(ours, keep_graphs=count) for count in range(kept - 1, 0, -1)]
     ours_in_parts = fewer[-1] if fewer else ours  # for which graphs are not kept
     smaller = [
@@ -301,6 +306,8 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
     unrolled = looped and ours.method in ("end-to-end", "checkpointing", "full")
     counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
     split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
+    if method != ours.method and recipe.train.order == "backward":  # which only exact can
+        split = []
     if looped:  # one pass per step in place of many
         split = [dataclasses.replace(ours, method="diffusionblocks", checkpointing=False)] if unrolled else []
     traces: Traces = {}

@@ -45,8 +45,12 @@ from diffusionblocks.training.trainer import Progress, Trainer
 log = logging.getLogger("diffusionblocks")
 
 DEPLOYED = "huggingface"  # folder of the ordinary model that adapted blocks are
-# Keys that may differ between a run folder and the command that resumes it: they do not change the result.
-FREE_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device")
+# Keys that may differ between a run folder and the command that resumes it: they do not change the result, or (the last four, which
+# memory may ask for in the middle of a run) hardly.
+FREE_KEYS = (
+    *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device"),
+    *("keep_graphs", "prefetch", "activation_checkpointing", "accumulation"),
+)
 
 
 Splits = ImageSplits | TextSplits
@@ -449,8 +453,10 @@ def _unclaim(folder: Path) -> None:
 
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what it says for other methods than its own."""
-    own = content["methods"].get(content["method"])
-    return {**content, "methods": {content["method"]: own}}
+    method = content["method"]
+    readers = {"lora": ("lora",), "in_context": in_context.METHODS}
+    others = [key for key, methods in readers.items() if method not in methods]
+    return {**content, **dict.fromkeys(others), "methods": {method: content["methods"].get(method)}}
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from diffusionblocks.adapters import convert, pretrained_config, take_apart
@@ -55,6 +56,25 @@ class Workload:
     train_readout: bool
     command: str
 
+    def settings(self, choice: Choice) -> TrainingConfig:
+        """Training settings of a choice."""
+        train = self.train(choice.method)
+        if choice.checkpointing:
+            train = dataclasses.replace(train, activation_checkpointing=True)
+        if choice.accumulation > 1:
+            train = dataclasses.replace(train, accumulation=choice.accumulation)
+        return dataclasses.replace(train, keep_graphs=choice.keep_graphs) if choice.keep_graphs else train
+
+    def split(self, choice: Choice) -> list[int]:
+        """Layers of each block."""
+        uneven = self.blocks.layers_per_block if choice.num_blocks == self.blocks.num_blocks else None
+        return [len(span) for span in split_layers(self.num_layers, choice.num_blocks, uneven)]
+
+    def tied(self) -> bool:
+        """Whether input and output embeddings are one."""
+        with torch.device("meta"):
+            return take_apart(self.network(min(2, self.num_layers)), self.blocks.target).tied
+
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
@@ -83,8 +103,6 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         config = dataclasses.replace(config, attention="sdpa")
 
     def batch(samples: int) -> dict[str, Tensor]:
-        import torch
-
         if isinstance(data, TextConfig):
             names = ["input_ids", *{"documents": ["segments"], "padded": ["attention_mask"]}.get(data.packing, [])]
             return {name: torch.zeros(samples, data.length, dtype=torch.long) for name in names}
@@ -150,10 +168,9 @@ def _language_model(
         chosen.pop("order", None)
     train = TrainingConfig(**{**defaults, **chosen})
     exact = dataclasses.replace(train, order=order)
+    exact.check()
 
     def batch(samples: int) -> dict[str, Tensor]:
-        import torch
-
         return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
 
     def settings_of(method: str) -> TrainingConfig:
@@ -187,14 +204,7 @@ def _adapting(name: str, length: int, train: dict[str, Any]) -> str:
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
     """The predictor of one choice. traces: shared by the choices of one workload."""
-    train = work.train(choice.method)
-    if choice.checkpointing:
-        train = dataclasses.replace(train, activation_checkpointing=True)
-    if choice.keep_graphs:
-        train = dataclasses.replace(train, keep_graphs=choice.keep_graphs)
-    uneven = work.blocks.layers_per_block if choice.num_blocks == work.blocks.num_blocks else None
-    sizes = [len(span) for span in split_layers(work.num_layers, choice.num_blocks, uneven)]
-    task = work.task
+    train, sizes, task = work.settings(choice), work.split(choice), work.task
     if isinstance(task, RecurrentLM):
         task = task.once() if choice.method == "shallow" else task.longest()
     return Predictor(_network(work, choice, sizes), task, train, traces)

@@ -155,7 +155,7 @@ class Predictor:
         """For optimizer steps of `batch_size` samples in `accumulation` parts."""
         samples = batch_size // accumulation
         blocks = [self._block(step, samples, accumulation > 1) for step in self.network.steps]
-        keep = 1 if accumulation > 1 else self.config.keep_graphs
+        keep = dataclasses.replace(self.config, accumulation=accumulation).graphs
         lowest = max(0, len(blocks) - keep)  # whose graph is kept
         kept = [sum(block.graph for block in blocks[lowest:index]) for index in range(len(blocks))]
         blocks = [block.with_borders(index, accumulation, kept[index]) for index, block in enumerate(blocks)]
@@ -186,7 +186,7 @@ class Predictor:
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
         peaks = [peak + waiting for peak in peaks]
         if parked and self.config.prefetch:  # the next block's state is there as well
-            following = [*blocks[1:], blocks[0]]
+            following = [blocks[-1], *blocks[:-1]] if self.config.order == "backward" else [*blocks[1:], blocks[0]]
             peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
         if parked and self.config.device != "cpu":  # the CPU reads idle weights where they are
             streamed = max(block.streamed for block in blocks)
@@ -281,6 +281,7 @@ class Predictor:
             heads_first=0.0,  # steps after that need more
             trust=False,
             keep_graphs=1,
+            blocks=[],
             device="cpu",
             tensorboard=False,
             compile=False,

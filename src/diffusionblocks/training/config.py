@@ -25,7 +25,8 @@ class TrainingConfig:
         order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order), `cyclic` (blocks take turns, each
             with batches of its own), `sequential` (one block to its end, then the next) or, for the method exact, `backward` (a batch
             visits all blocks, last to first, in one backward pass: the updates of ordinary training). keep_graphs: in the order
-            backward, so many of the last blocks keep their activations from the forward pass on instead of recomputing them.
+            backward, so many of the last blocks keep their activations from the forward pass on instead of recomputing them (1, whatever
+            is set, where accumulation cuts batches).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
             next block in while the active one computes (needs room on the device for the state of both).
@@ -96,6 +97,11 @@ class TrainingConfig:
         "device": ("auto", "cpu", "cuda", "mps"),
     }
 
+    @property
+    def graphs(self) -> int:
+        """Of how many blocks the graphs are kept (`keep_graphs`)."""
+        return self.keep_graphs if self.order == "backward" and self.accumulation == 1 else 1
+
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
         check_choices("train", self, self.CHOICES)
@@ -116,11 +122,6 @@ class TrainingConfig:
             raise UserError(
                 "train.order backward takes one batch through all blocks: set train.visit_steps 1 (larger batches, with "
                 "train.accumulation, make visits longer)"
-            )
-        if self.order == "backward" and self.keep_graphs > 1 and self.accumulation > 1:
-            raise UserError(
-                f"train.accumulation {self.accumulation} cuts a batch to keep fewer activations and train.keep_graphs {self.keep_graphs} "
-                "keeps more of them: set one of the two to 1"
             )
         if self.trust and self.order == "sequential":
             raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")

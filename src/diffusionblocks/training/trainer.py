@@ -216,7 +216,7 @@ class Trainer:
             return
         if index == self.round[0]:
             seed = derive(self.config.seed, "passage", self.states[index].steps, micro)
-            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.keep_graphs : -1])]
+            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.graphs : -1])]
         model.passage = self.passages[micro]
         try:
             yield model.passage
@@ -321,7 +321,8 @@ class Trainer:
                     self._save(journal)
                     if stop.is_set() and self.progress.block_steps < total:
                         raise RunStopped(self._stopped_message())
-                if self._due("evaluate", self.config.evaluate_every) and self.eval_data is not None:
+                due = visit.border and self._due("evaluate", self.config.evaluate_every)
+                if due and self.eval_data is not None:
                     journal.write(
                         {
                             **self._position(),
