@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -116,6 +117,25 @@ def generation_table() -> None:
         print("| " + " | ".join([*cells, f"{result['peak_memory']['total'] / whole:.2f}x"]) + " |")
 
 
+def adapt_table(part: str) -> None:
+    data = load(f"adapt-{part}")["results"]
+    whole = next(row for row in data if row["method"] == "full")
+    print(
+        f"\n| {part} | seeds | nats per token | behind full | general text, nats | layer evaluations | samples | peak memory |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for row in data:
+        nats, general = (row["metrics"][name] for name in ("nats_per_token", "general_nats_per_token"))
+        pairs = dict(zip(whole["seeds"], whole["each_seed"], strict=True))
+        behind = [own - pairs[seed] for seed, own in zip(row["seeds"], row["each_seed"], strict=True) if seed in pairs]
+        error = f" ± {stdev(behind) / len(behind) ** 0.5:.3f}" if len(behind) > 1 else ""
+        peak = row["peak_memory"]["total"]
+        cells = [row["method"], str(len(row["seeds"])), f"{nats['value']:.3f}", f"{fmean(behind):+.3f}{error}"]
+        cells += [f"{general['value']:.3f}", f"{row['layer_evaluations']:.0f}", f"{row['samples_seen']:.0f}"]
+        cells.append(f"{peak / 2**20:.0f} MiB ({peak / whole['peak_memory']['total']:.2f}x)" if peak else "")
+        print("| " + " | ".join(cells) + " |")
+
+
 def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: str, target: str) -> None:
     """A validation curve over compute of every run, and test metrics {name: label} of the finished ones."""
     data = load(name)
@@ -211,6 +231,9 @@ def looped() -> None:
 
 
 def main() -> None:
+    for part in ("code", "docstrings"):
+        if (RESULTS / f"adapt-{part}.json").is_file():
+            adapt_table(part)
     if (RESULTS / "looped-quality.json").is_file():
         plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
         looped()

@@ -5,7 +5,8 @@ Shapes: N batch, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,12 @@ class View(NamedTuple):
             raise UserError("flex_attention does not know sliding windows here: set model.attention to sdpa")
         far = self.positions[:, None, :, None] - self.positions[:, None, None, :] >= window
         return self._replace(mask=self.mask.masked_fill(far, torch.finfo(self.mask.dtype).min))
+
+
+def cache_argument(function: Callable[..., Any]) -> str:
+    """What a function of transformers calls its cache of keys and values: `cache` since 5.24, other names before."""
+    names = inspect.signature(function).parameters
+    return next((name for name in ("cache", "past_key_values", "layer_past") if name in names), "past_key_values")
 
 
 def token_positions(batch: Mapping[str, Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusionblocks.adapters.base import Adapter
 from diffusionblocks.adapters.llama import TokenStem, causal_view, rotary_layers, token_readout
-from diffusionblocks.attention import View, token_positions
+from diffusionblocks.attention import View, cache_argument, token_positions
 
 
 class PositionStem(nn.Module):
@@ -33,10 +33,11 @@ class PositionLayer(nn.Module):
     def __init__(self, layer: nn.Module, config: Any) -> None:
         super().__init__()
         self.layer, self._config = layer, config
+        self._cache = cache_argument(type(layer).forward)
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         view = causal_view(self._config, hidden) if view is None else view
-        return self.layer(hidden, attention_mask=view.mask, is_causal=view.causal, past_key_values=view.cache)
+        return self.layer(hidden, attention_mask=view.mask, is_causal=view.causal, **{self._cache: view.cache})
 
 
 GPT2 = Adapter(
@@ -61,7 +62,7 @@ GPT_NEOX = Adapter(
     readout=("gpt_neox.final_layer_norm", "lm_head"),
     make_stem=TokenStem,
     make_readout=token_readout,
-    make_layer=rotary_layers("gpt_neox.rotary_emb", cache="layer_past"),
+    make_layer=rotary_layers("gpt_neox.rotary_emb"),
     tied=("lm_head.weight", "gpt_neox.embed_in.weight"),
     targets=("causal", "masked", "recurrent"),
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionblocks.adapters.base import Adapter
-from diffusionblocks.attention import View
+from diffusionblocks.attention import View, cache_argument
 from diffusionblocks.readout import TokenReadout
 
 
@@ -34,12 +34,13 @@ class RotaryLayer(nn.Module):
     Rotations are computed where they are used: they have no parameters and cost less than keeping them for all layers.
 
     Args:
-        layer: of transformers. rotary: the network's module that computes rotations. cache: what `layer` calls its cache.
+        layer: of transformers. rotary: the network's module that computes rotations.
     """
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any, cache: str = "past_key_values") -> None:
+    def __init__(self, layer: nn.Module, rotary: nn.Module, config: Any) -> None:
         super().__init__()
-        self.layer, self._rotary, self._config, self._cache = layer, (rotary,), config, cache
+        self.layer, self._rotary, self._config = layer, (rotary,), config
+        self._cache = cache_argument(type(layer).forward)
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
@@ -70,9 +71,8 @@ def causal_view(config: Any, hidden: Tensor, window: int | None = None) -> View:
     if config._attn_implementation == "sdpa" and not slides:
         return View(positions, causal=True)
     make = create_sliding_window_causal_mask if slides else create_causal_mask
-    mask: Any = make(
-        config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-    )
+    nothing = {cache_argument(make): None}
+    mask: Any = make(config=config, inputs_embeds=hidden, attention_mask=None, position_ids=positions, **nothing)
     return View(positions, mask, causal=True)
 
 
@@ -86,9 +86,9 @@ def token_readout(model: Any, norm: nn.Module, head: nn.Linear) -> TokenReadout:
     return TokenReadout(norm, head)
 
 
-def rotary_layers(rotary: str, cache: str = "past_key_values") -> Callable[[Any, nn.Module], RotaryLayer]:
+def rotary_layers(rotary: str) -> Callable[[Any, nn.Module], RotaryLayer]:
     """make_layer of a family whose module `rotary` turns by position."""
-    return lambda model, layer: RotaryLayer(layer, model.get_submodule(rotary), model.config, cache)
+    return lambda model, layer: RotaryLayer(layer, model.get_submodule(rotary), model.config)
 
 
 LLAMA = Adapter(

@@ -42,7 +42,8 @@ class Workload:
         network: number of layers -> the Hugging Face network of that depth (called on the meta device).
         batch: number of samples -> batch. num_layers: L. blocks, task: settings of DiffusionBlocks and its objective.
         train: method -> training settings. pretrained: there are weights to adapt. lora: rank and alpha.
-        train_readout: adapting trains a new readout. command: what every run starts with.
+        train_readout: adapting trains a new readout. command: what every run starts with. layers: method -> layers per block, where a
+            method has a split of its own (None: as `blocks` says).
     """
 
     network: Callable[[int], Any]
@@ -55,6 +56,7 @@ class Workload:
     lora: tuple[int, int]
     train_readout: bool
     command: str
+    layers: Callable[[str], Sequence[int]] | None = None
 
     def settings(self, choice: Choice) -> TrainingConfig:
         """Training settings of a choice."""
@@ -67,7 +69,8 @@ class Workload:
 
     def split(self, choice: Choice) -> list[int]:
         """Layers of each block."""
-        uneven = self.blocks.layers_per_block if choice.num_blocks == self.blocks.num_blocks else None
+        own = self.blocks.layers_per_block if self.layers is None else self.layers(choice.method)
+        uneven = own if choice.num_blocks == self.blocks.num_blocks else None
         return [len(span) for span in split_layers(self.num_layers, choice.num_blocks, uneven)]
 
     def tied(self) -> bool:
@@ -117,6 +120,7 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         blocks=dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind]),
         task=recipe.task,
         train=lambda method: for_method(recipe, method).train,
+        layers=lambda method: for_method(recipe, method).blocks.layers_per_block,
         pretrained=bool(recipe.model.pretrained),
         lora=(recipe.lora.rank, recipe.lora.alpha),
         train_readout=not isinstance(data, TextConfig),

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from diffusionblocks.attention import View, causally
+from diffusionblocks.attention import View, cache_argument, causally
 from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.network import DenoiserOutput
 from diffusionblocks.precondition import coefficients
@@ -43,12 +43,17 @@ class OrdinaryReader:
         self.network, self.choice = network, choice
         self.layer_evaluations = 0
         self._kept: Any = None
+        self._cache = cache_argument(type(network).forward)
         self._logits: Tensor | None = None
 
     def read(self, tokens: Tensor) -> None:
         """tokens [N, P], after those that were read before."""
-        output = self.network(input_ids=tokens, past_key_values=self._kept, use_cache=True, logits_to_keep=1)
-        self._kept, self._logits = output.past_key_values, output.logits[:, -1]
+        from transformers import DynamicCache
+
+        if self._kept is None:
+            self._kept = DynamicCache(config=self.network.config)
+        kept = {self._cache: self._kept}
+        self._logits = self.network(input_ids=tokens, use_cache=True, logits_to_keep=1, **kept).logits[:, -1]
         self.layer_evaluations += tokens.numel() * self.network.config.num_hidden_layers
 
     def next(self, generator: torch.Generator | None = None) -> Tensor:
@@ -148,7 +153,7 @@ class Cache:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._reading = False
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, *rest: Any, **options: Any) -> tuple[Tensor, Tensor]:
         if layer in self._kept:
             before = self._kept[layer]
             keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
