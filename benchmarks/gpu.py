@@ -52,7 +52,7 @@ sys.exit(main(sys.argv[2:]))
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    """DiT and masked text need a card's own figures less than the others, but cost little."""
+    """All rows but those whose optimizer needs a package of its own."""
     wanted = [row for row in rows() if row["train"].get("optimizer") != "adamw-8bit"]  # needs bitsandbytes
     found = measured_rows(RESULTS / "gpu-memory.json", wanted, "cuda")
     return {"largest_error": max(abs(row["error"]) for row in found), "rows": found}
