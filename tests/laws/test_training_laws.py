@@ -299,6 +299,27 @@ def test_own_batches_divide_the_work_but_not_the_samples():
         dblocks.Trainer(model, dblocks.Classification(), data, None, config(own_batch=4))
 
 
+@pytest.mark.parametrize("own_batch", [0, 4])
+def test_the_rate_of_shared_parts_falls_until_the_last_step(own_batch):
+    options = config(steps=8, batch_size=12, branch_at=0.5, own_batch=own_batch, order="cyclic")
+    model = dblocks.convert(make_vit(), 3, shared="trained")
+    trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(96), None, options)
+    rates, step = [], trainer.shared.step
+    trainer.shared.step = lambda: rates.append(trainer.shared.learning_rate()) or step()
+    trainer.fit()
+    assert len(rates) == total_steps(trainer.config, 3)
+    assert min(rates) == rates[-1] > 0
+
+
+def test_a_late_branch_leaves_every_block_a_step_of_its_own():
+    options = config(steps=4, branch_at=0.99, order="cyclic")
+    trainer = dblocks.Trainer(dblocks.convert(make_vit(), 3), dblocks.Classification(), make_data(), None, options)
+    trainer.fit()
+    assert [state.steps for state in trainer.states] == [3 * 3 + 1] * 3
+    first, last = (trainer.model.block(index).state_dict() for index in (0, 2))
+    assert all(torch.allclose(first[name], last[name], atol=0.05) for name in first)  # copies, one step apart
+
+
 def test_the_rate_falls_from_the_branch_or_from_the_hold():
     life, common = 100, 60
     rates = {}

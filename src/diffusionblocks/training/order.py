@@ -69,8 +69,10 @@ def resolve_branch(config: TrainingConfig, may_branch: bool) -> TrainingConfig:
 
 
 def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps of the common block before branching: a multiple of num_blocks, `branch_at` of all block steps."""
-    return round((config.branch_at or 0.0) * config.steps) * num_blocks if num_blocks > 1 else 0
+    """Steps of the common block before branching: a multiple of num_blocks, `branch_at` of all block steps, and at least
+    one step short of the end: copies are made before a block's own steps."""
+    common = min(round((config.branch_at or 0.0) * config.steps), config.steps - 1)
+    return common * num_blocks if num_blocks > 1 else 0
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:

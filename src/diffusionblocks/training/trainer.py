@@ -124,7 +124,7 @@ class Trainer:
         life = steps_in_a_life(self.config, model.num_blocks)
         common = branch_steps(self.config, model.num_blocks)
         self.states = [BlockState(model.block(i), self.config, life, common) for i in range(model.num_blocks)]
-        self.shared = BlockState(model.shared, self.config, self.config.steps * len(self.trained))
+        self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
         self._residency: Residency | None = None
         self._averaged = False
