@@ -25,7 +25,7 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution
 from diffusionblocks.partition import Partition, split_layers
-from diffusionblocks.saving import aligned, load_weights, save_described
+from diffusionblocks.saving import aligned, check_ties, load_weights, save_described
 
 Batch = Mapping[str, Tensor]
 
@@ -416,6 +416,7 @@ class DiffusionBlocksModel(BlockModel):
         ):
             raise UserError(f"{path} is a block of another network, or of one that was split in another way")
         index = int(facts["block"])
+        check_ties(self.block(index), tensors, path)
         missing = self.block(index).load_state_dict(tensors, strict=False).missing_keys
         own = self.block(index).state_dict()
         assert {own[name].data_ptr() for name in missing} <= {own[name].data_ptr() for name in tensors}

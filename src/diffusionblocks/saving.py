@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +39,28 @@ def read_description(folder: str | Path) -> dict[str, Any]:
 
 def load_weights(model: nn.Module, folder: str | Path) -> None:
     """Takes over the weights in a folder. Raises UserError when there are none, or of another kind of model."""
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
     try:
+        with safe_open(str(Path(folder) / WEIGHTS), "pt") as stream:
+            check_ties(model, stream.keys(), Path(folder) / WEIGHTS)
         load_model(model, str(Path(folder) / WEIGHTS))
     except FileNotFoundError:
         raise UserError(f"{folder} holds no saved DiffusionBlocks model ({WEIGHTS} is missing)") from None
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {folder} are of another network or conversion: {reason}") from None
+
+
+def check_ties(module: nn.Module, names: Iterable[str], path: str | Path) -> None:
+    """Raises UserError when the file `path` has `names` of its own for two places in which `module` has one tensor."""
+    state, seen = module.state_dict(), dict[int, str]()
+    for name in names:
+        if name in state and (other := seen.setdefault(state[name].data_ptr(), name)) != name:
+            raise UserError(
+                f"{path} is of another version of this network: {other} and {name}, apart in the file, are one tensor now"
+            )
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
@@ -58,27 +59,17 @@ def test_conversion_keeps_the_network_s_function():
     assert same(before, network.state_dict())
 
 
-def test_blocks_are_the_layers_between_a_stem_and_a_readout():
+def test_a_block_is_the_ordinary_network_of_its_layers():
     network = randomised(make_dit())
     blocks = dblocks.convert(network, 3)
     shallow = copy.deepcopy(network)
     del shallow.transformer_blocks[:2], shallow.transformer_blocks[2:]
-    # Every block reads out with the embedding of the network's first layer.
-    readout = copy.deepcopy(network.transformer_blocks[0].norm1.emb)
     z, labels = torch.randn(6, 1, 8, 8), BATCH["labels"]
+    scaled = coefficients(LEVELS).input[:, None, None, None] * z
+    expected = shallow.eval()(scaled, timestep(LEVELS), labels).sample
     found = blocks.eval().denoiser(1)({"noisy_target": z, "labels": labels}, LEVELS).raw
-    torch.testing.assert_close(blocks.block(1).readout.embedder.state_dict(), readout.state_dict())
-    shallow.transformer_blocks[0].norm1.emb, own = readout, shallow.transformer_blocks[0].norm1.emb
-    hidden = shallow.pos_embed(coefficients(LEVELS).input[:, None, None, None] * z)
-    shallow.transformer_blocks[0].norm1.emb = own
-    for layer in shallow.eval().transformer_blocks:
-        hidden = layer(hidden, timestep=timestep(LEVELS), class_labels=labels)
-    shift, scale = shallow.proj_out_1(torch.nn.functional.silu(readout.eval()(timestep(LEVELS), labels, hidden.dtype)))[
-        :, None
-    ].chunk(2, 2)
-    patches = shallow.proj_out_2(shallow.norm_out(hidden) * (1 + scale) + shift)
-    image = patches.reshape(6, 4, 4, 2, 2, 1).permute(0, 5, 1, 3, 2, 4).reshape(6, 1, 8, 8)
-    torch.testing.assert_close(found, image)
+    torch.testing.assert_close(found, expected)
+    assert sum(p.numel() for p in blocks.block(1).parameters()) == sum(p.numel() for p in shallow.parameters())
 
 
 @pytest.mark.parametrize("shared", ["copies", "trained", "frozen"])
@@ -287,6 +278,20 @@ def test_pixels_hidden_by_a_high_lowest_level_are_paid_for():
 # ---------------------------------------------------------------- training
 
 
+def test_until_the_branch_a_run_is_that_of_the_shallow_network():
+    task, data = dblocks.ImageGeneration(), make_data(48)
+    settings = {"batch_size": 16, "learning_rate": 3e-3, "schedule": "constant"}
+    blocks = dblocks.convert(make_dit(), 3)
+    branching = dblocks.Trainer(blocks, task, data, None, config(steps=6, branch_at=0.5, warmup=1 / 18, **settings))
+    for _ in itertools.islice(branching._visits(), 9):
+        pass
+    shallow = whole_network(take_apart(make_dit()), dblocks.BlocksConfig(), 2)
+    dblocks.Trainer(shallow, task, data, None, config(steps=9, warmup=1 / 9, **settings)).fit()
+    inputs = {"noisy_target": torch.randn(6, 1, 8, 8), "labels": BATCH["labels"]}
+    expected = shallow.eval().denoiser(0)(inputs, LEVELS).raw
+    assert torch.equal(blocks.eval().denoiser(0)(inputs, LEVELS).raw, expected)
+
+
 def test_before_branching_the_block_that_learns_answers_for_all():
     task, data = dblocks.ImageGeneration(), make_data(48)
     model = dblocks.convert(make_dit(), 3)
@@ -370,7 +375,13 @@ def test_an_exported_block_fits_its_own_model_only(tmp_path):
     model, other = randomised(dblocks.convert(make_dit(), 3)), dblocks.convert(make_dit(), 3)
     path = tmp_path / "block.safetensors"
     model.save_block(1, path)
-    assert same(load_file(str(path)), model.block(1).state_dict())
+    kept = load_file(str(path))  # one name for what two parts share
+    assert same(kept, {name: tensor for name, tensor in model.block(1).state_dict().items() if name in kept})
+    with safe_open(str(path), "pt") as stream:
+        twice = {**kept, "layers.0.layer.norm1.emb.class_embedder.embedding_table.weight": torch.zeros(5, 16)}
+        save_file(twice, str(tmp_path / "twice.safetensors"), metadata=stream.metadata())
+    with pytest.raises(dblocks.UserError, match="apart in the file, are one tensor now"):
+        other.load_block(tmp_path / "twice.safetensors")
     before = weights(other)
     assert other.load_block(path) == 1
     changed = {name.split(".")[1] for name, tensor in weights(other).items() if not torch.equal(tensor, before[name])}

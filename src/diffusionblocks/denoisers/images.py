@@ -99,14 +99,15 @@ class ImageBlocks(DiffusionBlocksModel):
         return self.config.distribution()
 
     def _build(self, parts: Parts) -> Iterator[Block]:
-        copies, readout = self.config.shared == "copies", parts.readout.alone()
+        copies = self.config.shared == "copies"
         if not copies:
-            self.shared.update({"stem": parts.stem, "readout": readout})
+            self.shared.update({"stem": parts.stem, "readout": parts.readout.alone()})
         for span in self.layers:
+            layers = [parts.layers[i] for i in span]
             yield Block(
-                [parts.layers[i] for i in span],
+                layers,
                 stem=copy.deepcopy(parts.stem) if copies else None,
-                readout=copy.deepcopy(readout) if copies else None,
+                readout=parts.readout.alone(layers[0]) if copies else None,
             )
 
     def _denoiser(self, index: int) -> ImageDenoiser:
