@@ -57,7 +57,8 @@ def compare(words: list[str], folder: Path) -> dict[str, Any]:
 def quality(arguments: argparse.Namespace) -> dict[str, Any]:
     folder = Path(arguments.output_dir) / "quality"
     words = ["--methods", arguments.methods, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
-    found = compare([*words, "--train.evaluate-every", "200"], folder)
+    words += ["--seed", str(arguments.seed)]
+    found = compare([*words, "--train.evaluate-every", "500"], folder)
     runs = sorted(folder.glob("*/seed-*/summary.json"))
     found["runs"] = {
         f"{path.parts[-3]} {path.parts[-2]}": {
@@ -88,7 +89,11 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds per image of each method's first run, in turns, so that a slow moment hits all alike."""
     torch.set_num_threads(1)
     folder = Path(arguments.output_dir) / "quality"
-    runs = {name: load_run(folder / name / "seed-0") for name in METHODS.split(",") if (folder / name).is_dir()}
+    runs = {
+        name: load_run(folder / name / f"seed-{arguments.seed}")
+        for name in METHODS.split(",")
+        if (folder / name).is_dir()
+    }
     task = runs["end-to-end"].recipe.task
     labels, times = torch.arange(100) % 10, {name: [] for name in runs}
     for turn in range(6):
@@ -120,6 +125,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=3, help="the first (0 to 2 were used while settings were chosen)")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--output-dir", default="runs/generation")
     arguments = parser.parse_args()
