@@ -280,16 +280,23 @@ def test_pixels_hidden_by_a_high_lowest_level_are_paid_for():
 
 def test_until_the_branch_a_run_is_that_of_the_shallow_network():
     task, data = dblocks.ImageGeneration(), make_data(48)
-    settings = {"batch_size": 16, "learning_rate": 3e-3, "schedule": "constant"}
+    settings = {"batch_size": 16, "learning_rate": 3e-3, "hold": 0.2}
     blocks = dblocks.convert(make_dit(), 3)
-    branching = dblocks.Trainer(blocks, task, data, None, config(steps=6, branch_at=0.5, warmup=1 / 18, **settings))
+    own = {"branch_at": 0.5, "own_batch": 5, "decay_from": "hold"}  # no third of a batch: another number of steps
+    branching = dblocks.Trainer(blocks, task, data, None, config(steps=6, **own, **settings))
     for _ in itertools.islice(branching._visits(), 9):
         pass
     shallow = whole_network(take_apart(make_dit()), dblocks.BlocksConfig(), 2)
-    dblocks.Trainer(shallow, task, data, None, config(steps=9, warmup=1 / 9, **settings)).fit()
+    alone = dblocks.Trainer(shallow, task, data, None, config(steps=18, **settings))
+    for _ in itertools.islice(alone._visits(), 9):
+        pass
     inputs = {"noisy_target": torch.randn(6, 1, 8, 8), "labels": BATCH["labels"]}
     expected = shallow.eval().denoiser(0)(inputs, LEVELS).raw
     assert torch.equal(blocks.eval().denoiser(0)(inputs, LEVELS).raw, expected)
+    rates = []
+    for visit, _ in branching._visits():
+        rates.append(branching.states[visit.block].learning_rate())
+    assert rates[-1] == pytest.approx(0) and rates[-4] > 0  # own steps take the rest of the schedule, all of it
 
 
 def test_before_branching_the_block_that_learns_answers_for_all():

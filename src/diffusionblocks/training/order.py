@@ -76,8 +76,10 @@ def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
-    """Optimizer steps between a block's first and last, common ones included: the length of its schedule."""
-    return branch_steps(config, num_blocks) + own_steps(config, num_blocks)
+    """The length of a block's schedule: its optimizer steps, common ones included. With own batches it is as many steps as the
+    shallow network makes with the same layer evaluations, so that the common block is that network until the branch."""
+    common = branch_steps(config, num_blocks)
+    return config.steps * num_blocks if common and config.own_batch else common + own_steps(config, num_blocks)
 
 
 def own_steps(config: TrainingConfig, num_blocks: int) -> int:

@@ -20,11 +20,15 @@ class BlockState:
 
     Args:
         module: parameters and buffers of this owner.
-        life: optimizer steps of the whole schedule. common: those before branching; the decay starts after them.
+        life: length of the whole schedule, in steps before branching. common: the steps before branching. own: the steps after it,
+            which take the rest of the schedule; None = one each.
     """
 
-    def __init__(self, module: nn.Module, config: TrainingConfig, life: int, common: int = 0) -> None:
+    def __init__(
+        self, module: nn.Module, config: TrainingConfig, life: int, common: int = 0, own: int | None = None
+    ) -> None:
         self.module, self.config, self.life, self.common = module, config, life, common
+        self.pace = (life - common) / own if own else 1.0
         self.steps = 0
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.buffers = dict(module.named_buffers())
@@ -47,7 +51,8 @@ class BlockState:
         `own_rate` times as high.
         """
         warmup = max(1, round(self.config.warmup * self.life))
-        ramp = min(1.0, (self.steps + 1) / warmup)
+        step = self.steps if self.steps < self.common else self.common + (self.steps - self.common) * self.pace
+        ramp = min(1.0, (step + 1) / warmup)
         peak = self.config.learning_rate * ramp
         if self.common and self.steps >= self.common:
             peak *= self.config.own_rate
@@ -55,7 +60,7 @@ class BlockState:
             return peak
         parting = self.common if self.config.decay_from == "branch" else 0
         start = max(warmup, parting, round(self.config.hold * self.life))
-        progress = max(0.0, (self.steps + 1 - start) / max(1, self.life - start + 1))
+        progress = max(0.0, (step + 1 - start) / max(1, self.life - start + 1))
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, trust: float = 1.0) -> None:

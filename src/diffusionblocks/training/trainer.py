@@ -34,6 +34,7 @@ from diffusionblocks.training.interruption import stop_on_signal
 from diffusionblocks.training.order import (
     Visit,
     branch_steps,
+    own_steps,
     plan,
     resolve_branch,
     steps_in_a_life,
@@ -123,7 +124,8 @@ class Trainer:
             model.shared.requires_grad_(False)  # the blocks that stay rely on it
         life = steps_in_a_life(self.config, model.num_blocks)
         common = branch_steps(self.config, model.num_blocks)
-        self.states = [BlockState(model.block(i), self.config, life, common) for i in range(model.num_blocks)]
+        own = own_steps(self.config, model.num_blocks)
+        self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
         self._residency: Residency | None = None
