@@ -20,6 +20,7 @@ LEVELS = [
     {"training", "memory"},
     {"recipes", "baselines"},
     {"evaluation", "report"},
+    {"cli_sample"},
     {"cli"},
 ]
 LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
