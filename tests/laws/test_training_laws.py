@@ -243,6 +243,14 @@ def test_a_damaged_checkpoint_is_passed_over_and_said(damage, tmp_path, caplog):
     assert same(weights(whole.model), weights(resumed.model))
 
 
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    train(CONVERSIONS["features"], output_dir=tmp_path)
+    model = dblocks.convert(make_vit(num_hidden_layers=3), 3, context="features", target_entry="none")
+    other = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(), output_dir=tmp_path)
+    with pytest.raises(dblocks.UserError, match=r"of another network or version: there is no layers\.1"):
+        other.restore(tmp_path)
+
+
 def test_a_failed_write_leaves_the_old_checkpoint_valid(tmp_path, monkeypatch):
     trainer = train(CONVERSIONS["features"], output_dir=tmp_path)
     good = checkpoint.existing(tmp_path)

@@ -71,7 +71,10 @@ def existing(folder: Path) -> list[Path]:
 
 
 def restore_latest(folder: Path, states: Mapping[str, BlockState]) -> dict[str, Any] | None:
-    """Loads the newest checkpoint that is whole; says which damaged ones it passed over. None when there is none."""
+    """Loads the newest checkpoint that is whole; says which damaged ones it passed over. None when there is none.
+
+    Raises UserError when it is of another network.
+    """
     for path in reversed(existing(folder)):
         reason = damage(path)
         if reason:
@@ -82,6 +85,12 @@ def restore_latest(folder: Path, states: Mapping[str, BlockState]) -> dict[str, 
             state.steps = progress["steps"][name]
             weights = load_file(str(path / f"{name}.safetensors"))
             optimizer = load_file(str(path / f"optimizer-{name}.safetensors"))
+            known = state.tensors()
+            if unknown := [key for key in weights if key.startswith("model.") and key not in known]:
+                raise UserError(
+                    f"checkpoint {path} is of another network or version: there is no {unknown[0].removeprefix('model.')} now; "
+                    "train it again"
+                )
             # Copies: a mapped file would keep the checkpoint's folder alive after it is removed.
             state.replace({key: tensor.clone() for key, tensor in {**weights, **optimizer}.items()})
         return progress
