@@ -140,10 +140,12 @@ def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: st
     """A validation curve over compute of every run, and test metrics {name: label} of the finished ones."""
     data = load(name)
     figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
+    labelled: set[str] = set()
     for label, run in data["runs"].items():
         method = label.split()[0]
-        colour, shown = COLOURS[method], method if label.endswith("seed-0") else None
-        axes[0].plot(*zip(*run["curve"], strict=True), color=colour, linewidth=1, label=shown)
+        shown = None if method in labelled else method
+        labelled.add(method)
+        axes[0].plot(*zip(*run["curve"], strict=True), color=COLOURS[method], linewidth=1, label=shown)
     axes[0].set(xlabel="share of the layer evaluations", ylabel=curve_label, yscale=scale)
     axes[0].legend(frameon=False)
     seeds = len(data["results"][0]["seeds"])
@@ -153,7 +155,7 @@ def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: st
             colour = COLOURS[result["method"]]
             axis.errorbar(value["value"], row, xerr=value["stderr"], fmt="o", capsize=3, color=colour)
             axis.annotate(
-                f"{value['value']:.3g}", (value["value"], row), (0, 6), textcoords="offset points", ha="center"
+                f"{value['value']:.4g}", (value["value"], row), (0, 6), textcoords="offset points", ha="center"
             )
         axis.set_yticks(range(len(data["results"])), [result["method"] for result in data["results"]])
         axis.set_ylim(len(data["results"]) - 0.5, -0.6)
