@@ -1,6 +1,7 @@
-"""Masked diffusion text on mdlm-pydocs: quality at equal layer evaluations, sampling speed, and throughput of training.
+"""Masked diffusion text: quality at equal layer evaluations, sampling speed, and throughput of training.
 
-    python benchmarks/text.py quality --jobs 2     every method, three seeds, with curves over compute
+    python benchmarks/text.py quality --jobs 2     mdlm-pydocs: every method, three seeds, with curves over compute
+    python benchmarks/text.py stdlib --jobs 2 --seed 1 --every 3000     the same of mdlm-stdlib
     python benchmarks/text.py speed                tokens per second of sampling and of training steps, alternating
 
 Each part writes benchmarks/results/text-PART.json. Finished runs below --output-dir are reused.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +34,15 @@ RESULTS = Path(__file__).parent / "results"
 METHODS = "end-to-end,shallow,diffusionblocks"
 
 
-def quality(arguments: argparse.Namespace) -> dict[str, Any]:
-    folder = Path(arguments.output_dir) / "quality"
+def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[str, Any]:
+    folder = Path(arguments.output_dir) / arguments.part
     words = ["--methods", arguments.methods, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
     words += ["--seed", str(arguments.seed)]
     words += ["--train.evaluate-every", str(arguments.every)]
-    if code := dblocks(["compare", "mdlm-pydocs", *words, "--output-dir", str(folder)]):
+    if code := dblocks(["compare", recipe, *words, "--output-dir", str(folder)]):
         raise SystemExit(code)
     return {
-        "command": "dblocks compare mdlm-pydocs " + " ".join(words),
+        "command": f"dblocks compare {recipe} " + " ".join(words),
         "results": json.loads((folder / "compare.json").read_text())["results"],
         "runs": {
             f"{path.parts[-3]} {path.parts[-2]}": {
@@ -114,7 +116,7 @@ def _against_plain(model: Any, task: Any, plain: Any, batch: dict[str, torch.Ten
     return compared(alternating({"plain": theirs, "ours": ours}), repeats * tokens.numel(), "plain")
 
 
-PARTS = {"quality": quality, "speed": speed}
+PARTS = {"quality": quality, "stdlib": partial(quality, recipe="mdlm-stdlib"), "speed": speed}
 
 
 def main() -> None:
