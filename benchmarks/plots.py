@@ -164,15 +164,15 @@ def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: st
     figure.savefig(TARGET.with_name(target), dpi=130)
 
 
-def text_table() -> None:
-    data = load("text-quality")["results"]
+def text_table(name: str, recipe: str, bits: str) -> None:
+    data = load(name)["results"]
     whole = data[0]["peak_memory"]["total"]
     print(
-        "\n| mdlm-pydocs, B = 3 | bits per character | entropy | distinct pairs | peak memory |\n|---|---|---|---|---|"
+        f"\n| {recipe}, B = 3 | {bits.replace('_', ' ')} | entropy | distinct pairs | peak memory |\n|---|---|---|---|---|"
     )
     for result in data:
         metrics = result["metrics"]
-        cells = [result["method"], _error(metrics["bits_per_character"], 3), _error(metrics["entropy"], 2)]
+        cells = [result["method"], _error(metrics[bits], 3), _error(metrics["entropy"], 2)]
         cells += [_error(metrics["distinct_2"], 3), f"{result['peak_memory']['total'] / whole:.2f}x"]
         print("| " + " | ".join(cells) + " |")
     real = data[0]["metrics"]
@@ -247,14 +247,16 @@ def main() -> None:
             "feature_distance": "feature distance, 5,000 samples",
         }
         over_compute("generation-quality", shown, "denoising loss (validation)", "log", "generation.png")
-    if (RESULTS / "text-quality.json").is_file():
-        plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-        text_table()
-        shown = {
-            "bits_per_character": "mdlm-pydocs: bits per character (test)",
-            "distinct_2": "distinct pairs in samples",
-        }
-        over_compute("text-quality", shown, "nats per token (validation)", "linear", "text.png")
+    texts = (
+        ("text-quality", "mdlm-pydocs", "bits_per_character", "text.png"),
+        ("text-stdlib", "mdlm-stdlib", "bits_per_byte", "text-code.png"),
+    )
+    for name, recipe, bits, target in texts:
+        if (RESULTS / f"{name}.json").is_file():
+            plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+            text_table(name, recipe, bits)
+            shown = {bits: f"{recipe}: {bits.replace('_', ' ')} (test)", "distinct_2": "distinct pairs in samples"}
+            over_compute(name, shown, "nats per token (validation)", "linear", target)
     for recipe in ("digits", "mnist"):
         accuracy_table(recipe)
     memory_table()
