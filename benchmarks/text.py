@@ -1,7 +1,7 @@
 """Masked diffusion text: quality at equal layer evaluations, sampling speed, and throughput of training.
 
     python benchmarks/text.py quality --jobs 2     mdlm-pydocs: every method, three seeds, with curves over compute
-    python benchmarks/text.py stdlib --jobs 2 --seed 1 --every 3000     the same of mdlm-stdlib
+    python benchmarks/text.py stdlib --jobs 2 --seed 1 --every 5000     the same of mdlm-stdlib
     python benchmarks/text.py speed                tokens per second of sampling and of training steps, alternating
 
 Each part writes benchmarks/results/text-PART.json. Finished runs below --output-dir are reused.
