@@ -297,7 +297,7 @@ class DiffusionBlocksModel(BlockModel):
             self.shared.requires_grad_(False)
         # In a tuple, so that their parameters are registered once, through the blocks.
         self._denoisers = tuple(self._denoiser(index) for index in range(config.num_blocks))
-        self.one_for_all = False
+        self.holders = tuple(range(config.num_blocks))
 
     def _levels(self, parts: Parts) -> LevelDistribution:
         raise NotImplementedError
@@ -311,10 +311,10 @@ class DiffusionBlocksModel(BlockModel):
     def denoiser(self, index: int) -> Any:
         """Block `index` as an ordinary module (no copies: its parameters are the model's).
 
-        Block 0 for every index while `one_for_all` is set: before branching it is the only one that has learned.
+        While blocks are still one network (before branching), the one that holds it: `holders`, one per block.
         """
         self.block(index)  # checks the index
-        return self._denoisers[0 if self.one_for_all else index]
+        return self._denoisers[self.holders[index]]
 
     @torch.no_grad()
     def context(self, batch: Batch, index: int) -> Tensor | None:

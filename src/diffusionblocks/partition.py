@@ -16,6 +16,8 @@ from torch import Tensor
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution, MaskingSchedule
 
+Blocks = int | range  # one block, or neighbours that learn as one
+
 
 class NoiseRange(NamedTuple):
     """Levels in [low, high], which hold the mass between low_mass and high_mass."""
@@ -65,47 +67,42 @@ class Partition:
         # A level read back in single precision may miss its own boundary by a rounding: accept 1e-6 relative.
         return self.num_blocks - 1 - torch.searchsorted(inner * (1 + 1e-6), level.contiguous())
 
-    def range(self, block: int, *, widened: bool = False) -> NoiseRange:
-        """The range that `block` owns, or the wider one that it trains on."""
-        self._check(block)
-        index = self.num_blocks - 1 - block
-        low, high = self.boundaries[index].item(), self.boundaries[index + 1].item()
+    def range(self, block: Blocks, *, widened: bool = False) -> NoiseRange:
+        """The range that `block` owns, or the wider one that it trains on. Of several neighbouring blocks: their ranges as one."""
+        first, last = (block, block) if isinstance(block, int) else (block[0], block[-1])
+        self._check(first)
+        self._check(last)
+        low = self.boundaries[self.num_blocks - 1 - last].item()
+        high = self.boundaries[self.num_blocks - first].item()
         if widened:
             low, high = self.levels.widen(low, high, self.overlap)
         low_mass, high_mass = self.levels.mass(torch.tensor([low, high], dtype=torch.float64)).tolist()
         return NoiseRange(low, high, low_mass, high_mass)
 
-    def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`count` training levels of `block` [count], uniform in mass over its widened range."""
+    def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """`count` training levels of `block`, or of several that learn as one, [count], uniform in mass over its widened range."""
         span = self.range(block, widened=True)
-        return self._sample(span.low_mass, span.high_mass, count, generator)
+        mass = torch.rand(count, generator=generator)
+        return self.levels.level(span.low_mass + (span.high_mass - span.low_mass) * mass)
 
-    def sample_all(self, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`count` levels [count] over the whole distribution: what one block sees before branching."""
-        return self._sample(0.0, 1.0, count, generator)
-
-    def spread(self, block: int | None, count: int) -> tuple[Tensor, Tensor]:
-        """`count` levels of `block` (None: of the whole distribution) at even distances with one random offset, and weights
+    def spread(self, block: Blocks, count: int) -> tuple[Tensor, Tensor]:
+        """`count` training levels of `block`, or of several that learn as one, at even distances with one random offset, and weights
         [count] that make a mean over them a mean over mass. Masking schedules only: they are uniform in t, not in mass.
 
         Even distances lower the variance of the loss (low discrepancy: [VDM] appendix I.1, [MD4] section 4).
         """
         schedule = self.levels
         assert isinstance(schedule, MaskingSchedule)
-        span = NoiseRange(0.0, 1.0, 0.0, 1.0) if block is None else self.range(block, widened=True)
+        span = self.range(block, widened=True)
         shares = (torch.rand(1) + torch.arange(count) / count) % 1
         levels = span.low + (span.high - span.low) * shares
         return levels, schedule.slope(levels) * (span.high - span.low) / (span.high_mass - span.low_mass)
 
-    def mean_mass(self, block: int | None) -> float:
+    def mean_mass(self, block: Blocks) -> float:
         """Of the levels that `spread` draws: the share of a text that is masked, on average."""
-        span = NoiseRange(0.0, 1.0, 0.0, 1.0) if block is None else self.range(block, widened=True)
+        span = self.range(block, widened=True)
         shares = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
         return self.levels.mass(span.low + (span.high - span.low) * shares).mean().item()
-
-    def _sample(self, low: float, high: float, count: int, generator: torch.Generator | None) -> Tensor:
-        mass = torch.rand(count, generator=generator)
-        return self.levels.level(low + (high - low) * mass)
 
     def _check(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:

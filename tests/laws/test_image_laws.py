@@ -305,7 +305,7 @@ def test_before_branching_the_block_that_learns_answers_for_all():
     options = config(steps=20, batch_size=16, learning_rate=3e-3, branch_at=0.5)
     trainer = dblocks.Trainer(model, task, data, data, options)
     for visit, _ in itertools.islice(trainer._visits(), 20):
-        assert visit.whole_range
+        assert visit.ranges == range(3)
     found = trainer.evaluate(data)
     with trainer.averaged():
         assert all(model.denoiser(i) is model.denoiser(0) for i in range(3))

@@ -35,12 +35,12 @@ def test_every_order_spends_the_whole_budget(order, visit_steps, branch_at):
     settings = config(steps=8, order=order, visit_steps=visit_steps, branch_at=branch_at)
     visits = list(plan(settings, 3))
     assert sum(len(visit.batches) for visit in visits) == 24
-    counts = [sum(len(v.batches) for v in visits if v.block == b and not v.whole_range) for b in range(3)]
+    counts = [sum(len(v.batches) for v in visits if v.block == b and len(v.ranges) == 1) for b in range(3)]
     if order != "random":
         assert len(set(counts)) == 1
-    assert sum(v.branch for v in visits) == (1 if branch_at else 0)
+    assert [v.copies for v in visits if v.copies] == ([((0, 1), (0, 2))] if branch_at else [])
     assert visits[-1].border
-    assert all(visit.block == 0 for visit in visits if visit.whole_range)
+    assert all(visit.block == 0 for visit in visits if len(visit.ranges) > 1)
 
 
 def test_sweep_shows_one_batch_to_all_blocks_and_sequential_finishes_one_first():
@@ -124,7 +124,7 @@ def test_branching_copies_weights_and_optimizer_state():
         next(visits)
     common = trainer.states[0]
     before = {name: tensor.clone() for name, tensor in common.tensors().items()}
-    trainer._branch()
+    trainer._part([(0, 1), (0, 2)])
     for state in trainer.states:
         assert state.steps == 6
         assert same({k: v.clone() for k, v in state.tensors().items()}, before)

@@ -250,7 +250,7 @@ def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
     if work.blocks.target == "masked":  # the first block meets the most masks
         split = count if kind == "diffusionblocks" else 1
         partition = Partition(work.blocks.masking(), split, work.blocks.overlap, work.blocks.borders)
-        share = partition.mean_mass(0 if split > 1 else None)
+        share = partition.mean_mass(0)
     return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps, masked_share=share)
 
 

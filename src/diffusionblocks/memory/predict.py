@@ -32,7 +32,7 @@ from diffusionblocks.data.stream import Unread
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.noise import MaskingSchedule
-from diffusionblocks.partition import Partition
+from diffusionblocks.partition import Blocks, Partition
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.residency import units
@@ -389,13 +389,13 @@ def _off_meta(*modules: nn.Module) -> None:
 class _AnyLevels(Partition):
     masked_share = 1.0
 
-    def mean_mass(self, block: int | None) -> float:
+    def mean_mass(self, block: Blocks) -> float:
         return self.masked_share
 
-    def sample(self, block: int, count: int, *, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(count)
 
-    def spread(self, block: int | None, count: int) -> tuple[Tensor, Tensor]:
+    def spread(self, block: Blocks, count: int) -> tuple[Tensor, Tensor]:
         return torch.rand(count), torch.ones(count)
 
 

@@ -161,7 +161,7 @@ _PAPER: dict[str, dict[str, Any]] = {
     },
     "masked-lm": {
         "blocks": {"shared": "trained", "schedule": "linear", "overlap": 0.1, "condition_width": 64},
-        "task": {"masking": "independent"},
+        "task": {"masking": "independent", "loss_weight": "bound"},
         "train": {"order": "random", "branch_at": 0.0},
     },
     "causal-lm": {

@@ -30,10 +30,10 @@ class Metric(NamedTuple):
 class Task(Protocol):
     """One objective with its evaluation. Stateless: all state lives in the model and the trainer."""
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
         """Loss of block `block` on a batch; draws its own noise from torch's global generator.
 
-        whole_range: levels of all blocks instead of the block's own (before branching).
+        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own.
         """
         ...
 

@@ -58,7 +58,7 @@ class Classification:
     def __post_init__(self) -> None:
         check_choices("task", self, self.CHOICES)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, EndToEndModel):
             return StepOutput(
@@ -66,7 +66,7 @@ class Classification:
             )
         assert isinstance(model, LabelBlocks)
         partition = model.partition
-        sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))
+        sigma = partition.sample(block if ranges is None else ranges, len(labels))
         denoiser, sigma = model.denoiser(block), sigma.to(labels.device)
         noisy = add_noise(denoiser.target.clean(labels), sigma)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}

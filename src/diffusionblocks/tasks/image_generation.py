@@ -72,10 +72,10 @@ class ImageGeneration:
         if self.num_samples < 0 or self.levels_per_image < 1:
             raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
         network, labels = _diffusion(model), batch["labels"]
         clean, partition = batch["pixel_values"], network.partition
-        sigma = partition.sample_all(len(labels)) if whole_range else partition.sample(block, len(labels))
+        sigma = partition.sample(block if ranges is None else ranges, len(labels))
         sigma = sigma.to(labels.device)
         dropped = (torch.rand(len(labels)) < self.label_dropout).to(labels.device)
         labels = torch.where(dropped, torch.full_like(labels, network.num_classes), labels)

@@ -21,6 +21,8 @@ from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.unmasking import SAMPLERS, even
 from diffusionblocks.tasks.base import Metric, StepOutput, per_token
 
+EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
+
 
 @dataclass(kw_only=True)
 class MaskedLM:
@@ -30,6 +32,9 @@ class MaskedLM:
         kind: the name of this task in a recipe.
         masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the same bound,
             with less variance the first way.
+        loss_weight: in training, of an answer of a text in which n tokens are masked: `bound` 1/n (the likelihood's, [MD4]), `equal`
+            (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or `root`, 1/sqrt(n), between the two. A network that can be right at all
+            levels has the same optimum by any; the bound's own weight has the most variance. Evaluation is by the bound.
         levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
         sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
         temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see `Choice`).
@@ -40,6 +45,7 @@ class MaskedLM:
 
     kind: str = "masked-lm"
     masking: str = "exact"
+    loss_weight: str = "bound"
     levels_per_text: int = 8
     sampler: str = "ancestral"
     sampling_steps: int = 64
@@ -53,6 +59,7 @@ class MaskedLM:
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         "kind": ("masked-lm",),
         "masking": ("exact", "independent"),
+        "loss_weight": tuple(EMPHASIS),
         "sampler": tuple(SAMPLERS),
     }
 
@@ -67,10 +74,10 @@ class MaskedLM:
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
-        """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats. A block's share
-        of the bound is that times the length of its range, so that shares add up and losses compare."""
-        network, tokens, own = _masked(model), batch["input_ids"], None if whole_range else block
+    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
+        """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats (by `loss_weight`
+        bound). A block's share of the bound is that times the length of its range, so that shares add up and losses compare."""
+        network, tokens, own = _masked(model), batch["input_ids"], block if ranges is None else ranges
         level, weights = network.partition.spread(own, len(tokens))
         level, weights = level.to(tokens.device), weights.to(tokens.device)
         real, denoiser = batch.get("attention_mask"), network.denoiser(block)
@@ -78,6 +85,8 @@ class MaskedLM:
         share = network.partition.mean_mass(own)
         losses = denoiser.each_loss({**batch, "noisy_target": hidden.tokens}, level, hidden.labels, share)
         lengths = real.sum(1) if real is not None else tokens.new_full((len(tokens),), tokens.shape[1])
+        masked = 1 / (hidden.weights * lengths)  # share of a text
+        weights = weights * (masked / share) ** EMPHASIS[self.loss_weight]
         return StepOutput((losses.sum(1) * hidden.weights * weights * lengths).sum() / lengths.sum(), None)
 
     @torch.no_grad()

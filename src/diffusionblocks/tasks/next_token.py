@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusionblocks.denoisers.causal import CausalBlocks, following
 from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.partition import Blocks
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.next_token import Reader
@@ -64,7 +65,7 @@ class NextToken:
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, whole_range: bool = False) -> StepOutput:
+    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
         """Loss: mean cross-entropy of the rows, in nats; for blocks at levels of their own range."""
         self.check_model(model)
         if not isinstance(model, CausalBlocks):
@@ -72,7 +73,7 @@ class NextToken:
         model.learning(block)
         wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
         size = tuple(wanted.shape[:1]) if denoiser.reads_noise else tuple(wanted.shape)
-        sigma = self._levels(model, None if whole_range else block, size).to(wanted.device)
+        sigma = self._levels(model, block if ranges is None else ranges, size).to(wanted.device)
         noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma)
         if model.block(block).settling and model.config.distill:
             return self._distilled(model, block, batch)
@@ -109,11 +110,11 @@ class NextToken:
         """Of a network that is no denoiser."""
         raise NotImplementedError
 
-    def _levels(self, model: CausalBlocks, block: int | None, size: tuple[int, ...]) -> Tensor:
+    def _levels(self, model: CausalBlocks, block: Blocks, size: tuple[int, ...]) -> Tensor:
         """Levels of the given shape: one per text where layers see them, else one per token."""
         count = torch.Size(size).numel()
         partition = model.partition
-        return (partition.sample_all(count) if block is None else partition.sample(block, count)).reshape(size)
+        return partition.sample(block, count).reshape(size)
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:

@@ -32,7 +32,8 @@ class TrainingConfig:
             next block in while the active one computes (needs room on the device for the state of both).
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
-            readout), else 0. decay_from: where a branching run's rate begins to fall: `branch` (each copy settles in a minimum
+            readout), else 0. Or a share for each border between blocks, [0.6, 0.9]: block 0 parts from the others at 0.6, blocks 1
+            and 2, which learn as one until then, at 0.9 (with own_batch). decay_from: where a branching run's rate begins to fall: `branch` (each copy settles in a minimum
             of its own: right where they vote) or `hold` (the common block settles first, its copies go on from there).
         own_batch: samples of a block's step after branching, 0 = batch_size. A block meets only its own noise range, so
             batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its steps grow
@@ -68,7 +69,7 @@ class TrainingConfig:
     visit_steps: int = 1
     residency: str = "device"
     prefetch: bool = False
-    branch_at: float | None = None
+    branch_at: float | list[float] | None = None
     decay_from: str = "branch"
     own_batch: int = 0
     own_rate: float = 1.0
@@ -125,15 +126,26 @@ class TrainingConfig:
             )
         if self.trust and self.order == "sequential":
             raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")
-        if self.branch_at is not None and not 0 <= self.branch_at < 1:
-            raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
+        self._check_branching()
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
         if not self.learning_rate > 0:
             raise UserError(f"train.learning_rate must be positive, got {self.learning_rate}")
-        if self.blocks and self.branch_at:
-            raise UserError("train.branch_at trains all blocks as one; with train.blocks set it to 0")
         if len(set(self.blocks)) < len(self.blocks):
             raise UserError(f"train.blocks names a block twice: {self.blocks}")
         if len(self.betas) != 2:
             raise UserError(f"train.betas are two numbers, got {self.betas}")
+
+    def _check_branching(self) -> None:
+        shares = self.branch_at if isinstance(self.branch_at, list) else [self.branch_at or 0.0]
+        if not all(0 <= share < 1 for share in shares):
+            raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
+        if self.blocks and any(shares):
+            raise UserError("train.branch_at trains all blocks as one; with train.blocks set it to 0")
+        if len(set(shares)) > 1 and self.order not in ("cyclic", "sequential"):
+            raise UserError(
+                "with several train.branch_at batches differ in size, so networks take turns: set train.order to cyclic or "
+                f"sequential, not {self.order}"
+            )
+        if len(set(shares)) > 1 and not self.own_batch:
+            raise UserError("several train.branch_at need train.own_batch, the samples of a step of one block")

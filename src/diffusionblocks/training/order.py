@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.seeds import derive
@@ -26,30 +27,86 @@ class Visit:
         batches: numbers of the batches, one optimizer step each.
         carried: the batches are those of the visit before. handed: in features context, so are their clean streams: the
             visit before was to the block before.
-        whole_range: train on the levels of all blocks (before branching).
-        branch: before this visit, copy block 0 into all blocks.
+        samples: of each batch.
+        ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with it.
+        copies: before this visit, blocks that part from a network: (block that holds it, block that gets a copy).
         border: nothing is carried out of this visit, so a checkpoint may follow it.
     """
 
     block: int
     batches: range
+    samples: int = 0
+    ranges: range = range(0)
+    copies: tuple[tuple[int, int], ...] = ()
     carried: bool = False
     handed: bool = False
-    whole_range: bool = False
-    branch: bool = False
     border: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A part of a run between branchings.
+
+    Args:
+        networks: the blocks, in layer order, grouped: neighbours that are still one network. The first of them holds it.
+        steps: optimizer steps of each network.
+    """
+
+    networks: tuple[range, ...]
+    steps: int
+
+    def holder(self, block: int) -> int:
+        """The block that holds the weights of `block`."""
+        return next(network[0] for network in self.networks if block in network)
+
+
+def phases(config: TrainingConfig, num_blocks: int) -> list[Phase]:
+    """A run, cut where blocks part."""
+    opening = _opening(config, num_blocks)
+    first = min(opening, default=0)
+
+    def own(at: int) -> int:
+        return round((at - first) * config.batch_size / (config.own_batch or config.batch_size))
+
+    found = []
+    for start, end in pairwise([0, *sorted({*opening, config.steps} - {0})]):
+        parted = [index + 1 for index, at in enumerate(opening) if at <= start]
+        networks = tuple(range(*ends) for ends in pairwise([0, *parted, num_blocks]))
+        steps = end * num_blocks if start < first else own(end) - own(start)
+        found.append(Phase(networks=networks, steps=steps))
+    return found
+
+
+def phase_at(config: TrainingConfig, num_blocks: int, block_steps: int) -> Phase:
+    """The phase of a run that has made so many block steps; at a branching, the one before it: copies come with the next step."""
+    found, made = phases(config, num_blocks), 0
+    for phase in found:
+        made += phase.steps * len(phase.networks)
+        if block_steps <= made:
+            return phase
+    return found[-1]
+
+
+def samples_per_step(config: TrainingConfig, network: range, num_blocks: int) -> int:
+    """`batch_size`, and after branching `own_batch` for each block of a network: a noise range meets as many samples as before."""
+    whole = len(network) == num_blocks or not config.own_batch
+    return config.batch_size if whole else config.own_batch * len(network)
 
 
 def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
     """All visits of a run, in order. Block steps add up to `total_steps`."""
-    shared_steps = branch_steps(config, num_blocks)
-    start = 0
-    for batches in _groups(0, shared_steps, config.visit_steps):
-        yield Visit(block=0, batches=batches, whole_range=True)
-        start = batches.stop
-    own, blocks = own_steps(config, num_blocks), trained_blocks(config, num_blocks)
-    for index, visit in enumerate(_ORDERS[config.order](start, own, blocks, config)):
-        yield visit if index or not shared_steps else _branching(visit)
+    trained, start, before = trained_blocks(config, num_blocks), 0, None
+    for phase in phases(config, num_blocks):
+        networks = {network[0]: network for network in phase.networks if network[0] in trained}
+        copies: list[tuple[int, int]] = []
+        if before is not None:
+            copies = [(before.holder(block), block) for block in networks if before.holder(block) != block]
+        for visit in _ORDERS[config.order](start, phase.steps, list(networks), config):
+            ranges = networks[visit.block]
+            samples = samples_per_step(config, ranges, num_blocks)
+            yield replace(visit, ranges=ranges, samples=samples, copies=tuple(copies))
+            copies, before = [], phase
+            start = max(start, visit.batches.stop)
 
 
 def trained_blocks(config: TrainingConfig, num_blocks: int) -> list[int]:
@@ -69,10 +126,22 @@ def resolve_branch(config: TrainingConfig, may_branch: bool) -> TrainingConfig:
 
 
 def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps of the common block before branching: a multiple of num_blocks, `branch_at` of all block steps, and at least
-    one step short of the end: copies are made before a block's own steps."""
-    common = min(round((config.branch_at or 0.0) * config.steps), config.steps - 1)
-    return common * num_blocks if num_blocks > 1 else 0
+    """Steps of the common block before the first branching: a multiple of num_blocks."""
+    return min(_opening(config, num_blocks), default=0) * num_blocks
+
+
+def _opening(config: TrainingConfig, num_blocks: int) -> list[int]:
+    """For each border between blocks: of `steps`, how many are made when they part. At least one is left: copies are made before
+    a block's own steps."""
+    shares = config.branch_at or 0.0
+    if not isinstance(shares, list):
+        shares = [shares] * (num_blocks - 1)
+    if len(shares) != num_blocks - 1:
+        raise UserError(
+            f"train.branch_at is one share, or one for each of the {num_blocks - 1} borders between {num_blocks} blocks; got "
+            f"{len(shares)}: {shares}"
+        )
+    return [min(round(share * config.steps), config.steps - 1) for share in shares]
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
@@ -83,18 +152,17 @@ def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
 
 
 def own_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps that each block makes alone: what branching leaves of `steps`, more of them where own batches are smaller."""
-    left = config.steps - branch_steps(config, num_blocks) // num_blocks
-    return round(left * config.batch_size / (config.own_batch or config.batch_size))
+    """Steps that each block makes after the first branching: what it leaves of `steps`, more of them where own batches are smaller."""
+    common = branch_steps(config, num_blocks)
+    return sum(phase.steps for phase in phases(config, num_blocks)[1 if common else 0 :])
 
 
 def total_steps(config: TrainingConfig, num_blocks: int) -> int:
     """Block steps of the whole run."""
-    return branch_steps(config, num_blocks) + own_steps(config, num_blocks) * len(trained_blocks(config, num_blocks))
-
-
-def _branching(visit: Visit) -> Visit:
-    return Visit(**{**visit.__dict__, "branch": True})
+    trained = trained_blocks(config, num_blocks)
+    return sum(
+        phase.steps * sum(network[0] in trained for network in phase.networks) for phase in phases(config, num_blocks)
+    )
 
 
 def _groups(start: int, count: int, size: int) -> Iterator[range]:

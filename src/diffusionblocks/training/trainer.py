@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
@@ -35,8 +35,11 @@ from diffusionblocks.training.order import (
     Visit,
     branch_steps,
     own_steps,
+    phase_at,
+    phases,
     plan,
     resolve_branch,
+    samples_per_step,
     steps_in_a_life,
     total_steps,
     trained_blocks,
@@ -103,15 +106,10 @@ class Trainer:
         self.accelerator = accelerator(self.config, self.output_dir)
         self.device: torch.device = self.accelerator.device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
-        self.own_stream = self.stream
-        if self.config.own_batch:
-            if not branch_steps(self.config, model.num_blocks):
-                raise UserError(
-                    "train.own_batch is for runs that branch (train.branch_at); set train.batch_size instead"
-                )
-            self.own_stream = BatchStream(
-                train_data, self.config.own_batch, derive(self.config.seed, "own"), self.config.num_workers
-            )
+        self.streams = {self.config.batch_size: self.stream}
+        for samples in self._own_batch_sizes() - {self.config.batch_size}:
+            seed = derive(self.config.seed, "own")
+            self.streams[samples] = BatchStream(train_data, samples, seed, self.config.num_workers)
         in_bf16 = all(p.dtype == torch.bfloat16 for p in model.parameters())
         if self.config.precision == "bf16-true" and not in_bf16:
             model.to(torch.bfloat16)
@@ -133,6 +131,22 @@ class Trainer:
         self._check_heads()
         self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
         self._first_step, self._passed = 0, dict[str, int]()
+
+    def _own_batch_sizes(self) -> set[int]:
+        """Samples of the steps after branching. Raises UserError for own batches that a run cannot have."""
+        config, num_blocks = self.config, self.model.num_blocks
+        cut = phases(config, num_blocks)
+        if config.own_batch and len(cut) == 1:
+            raise UserError("train.own_batch is for runs that branch (train.branch_at); set train.batch_size instead")
+        networks = [network for phase in cut for network in phase.networks]
+        largest = max(networks, key=lambda network: samples_per_step(config, network, num_blocks))
+        samples = samples_per_step(config, largest, num_blocks)
+        if len(largest) > 1 and samples > config.batch_size:
+            raise UserError(
+                f"train.own_batch {config.own_batch} is too large for branching at {config.branch_at}: {len(largest)} blocks that are one "
+                f"network have {samples} samples in a step, more than train.batch_size {config.batch_size}"
+            )
+        return {samples_per_step(config, network, num_blocks) for network in networks}
 
     def _check_combination(self) -> None:
         if self.config.order == "backward" and not isinstance(self.model, BlockCoordinateModel):
@@ -174,10 +188,11 @@ class Trainer:
     # ------------------------------------------------------------------ one step
 
     def block_step(
-        self, index: int, batch: Mapping[str, Tensor], *, whole_range: bool = False
+        self, index: int, batch: Mapping[str, Tensor], *, ranges: range | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Forward, backward and update of one block, which must be present on the device.
 
+        ranges: the blocks whose noise ranges it learns, before they part (None = its own).
         Returns the mean loss (detached scalar) and, in features context, the clean stream for the next block.
         """
         state, parts = self.states[index], self.config.accumulation
@@ -189,7 +204,7 @@ class Trainer:
             with self._readable():
                 with self._passing(index, micro) as passage:
                     with self.accelerator.autocast():
-                        loss, context, passed = self._loss(index, piece, passage, whole_range)
+                        loss, context, passed = self._loss(index, piece, passage, ranges)
                     self.accelerator.backward(loss / parts)
                 if passage is not None:
                     passage.stepped(index, loss.detach(), parts)
@@ -201,10 +216,10 @@ class Trainer:
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
-    def _loss(self, index: int, piece: Batch, passage: Passage | None, whole_range: bool) -> StepOutput:
+    def _loss(self, index: int, piece: Batch, passage: Passage | None, ranges: range | None) -> StepOutput:
         """The task's, or what the gradient that comes down from later blocks makes of it."""
         if passage is None or passage.loss is None:
-            return self.task.step(self.model, index, piece, whole_range=whole_range)
+            return self.task.step(self.model, index, piece, ranges=ranges)
         assert isinstance(self.model, BlockCoordinateModel)
         loss, layers = self.model.going_down(index, piece, passage)
         return StepOutput(loss, None, layers)
@@ -249,15 +264,14 @@ class Trainer:
 
     def visit(self, visit: Visit, batches: list[dict[str, Tensor]], upcoming: int | None = None) -> list[Tensor]:
         """All steps of one visit. `batches` gain the context that the next block reads; `upcoming` is that block."""
-        if visit.branch:
-            self._branch()
+        self._part(visit.copies)
         losses = []
         with self.residency.active(visit.block):
             if self.config.prefetch and upcoming is not None:
                 self.residency.prefetch(upcoming)
             for batch in batches:
                 self._add_context(visit, batch)
-                loss, context = self.block_step(visit.block, batch, whole_range=visit.whole_range)
+                loss, context = self.block_step(visit.block, batch, ranges=visit.ranges)
                 losses.append(loss)
                 if context is not None:
                     batch["context"] = context
@@ -270,10 +284,7 @@ class Trainer:
             return
         batch["context"] = context
         passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
-        self.progress.layer_evaluations += passed * self._stream(visit).batch_size / 3
-
-    def _stream(self, visit: Visit) -> BatchStream:
-        return self.stream if visit.whole_range else self.own_stream
+        self.progress.layer_evaluations += passed * visit.samples / 3
 
     def context(self, index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
         """The clean stream that enters block `index`, or None where it reads the input itself."""
@@ -282,11 +293,11 @@ class Trainer:
         with self.residency.borrowed(), self.accelerator.autocast():
             return self.model.context(batch, index)
 
-    def _branch(self) -> None:
-        """Copies block 0, weights and optimizer state, into all blocks."""
-        with self.residency.active(0):
-            for index in range(1, len(self.states)):
-                self.residency.copy(0, index)
+    def _part(self, copies: Iterable[tuple[int, int]]) -> None:
+        """Copies blocks, weights and optimizer state, into others."""
+        for source, target in copies:
+            with self.residency.active(source):
+                self.residency.copy(source, target)
 
     # ------------------------------------------------------------------ the run
 
@@ -351,22 +362,22 @@ class Trainer:
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
         visits = list(islice(plan(self.config, self.model.num_blocks), self.progress.visits, None))
-        loaded = {common: self._loaded(visits, common) for common in (True, False)}
+        loaded = {samples: self._loaded(visits, samples) for samples in self.streams}
         batches: list[dict[str, Tensor]] = []
         for visit, following in zip_longest(visits, visits[1:]):
             if not visit.carried:
-                batches = list(islice(loaded[visit.whole_range], len(visit.batches)))
-                self.progress.samples_seen += len(batches) * self._stream(visit).batch_size
+                batches = list(islice(loaded[visit.samples], len(visit.batches)))
+                self.progress.samples_seen += len(batches) * visit.samples
             # A branching visit replaces the blocks that are away: nothing may be under way before it.
-            upcoming = None if following is None or following.branch else following.block
+            upcoming = None if following is None or following.copies else following.block
             losses = self.visit(visit, batches, upcoming)
             self.progress.visits += 1
             yield visit, losses
 
-    def _loaded(self, visits: list[Visit], common: bool) -> Iterator[dict[str, Tensor]]:
-        """The batches of the visits before branching, or of those after."""
-        numbers = (n for visit in visits if not visit.carried and visit.whole_range == common for n in visit.batches)
-        return on_device((self.stream if common else self.own_stream).load(numbers), self.device)
+    def _loaded(self, visits: list[Visit], samples: int) -> Iterator[dict[str, Tensor]]:
+        """The batches, of so many samples, of the visits that load such."""
+        numbers = (n for visit in visits if not visit.carried and visit.samples == samples for n in visit.batches)
+        return on_device(self.streams[samples].load(numbers), self.device)
 
     def _due(self, what: str, every: int) -> bool:
         """Whether the run has passed another multiple of `every` block steps since this was last asked."""
@@ -409,8 +420,8 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model as it is evaluated: moving averages in place, no gradients, every block readable, and before branching
-        the one block that learns in place of all."""
+        """The model as it is evaluated: moving averages in place, no gradients, every block readable, and in the place of
+        a block that has not parted from its network, the block that holds that."""
         if self._averaged:  # asked for within itself
             self.model.eval()
             yield
@@ -420,9 +431,9 @@ class Trainer:
         self._swap_averages()
         self._averaged = True
         self.model.eval()
-        common = self.progress.block_steps < branch_steps(self.config, self.model.num_blocks)
         if isinstance(self.model, DiffusionBlocksModel):
-            self.model.one_for_all = common
+            now = phase_at(self.config, self.model.num_blocks, self.progress.block_steps)
+            self.model.holders = tuple(map(now.holder, range(self.model.num_blocks)))
         try:
             with residency.borrowed(), torch.no_grad(), self.accelerator.autocast():
                 yield
@@ -430,7 +441,7 @@ class Trainer:
             self._swap_averages()
             self._averaged = False
             if isinstance(self.model, DiffusionBlocksModel):
-                self.model.one_for_all = False
+                self.model.holders = tuple(range(self.model.num_blocks))
 
     def use_averages(self) -> None:
         """Puts the moving averages in the model's place for good (before saving the finished model)."""

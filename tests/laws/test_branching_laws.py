@@ -1,0 +1,145 @@
+"""Laws of branching in stages: which blocks are one network when, and what that must not change."""
+
+import shutil
+
+import pytest
+import torch
+
+import diffusionblocks as dblocks
+from diffusionblocks.noise import LogNormal
+from diffusionblocks.partition import Partition
+from diffusionblocks.training import checkpoint
+from diffusionblocks.training.order import own_steps, phase_at, plan, total_steps
+from tests.conftest import config, make_data, make_vit, same, weights
+
+STAGES = {"steps": 8, "batch_size": 12, "own_batch": 4, "order": "cyclic"}
+
+
+def staged(branch_at=(0.75, 0.5), **changes):
+    return config(**{**STAGES, "branch_at": list(branch_at), **changes})
+
+
+def trainer(options, output_dir=None, blocks=3):
+    model = dblocks.convert(make_vit(), blocks)
+    return dblocks.Trainer(
+        model, dblocks.Classification(), make_data(96), make_data(16), options, output_dir=output_dir
+    )
+
+
+@pytest.mark.parametrize("order", ["cyclic", "sequential"])
+@pytest.mark.parametrize("shares", [(0.75, 0.5), (0.25, 0.5), (0.0, 0.5), (0.5, 0.5), (0.3, 0.31)])
+def test_every_noise_range_meets_equally_many_samples(shares, order):
+    options = staged(shares, order=order)
+    visits = list(plan(options, 3))
+    met = [0.0] * 3
+    for visit in visits:
+        for block in visit.ranges:
+            met[block] += len(visit.batches) * visit.samples / len(visit.ranges)
+    assert sum(met) == 3 * 8 * 12
+    assert met == [8 * 12] * 3
+    assert sum(len(visit.batches) for visit in visits) == total_steps(options, 3)
+
+
+def test_neighbours_are_one_network_until_their_border_opens():
+    visits = list(plan(staged(), 3))
+    cut = []  # (networks in the order of their first visits, copies made before)
+    for visit in visits:
+        if visit.copies or not cut:
+            cut.append((set(), visit.copies))
+        cut[-1][0].add((visit.block, tuple(visit.ranges), visit.samples))
+    assert cut == [
+        ({(0, (0, 1, 2), 12)}, ()),
+        ({(0, (0, 1), 8), (2, (2,), 4)}, ((0, 2),)),
+        ({(0, (0,), 4), (1, (1,), 4), (2, (2,), 4)}, ((0, 1),)),
+    ]
+
+
+def test_a_border_that_is_open_from_the_start_separates_fresh_blocks():
+    visits = list(plan(staged((0.0, 0.5)), 3))
+    assert visits[0].ranges == range(0, 1)
+    assert visits[1].ranges == range(1, 3)
+    assert [visit.copies for visit in visits if visit.copies] == [((1, 2),)]
+
+
+def test_equal_stages_are_one_branching():
+    once = trainer(config(**{**STAGES, "branch_at": 0.5}))
+    stages = trainer(staged((0.5, 0.5)))
+    for run in (once, stages):
+        run.fit()
+    assert same(weights(once.model), weights(stages.model))
+
+
+@pytest.mark.parametrize("residency", ["device", "disk"])
+def test_resume_equals_an_uninterrupted_run_bit_for_bit(residency, tmp_path):
+    options = staged(residency=residency, checkpoint_every=6, keep_checkpoints=9, visit_steps=2, ema_decay=0.9)
+    whole = trainer(options, tmp_path / "a")
+    whole.fit()
+    saved = checkpoint.existing(tmp_path / "a")
+    for index in range(len(saved) - 1):
+        shutil.copytree(tmp_path / "a", tmp_path / str(index))
+        for later in checkpoint.existing(tmp_path / str(index))[index + 1 :]:
+            shutil.rmtree(later)
+        resumed = trainer(options, tmp_path / str(index))
+        resumed.fit()
+        for a, b in zip(whole.states, resumed.states, strict=True):
+            assert a.steps == b.steps
+            assert same(a.tensors(), b.tensors())
+    assert whole.progress.samples_seen == resumed.progress.samples_seen == 3 * 8 * 12
+    assert whole.progress.layer_evaluations == 8 * 12 * 6
+
+
+def test_the_block_that_holds_a_network_answers_for_it_until_copies_are_made():
+    run = trainer(staged())
+    ends = [12, 12 + 2 * 6]  # block steps at the two branchings
+    expected = {0: (0, 0, 0), 1: (0, 0, 2), 2: (0, 1, 2)}
+    for visit, _ in run._visits():
+        steps = run.progress.block_steps
+        phase = sum(steps > end for end in ends)
+        with run.averaged():
+            assert run.model.holders == expected[phase], visit
+        assert run.model.holders == (0, 1, 2)
+    assert phase_at(run.config, 3, 10**6).holder(2) == 2
+
+
+def test_copies_start_as_their_network_and_every_rate_falls_to_the_end():
+    run = trainer(staged(decay_from="hold"))
+    seen = []
+    for visit, _ in run._visits():
+        if visit.copies:
+            (source, target), state = visit.copies[0], run.states
+            seen.append(visit.copies[0])
+            made = len(visit.batches) if visit.block == source else 0
+            assert state[target].steps == state[source].steps - made
+            if visit.block not in (source, target):
+                assert same(state[source].tensors(), state[target].tensors())
+    assert seen == [(0, 2), (0, 1)]
+    assert {state.steps for state in run.states} == {12 + own_steps(run.config, 3)}
+    for state in run.states:
+        state.steps -= 1
+        assert 0 < state.learning_rate() < 0.01 * run.config.learning_rate
+
+
+def test_levels_of_several_blocks_are_those_of_their_joint_range():
+    partition = Partition(LogNormal(), 4, 0.0)
+    joint, first, last = partition.range(range(1, 3)), partition.range(1), partition.range(2)
+    assert (joint.low, joint.high) == (last.low, first.high)
+    drawn = partition.sample(range(1, 3), 4000, generator=torch.Generator().manual_seed(0))
+    owners = partition.block_of(drawn)
+    assert set(owners.tolist()) == {1, 2}
+    assert (owners == 1).double().mean().item() == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"branch_at": [0.5]}, "one for each of the 2 borders between 3 blocks; got 1"),
+        ({"branch_at": [0.5, 1.0]}, r"share of the budget in \[0, 1\)"),
+        ({"order": "random"}, "set train.order to cyclic"),
+        ({"own_batch": 0}, "need train.own_batch"),
+        ({"own_batch": 7}, "2 blocks that are one network have 14 samples in a step, more than train.batch_size 12"),
+        ({"blocks": [0]}, "with train.blocks set it to 0"),
+    ],
+)
+def test_what_cannot_be_staged_is_said(changes, message):
+    with pytest.raises(dblocks.UserError, match=message):
+        trainer(config(**{**STAGES, "branch_at": [0.75, 0.5], **changes}))
