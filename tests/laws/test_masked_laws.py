@@ -168,6 +168,26 @@ def test_training_losses_of_the_blocks_add_up_to_the_bound(schedule, masking):
     assert shares == pytest.approx(expected.value, abs=4 * variance**0.5 + 0.002)
 
 
+@pytest.mark.parametrize("loss_weight", ["bound", "root", "equal"])
+def test_the_weight_of_an_answer_grows_with_the_masks_as_said(loss_weight, monkeypatch):
+    """With equal cross-entropies the gradient of an answer is its weight: of n masked tokens, n to the power - 1, - 1/2 or 0."""
+    model, tokens = blocks(), torch.randint(0, MASK, (8, 8))
+    seen = {}
+
+    def each_loss(batch, level, labels, share=1.0):
+        seen["answers"] = (labels != IGNORED).float().requires_grad_()
+        return seen["answers"]
+
+    monkeypatch.setattr(model.denoiser(0), "each_loss", each_loss)
+    torch.manual_seed(0)
+    dblocks.MaskedLM(loss_weight=loss_weight).step(model, 0, {"input_ids": tokens}, ranges=range(3)).loss.backward()
+    counts = seen["answers"].detach().sum(1)
+    weights = seen["answers"].grad[:, 0]
+    power = {"bound": -1.0, "root": -0.5, "equal": 0.0}[loss_weight]
+    assert len(counts.unique()) > 4
+    torch.testing.assert_close(weights / weights[0], (counts / counts[0]) ** power)
+
+
 def test_levels_are_spread_evenly_and_weighted_to_equal_mass():
     partition = Partition(MaskingSchedule("cosine"), 3, 0.0)
     for block in (range(3), range(1, 3), 0, 1, 2):

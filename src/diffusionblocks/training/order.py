@@ -28,7 +28,8 @@ class Visit:
         carried: the batches are those of the visit before. handed: in features context, so are their clean streams: the
             visit before was to the block before.
         samples: of each batch.
-        ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with it.
+        ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with it (None = its
+            own).
         copies: before this visit, blocks that part from a network: (block that holds it, block that gets a copy).
         border: nothing is carried out of this visit, so a checkpoint may follow it.
     """
@@ -36,7 +37,7 @@ class Visit:
     block: int
     batches: range
     samples: int = 0
-    ranges: range = range(0)
+    ranges: range | None = None
     copies: tuple[tuple[int, int], ...] = ()
     carried: bool = False
     handed: bool = False
@@ -138,8 +139,8 @@ def _opening(config: TrainingConfig, num_blocks: int) -> list[int]:
         shares = [shares] * (num_blocks - 1)
     if len(shares) != num_blocks - 1:
         raise UserError(
-            f"train.branch_at is one share, or one for each of the {num_blocks - 1} borders between {num_blocks} blocks; got "
-            f"{len(shares)}: {shares}"
+            f"train.branch_at is one share (which does for any number of blocks), or one for each of the {num_blocks - 1} borders "
+            f"between {num_blocks} blocks; got {len(shares)}: {shares}"
         )
     return [min(round(share * config.steps), config.steps - 1) for share in shares]
 
