@@ -152,7 +152,7 @@ def _sample(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
-    from diffusionblocks.evaluation.compare import compare, default_output
+    from diffusionblocks.evaluation.compare import compare, default_output, pairs
     from diffusionblocks.report import table
     from diffusionblocks.report.page import write_report
 
@@ -160,7 +160,7 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
     methods = [name.strip() for name in arguments.methods.split(",") if name.strip()]
     folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "compare")
     results = compare(recipe, methods, folder, seeds=arguments.seeds, budget=arguments.budget, jobs=arguments.jobs)
-    found = {"results": results}
+    found = {"results": results, "pairs": pairs(results)}
     (folder / "compare.json").write_text(json.dumps(found, indent=2) + "\n")
     page = write_report([folder], folder / "report.html")
     if not arguments.json:

@@ -193,14 +193,30 @@ def test_compare_prints_every_method_with_equal_layer_evaluations(capsys, tmp_pa
     assert all(method in out for method in COMPARED)
 
 
-def test_equal_samples_budget(capsys, tmp_path):
+def test_equal_samples_budget_and_pairs_of_the_same_seed(capsys, tmp_path):
     methods = "end-to-end,diffusionblocks-paper"
-    code, out, _ = run(
-        capsys, "compare", "digits", *SMALL, "--methods", methods, "--budget", "samples", "--output-dir", tmp_path, "--json",
-        "--jobs", 2,
+    arguments = (
+        "compare", "digits", *SMALL, "--methods", methods, "--budget", "samples", "--output-dir", tmp_path, "--jobs", 2,
+        "--seeds", 2,
     )  # fmt: skip
+    code, out, _ = run(capsys, *arguments, "--json")
     assert code == 0
-    assert len({result["samples_seen"] for result in json.loads(out)["results"]}) == 1
+    found = json.loads(out)
+    assert len({result["samples_seen"] for result in found["results"]}) == 1
+    whole, blocks = (
+        [json.loads((tmp_path / method / f"seed-{seed}" / "summary.json").read_text())["metrics"]["accuracy"]["value"] for seed in (0, 1)]
+        for method in methods.split(",")
+    )  # fmt: skip
+    (pair,) = found["pairs"]
+    assert (pair["method"], pair["against"]) == ("diffusionblocks-paper", "end-to-end")
+    first, second = (b - w for b, w in zip(blocks, whole, strict=True))
+    assert pair["each"] == [first, second]
+    assert pair["value"] == pytest.approx((first + second) / 2)
+    assert pair["stderr"] == pytest.approx(abs(first - second) / 2)
+    _, out, _ = run(capsys, *arguments)
+    line = "diffusionblocks-paper minus end-to-end, pairs of the same seed: accuracy"
+    assert line in out
+    assert line in (tmp_path / "report.html").read_text()
 
 
 def test_a_pretrained_network_trains_and_another_family_is_refused(capsys, tmp_path):

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def _where(running: dict[_Job, Any]) -> str:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several seeds of one method -> one result: means, and standard errors over seeds (over samples for one seed)."""
+    """Several seeds of one method -> one result: means, standard errors over seeds (over samples for one seed), and each seed's value."""
     first = runs[0]
     metrics = {name: _over_seeds([run["metrics"][name] for run in runs]) for name in first["metrics"]}
     return {
@@ -173,7 +174,35 @@ def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
     if len(values) == 1:
         return values[0]
     numbers = [value["value"] for value in values]
-    return {"value": statistics.fmean(numbers), "stderr": statistics.stdev(numbers) / math.sqrt(len(numbers))}
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return {"value": statistics.fmean(numbers), "stderr": error, "each": numbers}
+
+
+def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """By how much methods with blocks differ from whole networks in the first metric, seed by seed.
+
+    Runs of one seed share data, batches and first weights, so that differences within a seed spread less than methods do over seeds.
+
+    Args:
+        results: of `compare`, with at least two seeds (else there are no pairs).
+
+    Returns one dict per pair: method, against, metric, value (mean difference), stderr (over seeds), each.
+    """
+    name = next(iter(results[0]["metrics"]))
+    found = []
+    for ours, theirs in product(results, results):
+        own, other = (result["metrics"].get(name, {}).get("each") for result in (ours, theirs))
+        if (
+            ours["num_blocks"] == 1
+            or theirs["num_blocks"] > 1
+            or not own
+            or not other
+            or ours["seeds"] != theirs["seeds"]
+        ):
+            continue
+        each = [{"value": a - b} for a, b in zip(own, other, strict=True)]
+        found.append({"method": ours["method"], "against": theirs["method"], "metric": name, **_over_seeds(each)})
+    return found
 
 
 def default_output(recipe: Recipe, kind: str) -> Path:

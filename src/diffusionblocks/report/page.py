@@ -107,6 +107,7 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "heads": heads,
         "rows": rows,
         "note": note,
+        "pairs": table.paired(results),
         "quality": "".join(figures.quality(results, name) for name in _shown(results)) + figures.iterations(results),
         "memory": figures.memory(results),
         "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has stepped.",

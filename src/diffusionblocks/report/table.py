@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from diffusionblocks.evaluation.compare import pairs
+
 KINDS = ("parameters", "gradients", "optimizer", "activations")
 # Of adapted language models, the rest is in summary.json.
 ADAPTED = (
@@ -55,10 +57,22 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     over = f"{seeds} seeds" if seeds > 1 else "test samples of one seed"
     table = Table(title=f"{results[0]['recipe']} (± standard error over {over})", title_justify="left")
     for head in heads:
-        table.add_column(head, justify="left" if head == "method" else "right")
+        first = head == "method"
+        table.add_column(head.replace("_", " "), justify="left" if first else "right", no_wrap=first)
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+    for line in paired(results):
+        print(line)
+
+
+def paired(results: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence per pair of a method with blocks and a whole network: the difference of the first metric within a seed."""
+    return [
+        f"{pair['method']} minus {pair['against']}, pairs of the same seed: {pair['metric'].replace('_', ' ')} "
+        f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero in {sum(one < 0 for one in pair['each'])} of {len(pair['each'])}"
+        for pair in pairs(results)
+    ]
 
 
 def show_plan(found: dict[str, Any]) -> None:
@@ -107,7 +121,10 @@ def size(count: float) -> str:
 
 
 def _with_error(metric: dict[str, Any]) -> str:
+    """With as many digits as the error has: at least 2 or 3, at most 4."""
     digits = 2 if abs(metric["value"]) >= 1 else 3
+    while metric["stderr"] and metric["stderr"] * 10**digits < 1 and digits < 4:
+        digits += 1
     error = "" if metric["stderr"] is None else f" ± {metric['stderr']:.{digits}f}"
     return f"{metric['value']:.{digits}f}{error}"
 
