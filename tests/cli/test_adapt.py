@@ -138,7 +138,7 @@ def test_a_run_answers_questions(runs, capsys):
         (["--data.tokenizer", "bytes"], "bytes"),
         (["--in-context.tokens", "250", "--method", "prompt"], "exceed the 256 positions"),
         (["--method", "lorra"], "did you mean 'lora'"),
-        (["--data.path", "nowhere.jsonl"], "must be a file"),
+        (["--data.path", "nowhere.jsonl"], "there is no file or folder"),
         (["--data.length", "512"], "exceeds the 256 positions"),
         (["--device", "cuda"], "no CUDA device is available"),
         (["--task.continuations", "-1"], "task.continuations must be at least 0"),

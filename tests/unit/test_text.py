@@ -145,7 +145,7 @@ def test_invalid_text_names_file_and_place(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"path": "/nowhere"}, "must be a file"),
+        ({"path": "/nowhere"}, "there is no file or folder"),
         ({"source": "folder", "path": "/nowhere"}, "not a folder"),
         ({"source": "pydoc"}, "'pydocs'"),
         ({"length": 1}, "at least 2 tokens"),
