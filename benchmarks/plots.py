@@ -136,17 +136,37 @@ def adapt_table(part: str) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def over_compute(name: str, metrics: dict[str, str], curve_label: str, scale: str, target: str) -> None:
-    """A validation curve over compute of every run, and test metrics {name: label} of the finished ones."""
-    data = load(name)
-    figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
+def over_run(axis: Any, data: dict[str, Any]) -> None:
     labelled: set[str] = set()
     for label, run in data["runs"].items():
         method = label.split()[0]
         shown = None if method in labelled else method
         labelled.add(method)
-        axes[0].plot(*zip(*run["curve"], strict=True), color=COLOURS[method], linewidth=1, label=shown)
-    axes[0].set(xlabel="share of the layer evaluations", ylabel=curve_label, yscale=scale)
+        axis.plot(*zip(*run["curve"], strict=True), color=COLOURS[method], linewidth=1, label=shown)
+    axis.set_xlabel("share of the layer evaluations")
+
+
+def over_lengths(axis: Any, data: dict[str, Any]) -> None:
+    """A training of its own at every point."""
+    for method in ("end-to-end", "shallow", "diffusionblocks"):
+        found = [row[method] for row in data["steps"].values()]
+        spent = [row["layer_evaluations"] / 1e3 for row in found]
+        nats = [row["metrics"]["nats_per_token"]["value"] for row in found]
+        axis.plot(spent, nats, color=COLOURS[method], linewidth=1, marker="o", markersize=3, label=method)
+    axis.set_xlabel("layer evaluations, thousands of samples (each point a training)")
+
+
+def over_compute(
+    name: str, metrics: dict[str, str], curve_label: str, scale: str, target: str, lengths: str = ""
+) -> None:
+    """A validation curve over compute of every run (with `lengths`, a result's name: of trainings of several lengths), and test
+    metrics {name: label} of the finished ones."""
+    data = load(name)
+    if lengths:
+        data["steps"] = load(lengths)["steps"]
+    figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
+    (over_lengths if "steps" in data else over_run)(axes[0], data)
+    axes[0].set(ylabel=curve_label, yscale=scale)
     axes[0].legend(frameon=False)
     seeds = len(data["results"][0]["seeds"])
     for axis, (metric, label) in zip(axes[1:], metrics.items(), strict=True):
@@ -248,15 +268,15 @@ def main() -> None:
         }
         over_compute("generation-quality", shown, "denoising loss (validation)", "log", "generation.png")
     texts = (
-        ("text-quality", "mdlm-pydocs", "bits_per_character", "text.png"),
-        ("text-stdlib", "mdlm-stdlib", "bits_per_byte", "text-code.png"),
+        ("text-quality", "mdlm-pydocs", "bits_per_character", "nats per token (validation)", "text.png", ""),
+        ("text-stdlib", "mdlm-stdlib", "bits_per_byte", "nats per byte (test)", "text-code.png", "text-lengths"),
     )
-    for name, recipe, bits, target in texts:
+    for name, recipe, bits, label, target, lengths in texts:
         if (RESULTS / f"{name}.json").is_file():
             plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
             text_table(name, recipe, bits)
             shown = {bits: f"{recipe}: {bits.replace('_', ' ')} (test)", "distinct_2": "distinct pairs in samples"}
-            over_compute(name, shown, "nats per token (validation)", "linear", target)
+            over_compute(name, shown, label, "linear", target, lengths)
     for recipe in ("digits", "mnist"):
         accuracy_table(recipe)
     memory_table()

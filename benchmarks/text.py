@@ -1,7 +1,8 @@
 """Masked diffusion text: quality at equal layer evaluations, sampling speed, and throughput of training.
 
     python benchmarks/text.py quality --jobs 2     mdlm-pydocs: every method, three seeds, with curves over compute
-    python benchmarks/text.py stdlib --jobs 2 --seed 1 --every 5000     the same of mdlm-stdlib
+    python benchmarks/text.py stdlib --jobs 2 --seed 4 --seeds 6 --every 5000     the same of mdlm-stdlib
+    python benchmarks/text.py lengths --jobs 2 --seed 4 --every 5000    mdlm-stdlib, trainings of several lengths
     python benchmarks/text.py speed                tokens per second of sampling and of training steps, alternating
 
 Each part writes benchmarks/results/text-PART.json. Finished runs below --output-dir are reused.
@@ -32,6 +33,7 @@ from timing import alternating, compared
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = "end-to-end,shallow,diffusionblocks"
+LENGTHS = (2500, 5000, 7500, 10_000)  # end-to-end steps
 
 
 def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[str, Any]:
@@ -53,6 +55,23 @@ def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[
             for path in sorted(folder.glob("*/seed-*/summary.json"))
         },
     }
+
+
+def lengths(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quality over compute: a whole training, its schedule and branching with it, of each length; other settings the recipe's."""
+    words = ["--methods", arguments.methods, "--seeds", "1", "--jobs", str(arguments.jobs)]
+    words += ["--seed", str(arguments.seed), "--train.evaluate-every", str(arguments.every)]
+    kept = ("metrics", "layer_evaluations", "wall_seconds")
+    found = {}
+    for steps in LENGTHS:
+        folder = Path(arguments.output_dir) / "lengths" / str(steps)
+        chosen = ["--train.steps", str(steps), "--output-dir", str(folder)]
+        if code := dblocks(["compare", "mdlm-stdlib", *words, *chosen]):
+            raise SystemExit(code)
+        results = json.loads((folder / "compare.json").read_text())["results"]
+        found[steps] = {row["method"]: {name: row[name] for name in kept} for row in results}
+    command = "dblocks compare mdlm-stdlib --train.steps STEPS " + " ".join(words)
+    return {"command": command, "seed": arguments.seed, "steps": found}
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -116,7 +135,7 @@ def _against_plain(model: Any, task: Any, plain: Any, batch: dict[str, torch.Ten
     return compared(alternating({"plain": theirs, "ours": ours}), repeats * tokens.numel(), "plain")
 
 
-PARTS = {"quality": quality, "stdlib": partial(quality, recipe="mdlm-stdlib"), "speed": speed}
+PARTS = {"quality": quality, "stdlib": partial(quality, recipe="mdlm-stdlib"), "lengths": lengths, "speed": speed}
 
 
 def main() -> None:
