@@ -60,14 +60,9 @@ def compared(arguments: argparse.Namespace, methods: list[str], words: list[str]
         found = json.loads((folder / "compare.json").read_text())["results"]
         for row in found:
             kept = {name: metric for name, metric in row["metrics"].items() if name in NAMES or "_block_" in name}
-            results.append({**row, "metrics": kept, "each_seed": of_each_seed(folder / row["method"], row["seeds"])})
+            nats = row["metrics"]["nats_per_token"]
+            results.append({**row, "metrics": kept, "each_seed": nats.get("each", [nats["value"]])})
     return {"commands": commands, "results": results}
-
-
-def of_each_seed(folder: Path, seeds: list[int]) -> list[float]:
-    """Nats per token of every seed, for differences between methods that share them."""
-    summaries = [json.loads((folder / f"seed-{seed}" / "summary.json").read_text()) for seed in seeds]
-    return [summary["metrics"]["nats_per_token"]["value"] for summary in summaries]
 
 
 def code(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -136,9 +136,9 @@ def adapt_table(part: str) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def over_run(axis: Any, data: dict[str, Any]) -> None:
+def over_run(axis: Any, runs: dict[str, Any]) -> None:
     labelled: set[str] = set()
-    for label, run in data["runs"].items():
+    for label, run in runs.items():
         method = label.split()[0]
         shown = None if method in labelled else method
         labelled.add(method)
@@ -146,10 +146,10 @@ def over_run(axis: Any, data: dict[str, Any]) -> None:
     axis.set_xlabel("share of the layer evaluations")
 
 
-def over_lengths(axis: Any, data: dict[str, Any]) -> None:
+def over_lengths(axis: Any, steps: dict[str, Any]) -> None:
     """A training of its own at every point."""
-    for method in ("end-to-end", "shallow", "diffusionblocks"):
-        found = [row[method] for row in data["steps"].values()]
+    for method in next(iter(steps.values())):
+        found = [row[method] for row in steps.values()]
         spent = [row["layer_evaluations"] / 1e3 for row in found]
         nats = [row["metrics"]["nats_per_token"]["value"] for row in found]
         axis.plot(spent, nats, color=COLOURS[method], linewidth=1, marker="o", markersize=3, label=method)
@@ -162,10 +162,11 @@ def over_compute(
     """A validation curve over compute of every run (with `lengths`, a result's name: of trainings of several lengths), and test
     metrics {name: label} of the finished ones."""
     data = load(name)
-    if lengths:
-        data["steps"] = load(lengths)["steps"]
     figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
-    (over_lengths if "steps" in data else over_run)(axes[0], data)
+    if lengths:
+        over_lengths(axes[0], load(lengths)["steps"])
+    else:
+        over_run(axes[0], data["runs"])
     axes[0].set(ylabel=curve_label, yscale=scale)
     axes[0].legend(frameon=False)
     seeds = len(data["results"][0]["seeds"])

@@ -2,7 +2,7 @@
 
     python benchmarks/text.py quality --jobs 2     mdlm-pydocs: every method, three seeds, with curves over compute
     python benchmarks/text.py stdlib --jobs 2 --seed 4 --seeds 6 --every 5000     the same of mdlm-stdlib
-    python benchmarks/text.py lengths --jobs 2 --seed 4 --every 5000    mdlm-stdlib, trainings of several lengths
+    python benchmarks/text.py lengths --jobs 2 --seed 4 --seeds 1 --every 5000    mdlm-stdlib, trainings of several lengths
     python benchmarks/text.py speed                tokens per second of sampling and of training steps, alternating
 
 Each part writes benchmarks/results/text-PART.json. Finished runs below --output-dir are reused.
@@ -36,16 +36,20 @@ METHODS = "end-to-end,shallow,diffusionblocks"
 LENGTHS = (2500, 5000, 7500, 10_000)  # end-to-end steps
 
 
-def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[str, Any]:
-    folder = Path(arguments.output_dir) / arguments.part
+def compared_methods(arguments: argparse.Namespace, recipe: str, folder: Path, *more: str) -> dict[str, Any]:
+    """The command, and its results."""
     words = ["--methods", arguments.methods, "--seeds", str(arguments.seeds), "--jobs", str(arguments.jobs)]
-    words += ["--seed", str(arguments.seed)]
-    words += ["--train.evaluate-every", str(arguments.every)]
+    words += ["--seed", str(arguments.seed), "--train.evaluate-every", str(arguments.every), *more]
     if code := dblocks(["compare", recipe, *words, "--output-dir", str(folder)]):
         raise SystemExit(code)
+    results = json.loads((folder / "compare.json").read_text())["results"]
+    return {"command": f"dblocks compare {recipe} " + " ".join(words), "results": results}
+
+
+def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[str, Any]:
+    folder = Path(arguments.output_dir) / arguments.part
     return {
-        "command": f"dblocks compare {recipe} " + " ".join(words),
-        "results": json.loads((folder / "compare.json").read_text())["results"],
+        **compared_methods(arguments, recipe, folder),
         "runs": {
             f"{path.parts[-3]} {path.parts[-2]}": {
                 "metrics": json.loads(path.read_text())["metrics"],
@@ -59,19 +63,13 @@ def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[
 
 def lengths(arguments: argparse.Namespace) -> dict[str, Any]:
     """Quality over compute: a whole training, its schedule and branching with it, of each length; other settings the recipe's."""
-    words = ["--methods", arguments.methods, "--seeds", "1", "--jobs", str(arguments.jobs)]
-    words += ["--seed", str(arguments.seed), "--train.evaluate-every", str(arguments.every)]
-    kept = ("metrics", "layer_evaluations", "wall_seconds")
-    found = {}
+    kept, folder = ("metrics", "layer_evaluations", "wall_seconds"), Path(arguments.output_dir) / "lengths"
+    commands, found = [], {}
     for steps in LENGTHS:
-        folder = Path(arguments.output_dir) / "lengths" / str(steps)
-        chosen = ["--train.steps", str(steps), "--output-dir", str(folder)]
-        if code := dblocks(["compare", "mdlm-stdlib", *words, *chosen]):
-            raise SystemExit(code)
-        results = json.loads((folder / "compare.json").read_text())["results"]
-        found[steps] = {row["method"]: {name: row[name] for name in kept} for row in results}
-    command = "dblocks compare mdlm-stdlib --train.steps STEPS " + " ".join(words)
-    return {"command": command, "seed": arguments.seed, "steps": found}
+        made = compared_methods(arguments, "mdlm-stdlib", folder / str(steps), "--train.steps", str(steps))
+        commands.append(made["command"])
+        found[steps] = {row["method"]: {name: row[name] for name in kept} for row in made["results"]}
+    return {"commands": commands, "steps": found}
 
 
 def speed(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -32,6 +32,11 @@ class Method:
     adapts: bool = False
     trains: bool = True
 
+    @property
+    def by_blocks(self) -> bool:
+        """Whether blocks train in turns (looped networks and --num-blocks 1: the one block)."""
+        return self.build in (_blocks_model, _exact_model)
+
 
 def _blocks(recipe: Recipe) -> Recipe:
     """Branching would copy block 0 over the weights that a trained run or a pretrained network brings."""

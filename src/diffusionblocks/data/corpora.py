@@ -190,10 +190,12 @@ def _files(config: TextConfig, pattern: str) -> list[Path]:
 
 def _existing(config: TextConfig) -> Path:
     path = Path(config.path)
-    if config.path and not path.exists():
+    if not config.path:
+        raise UserError("data.path is not set: pass --data.path FILE")
+    if not path.exists():
         raise UserError(f"data.path: there is no file or folder {config.path!r}")
     if not path.is_file():
-        raise UserError(f"data.path must be a file; {config.path!r} is {'a folder' if config.path else 'empty'}")
+        raise UserError(f"data.path must be a file; {config.path!r} is not one")
     return path
 
 

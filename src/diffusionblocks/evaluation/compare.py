@@ -179,29 +179,23 @@ def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """By how much methods with blocks differ from whole networks in the first metric, seed by seed.
+    """By how much methods that train blocks differ from the others in the first metric, seed by seed.
 
-    Runs of one seed share data, batches and first weights, so that differences within a seed spread less than methods do over seeds.
+    Runs of one seed share the split of the data and, where shapes allow, first weights and batches, so that differences within
+    a seed spread less than methods do over seeds.
 
     Args:
         results: of `compare`, with at least two seeds (else there are no pairs).
 
     Returns one dict per pair: method, against, metric, value (mean difference), stderr (over seeds), each.
     """
-    name = next(iter(results[0]["metrics"]))
-    found = []
-    for ours, theirs in product(results, results):
-        own, other = (result["metrics"].get(name, {}).get("each") for result in (ours, theirs))
-        if (
-            ours["num_blocks"] == 1
-            or theirs["num_blocks"] > 1
-            or not own
-            or not other
-            or ours["seeds"] != theirs["seeds"]
-        ):
-            continue
-        each = [{"value": a - b} for a, b in zip(own, other, strict=True)]
-        found.append({"method": ours["method"], "against": theirs["method"], "metric": name, **_over_seeds(each)})
+    name, found = next(iter(results[0]["metrics"])), []
+    several = [result for result in results if "each" in result["metrics"].get(name, {})]
+    by_blocks = [result for result in several if find_method(result["method"]).by_blocks]
+    for ours, theirs in product(by_blocks, [result for result in several if result not in by_blocks]):
+        values = zip(*(result["metrics"][name]["each"] for result in (ours, theirs)), strict=True)
+        difference = _over_seeds([{"value": own - other} for own, other in values])
+        found.append({"method": ours["method"], "against": theirs["method"], "metric": name, **difference})
     return found
 
 

@@ -31,7 +31,7 @@ def columns(results: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str
     if "bits_per_character" in metrics:  # the same in another unit
         metrics = [name for name in metrics if name not in ("bits_per_byte", "perplexity")]
     units = UNITS if "accuracy" in metrics else {**UNITS, "validation_loss": ""}
-    heads = [f"{name} ({units[name]})" if units.get(name) else name for name in metrics]
+    heads = [name.replace("_", " ") + (f" ({units[name]})" if units.get(name) else "") for name in metrics]
     heads = ["method", "blocks", *heads]
     looped = all("layers_per_token" in result for result in results)
     heads += ["layers per token, training", "inference"] if looped else []
@@ -58,7 +58,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
     table = Table(title=f"{results[0]['recipe']} (± standard error over {over})", title_justify="left")
     for head in heads:
         first = head == "method"
-        table.add_column(head.replace("_", " "), justify="left" if first else "right", no_wrap=first)
+        table.add_column(head, justify="left" if first else "right", no_wrap=first)
     for row in rows:
         table.add_row(*row)
     _console().print(table)
@@ -67,7 +67,7 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def paired(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence per pair of a method with blocks and a whole network: the difference of the first metric within a seed."""
+    """A sentence per pair of a method that trains blocks and one that does not: the difference of the first metric within a seed."""
     return [
         f"{pair['method']} minus {pair['against']}, pairs of the same seed: {pair['metric'].replace('_', ' ')} "
         f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero in {sum(one < 0 for one in pair['each'])} of {len(pair['each'])}"
