@@ -25,9 +25,15 @@ from transformers import (
 
 import diffusionblocks as dblocks
 from diffusionblocks.data.images import ImageData
+from tests.second_device.device import register
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+
+# Where tests/second_device runs: `sim`, the device of the same folder, or a card (`cuda`). It is then what `--device auto` finds.
+DEVICE = os.environ.get("DIFFUSIONBLOCKS_TEST_DEVICE", "")
+if DEVICE == "sim":
+    register()
 
 SIZES = dict(
     hidden_size=16,
@@ -57,6 +63,22 @@ def make_dit(**changes):
     torch.manual_seed(0)
     sizes = dict(num_attention_heads=2, attention_head_dim=8, in_channels=1, num_layers=6, sample_size=8, patch_size=2)
     return DiTTransformer2DModel(**{**sizes, "num_embeds_ada_norm": 4, **changes})
+
+
+def make_autoencoder(folder) -> str:
+    """A tiny autoencoder that halves images, its latents scaled to unit variance on digits."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    sizes = dict(in_channels=1, out_channels=1, latent_channels=2, norm_num_groups=2, layers_per_block=1)
+    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
+    network = AutoencoderKL(**sizes, **kinds, block_out_channels=(4, 4))
+    digits = dblocks.load_images(dblocks.DataConfig()).train.__getitems__(list(range(200)))["pixel_values"]
+    with torch.no_grad():
+        spread = network.encode(digits).latent_dist.mean.std().item()
+    network.register_to_config(scaling_factor=1 / spread)
+    network.save_pretrained(folder)
+    return str(folder)
 
 
 TOKENS = dict(

@@ -126,8 +126,10 @@ class WithoutWeights(saved_tensors_hooks):
     def _pack(self, tensor: Tensor) -> Tensor | _Named:
         weight = self._weight(tensor)
         if weight is not None:
-            shape, stride = tuple(tensor.shape), tensor.stride()
-            return _Named(weight, tensor.dtype, shape, stride, int(tensor.storage_offset()))
+            # From where the weight begins: it may be a view itself, of another buffer when the backward pass comes.
+            base = tensor._base if tensor._is_view() and tensor._base is not None else tensor
+            start = int(tensor.storage_offset() - base.storage_offset())
+            return _Named(weight, tensor.dtype, tuple(tensor.shape), tensor.stride(), start)
         self._saved.append(weakref.ref(tensor))
         return tensor
 
@@ -143,7 +145,8 @@ class WithoutWeights(saved_tensors_hooks):
     def _unpack(self, packed: Tensor | _Named) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        return packed.weight.detach().to(packed.dtype).as_strided(packed.shape, packed.stride, packed.offset)
+        weight = packed.weight.detach().to(packed.dtype)
+        return weight.as_strided(packed.shape, packed.stride, weight.storage_offset() + packed.offset)
 
 
 def stored(tensors: Iterable[Tensor]) -> int:

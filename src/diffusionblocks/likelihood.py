@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusionblocks.devices import wide, widest
 from diffusionblocks.partition import Partition
+from diffusionblocks.seeds import normal_like, uniform
 from diffusionblocks.targets import add_noise
 
 GREYS = 256  # values of a pixel, evenly spaced in [-1, 1]
@@ -58,8 +60,7 @@ def image_bound(
     for block in range(partition.num_blocks):
         span = partition.range(block)
         length = math.log(span.high / span.low)
-        for sigma in _strata(span.low, length, count, levels_per_block, generator):
-            sigma = sigma.to(clean.device)
+        for sigma in _strata(span.low, length, count, levels_per_block, clean.device, generator):
             noisy = add_noise(clean, sigma, generator=generator)
             found = estimate(block, torch.arange(count, device=clean.device), noisy, sigma)
             error = (found - clean).cpu().double().square().flatten(1).sum(1)
@@ -90,6 +91,7 @@ def token_bound(
     *,
     levels_per_block: int = 8,
     lowest: float = 0.0,
+    device: torch.device | str = "cpu",
     generator: torch.Generator | None = None,
 ) -> TokenShares:
     """Upper bounds of -log p(token) in nats, unbiased estimates by stratified sampling.
@@ -103,11 +105,12 @@ def token_bound(
         measure: (block, sigma of shape `count`) -> squared errors ||y - D(z)||^2 and cross-entropies -log p(y | z), of
             shape [M] or [N, R], for z = y + sigma eps drawn there.
         count: shape of the levels that are drawn: one per text [N], or one per token.
-        lowest: level at which the integral ends; it is moved into the range of the last block.
+        lowest: level at which the integral ends; it is moved into the range of the last block. device: where levels are drawn, the
+            generator's.
     """
     last = partition.range(partition.num_blocks - 1)
     lowest = min(max(lowest, last.low), last.high)
-    _, losses = measure(partition.num_blocks - 1, torch.full(count, lowest))
+    _, losses = measure(partition.num_blocks - 1, torch.full(count, lowest, device=device))
     hidden = losses.cpu().double().flatten()
     blocks = []
     for block in range(partition.num_blocks):
@@ -120,7 +123,7 @@ def token_bound(
         etas = 1 / (2 * edges**2)
         for low, high in zip(etas[:-1].tolist(), etas[1:].tolist(), strict=True):
             if high > low:
-                eta = low + (high - low) * torch.rand(count, generator=generator, dtype=torch.float64)
+                eta = low + (high - low) * _shares(count, device, generator)
                 errors, _ = measure(block, (2 * eta).rsqrt().clamp(end, span.high).float())
                 found += (high - low) * errors.cpu().double().flatten()
         blocks.append(found)
@@ -150,28 +153,35 @@ def walk_bound(
             known; without z' (None, 0) it is known that the token is y, and what remains is -log p(y | z).
         clean: y [N, R, D]. levels: sigma of the K levels, falling.
     """
-    z = add_noise(clean, torch.full((len(clean),), levels[-1]), generator=generator)
+    z = add_noise(clean, clean.new_full((len(clean),), levels[-1]), generator=generator)
     total = told(z, levels[-1], None, 0.0).cpu().double()
     for level, following in zip(reversed(levels[:-1]), reversed(levels[1:]), strict=True):
-        more = torch.full((len(clean),), (level**2 - following**2) ** 0.5)
+        more = clean.new_full((len(clean),), (level**2 - following**2) ** 0.5)
         noisier = add_noise(z, more, generator=generator)
         total += told(noisier, level, z, following).cpu().double()
         z = noisier
     return total + 1 / (2 * levels[0] ** 2)
 
 
-def _strata(low: float, length: float, count: int, parts: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+def _strata(
+    low: float, length: float, count: int, parts: int, device: torch.device, generator: torch.Generator | None
+) -> Iterator[Tensor]:
     """`parts` levels for each of `count` samples, one in each part of equal length in log sigma."""
     for part in range(parts):
-        share = (part + torch.rand(count, generator=generator, dtype=torch.float64)) / parts
+        share = (part + _shares((count,), device, generator)) / parts
         yield (low * torch.exp(length * share)).float()
+
+
+def _shares(count: tuple[int, ...], device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1) with as many digits as the device has."""
+    return uniform(*count, generator=generator, device=device, dtype=widest(device))
 
 
 def _hidden_pixels(clean: Tensor, sigma: float, generator: torch.Generator | None) -> Tensor:
     """-log p(y | z) at the lowest level, where each pixel is read off z alone [N]."""
     values = torch.arange(GREYS, dtype=torch.float64) / ((GREYS - 1) / 2) - 1
     pixels = clean.cpu().double().flatten(1)
-    noisy = pixels + sigma * torch.randn(pixels.shape, generator=generator, dtype=torch.float64)
+    noisy = pixels + sigma * normal_like(wide(clean).flatten(1), generator).cpu().double()
     nearest = ((pixels + 1) * (GREYS - 1) / 2).round().long()
     found = []
     for z, right in zip(noisy, nearest, strict=True):

@@ -25,7 +25,7 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution
 from diffusionblocks.partition import Partition, split_layers
-from diffusionblocks.saving import aligned, check_ties, load_weights, save_described
+from diffusionblocks.saving import aligned, check_ties, load_weights, named_once, save_described
 
 Batch = Mapping[str, Tensor]
 
@@ -373,12 +373,6 @@ class DiffusionBlocksModel(BlockModel):
         """Writes the weights of one block, as safetensors that say what they are; `load_block` reads them back."""
         from safetensors.torch import save_file
 
-        named = {tensor.data_ptr(): name for name, tensor in reversed(self.block(index).state_dict().items())}
-        tensors = {  # one name for a parameter that has two (tied embeddings)
-            name: tensor.detach().contiguous().cpu()
-            for name, tensor in self.block(index).state_dict().items()
-            if named[tensor.data_ptr()] == name
-        }
         span, own = self.layers[index], self.partition.range(index)
         facts = {
             "format": "diffusionblocks block 1",
@@ -388,7 +382,7 @@ class DiffusionBlocksModel(BlockModel):
             "blocks": json.dumps(asdict(self.config)),
             "source": json.dumps(self._identity()),
         }
-        save_file(tensors, str(path), metadata=facts)
+        save_file(named_once(self.block(index)), str(path), metadata=facts)
 
     def _identity(self) -> Any:
         """What the network was made from, as JSON reads it back, without what libraries note for themselves."""

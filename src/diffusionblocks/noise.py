@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from diffusionblocks.devices import wide
 from diffusionblocks.errors import UserError
 
 
@@ -74,21 +75,18 @@ class LogNormal(_GaussianLevels):
         if p_std <= 0:
             raise UserError(f"p_std must be positive, got {p_std}")
         self.p_mean, self.p_std = float(p_mean), float(p_std)
-        self._low, self._high = (
-            self._cdf(torch.tensor(s, dtype=torch.float64, device="cpu")) for s in (sigma_min, sigma_max)
-        )
+        ends = torch.tensor([sigma_min, sigma_max], dtype=torch.float64, device="cpu")
+        self._low, self._high = self._cdf(ends).tolist()
 
     def _cdf(self, sigma: Tensor) -> Tensor:
         return torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std)
 
     def mass(self, level: Tensor) -> Tensor:
-        cdf = self._cdf(level.double().clamp(self.lowest, self.highest))
-        low, high = self._low.to(cdf.device), self._high.to(cdf.device)
-        return ((cdf - low) / (high - low)).to(level.dtype)
+        cdf = self._cdf(wide(level).clamp(self.lowest, self.highest))
+        return ((cdf - self._low) / (self._high - self._low)).to(level.dtype)
 
     def level(self, mass: Tensor) -> Tensor:
-        low, high = self._low.to(mass.device), self._high.to(mass.device)
-        cdf = low + (high - low) * mass.double().clamp(0, 1)
+        cdf = self._low + (self._high - self._low) * wide(mass).clamp(0, 1)
         sigma = torch.exp(self.p_mean + self.p_std * torch.special.ndtri(cdf))
         return sigma.clamp(self.lowest, self.highest).to(mass.dtype)
 
@@ -166,14 +164,23 @@ class Information(_GaussianLevels):
             log_sigma, mass = torch.cat([lowest, log_sigma[kept]]), torch.cat([floor, mass[kept]])
             self.lowest = lowest.exp().item()
         mass = (mass - mass[0]) / (mass[-1] - mass[0])
-        self._log_sigma, self._mass = log_sigma, mass
+        self._tables = {mass.device: (log_sigma, mass)}  # copied once to every device that asks
+
+    def _table(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """log sigma and mass at the points of the map, on the device of `like` and as precise."""
+        if like.device not in self._tables:
+            log_sigma, mass = next(iter(self._tables.values()))
+            self._tables[like.device] = log_sigma.to(like), mass.to(like)
+        return self._tables[like.device]
 
     def mass(self, level: Tensor) -> Tensor:
-        log_sigma = level.double().clamp(self.lowest, self.highest).log()
-        return _interpolate(log_sigma, self._log_sigma, self._mass).to(level.dtype)
+        log_sigma = wide(level).clamp(self.lowest, self.highest).log()
+        return _interpolate(log_sigma, *self._table(log_sigma)).to(level.dtype)
 
     def level(self, mass: Tensor) -> Tensor:
-        log_sigma = _interpolate(mass.double().clamp(0, 1), self._mass, self._log_sigma)
+        share = wide(mass).clamp(0, 1)
+        log_sigmas, masses = self._table(share)
+        log_sigma = _interpolate(share, masses, log_sigmas)
         return log_sigma.exp().clamp(self.lowest, self.highest).to(mass.dtype)
 
     def widen(self, low: float, high: float, overlap: float) -> tuple[float, float]:
@@ -203,7 +210,6 @@ def _conditional_entropy(table: Tensor, prior: Tensor | None, sigmas: Tensor, sa
 
 def _interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
     """Piecewise linear interpolation through (xs, ys), xs increasing; constant outside."""
-    xs, ys = xs.to(x.device), ys.to(x.device)
     right = torch.searchsorted(xs, x.contiguous()).clamp(1, len(xs) - 1)
     x0, x1 = xs[right - 1], xs[right]
     weight = ((x - x0) / (x1 - x0)).clamp(0, 1)

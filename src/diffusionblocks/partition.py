@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusionblocks.devices import wide
 from diffusionblocks.errors import UserError
 from diffusionblocks.noise import LevelDistribution, MaskingSchedule
+from diffusionblocks.seeds import uniform
 
 Blocks = int | range  # one block, or neighbours that learn as one
 
@@ -51,6 +53,7 @@ class Partition:
         # Ascending, exactly [lowest, ..., highest]: the ends are part of the first and last range.
         self.boundaries = levels.between(shares) if borders == "uniform" else levels.level(shares)
         self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
+        self._ranges: dict[tuple[Blocks, bool], NoiseRange] = {}  # every step asks for its own
 
     def block_of(self, level: Tensor) -> Tensor:
         """Index of the block that owns each level; same shape, int64. A boundary belongs to the block below it, which
@@ -58,17 +61,19 @@ class Partition:
 
         Raises UserError when a level lies outside [lowest, highest].
         """
-        level = level.double()
+        level = wide(level)
         if bool((level < self.levels.lowest * (1 - 1e-6)).any() | (level > self.levels.highest * (1 + 1e-6)).any()):
             raise UserError(
                 f"level outside [{self.levels.lowest}, {self.levels.highest}]: got {level.min():g} to {level.max():g}"
             )
-        inner = self.boundaries[1:-1].to(level.device)
+        inner = self.boundaries[1:-1].to(level)
         # A level read back in single precision may miss its own boundary by a rounding: accept 1e-6 relative.
         return self.num_blocks - 1 - torch.searchsorted(inner * (1 + 1e-6), level.contiguous())
 
     def range(self, block: Blocks, *, widened: bool = False) -> NoiseRange:
         """The range that `block` owns, or the wider one that it trains on. Of several neighbouring blocks: their ranges as one."""
+        if (known := self._ranges.get((block, widened))) is not None:
+            return known
         first, last = (block, block) if isinstance(block, int) else (block[0], block[-1])
         self._check(first)
         self._check(last)
@@ -77,15 +82,18 @@ class Partition:
         if widened:
             low, high = self.levels.widen(low, high, self.overlap)
         low_mass, high_mass = self.levels.mass(torch.tensor([low, high], dtype=torch.float64)).tolist()
-        return NoiseRange(low, high, low_mass, high_mass)
+        found = NoiseRange(low, high, low_mass, high_mass)
+        self._ranges[block, widened] = found
+        return found
 
     def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`count` training levels of `block`, or of several that learn as one, [count], uniform in mass over its widened range."""
+        """`count` training levels of `block`, or of several that learn as one, [count], uniform in mass over its widened range;
+        on the generator's device."""
         span = self.range(block, widened=True)
-        mass = torch.rand(count, generator=generator)
+        mass = uniform(count, generator=generator)
         return self.levels.level(span.low_mass + (span.high_mass - span.low_mass) * mass)
 
-    def spread(self, block: Blocks, count: int) -> tuple[Tensor, Tensor]:
+    def spread(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """`count` training levels of `block`, or of several that learn as one, at even distances with one random offset, and weights
         [count] that make a mean over them a mean over mass. Masking schedules only: they are uniform in t, not in mass.
 
@@ -94,7 +102,8 @@ class Partition:
         schedule = self.levels
         assert isinstance(schedule, MaskingSchedule)
         span = self.range(block, widened=True)
-        shares = (torch.rand(1) + torch.arange(count) / count) % 1
+        offset = uniform(1, generator=generator)
+        shares = (offset + torch.arange(count, device=offset.device) / count) % 1
         levels = span.low + (span.high - span.low) * shares
         return levels, schedule.slope(levels) * (span.high - span.low) / (span.high_mass - span.low_mass)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffusionblocks.errors import UserError
 
@@ -16,12 +16,23 @@ WEIGHTS, DESCRIPTION = "model.safetensors", "diffusionblocks.json"
 
 def save_described(model: nn.Module, folder: str | Path, description: Mapping[str, Any]) -> None:
     """Writes the weights of `model` and what they are of."""
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_model(model, str(folder / WEIGHTS))
+    save_file(named_once(model), str(folder / WEIGHTS), metadata={"format": "pt"})
     (folder / DESCRIPTION).write_text(json.dumps({"format": 1, **description}, indent=2) + "\n")
+
+
+def named_once(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a module on the host, each under one name: of a tensor that has several (tied embeddings), the first.
+
+    They may be views of buffers that many tensors share (training/flat.py), which safetensors' own `save_model` refuses.
+    """
+    found: dict[tuple[int, Any], tuple[str, Tensor]] = {}
+    for name, tensor in module.state_dict().items():
+        found.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
+    return {name: tensor.detach().contiguous().cpu() for name, tensor in found.values()}
 
 
 def read_description(folder: str | Path) -> dict[str, Any]:

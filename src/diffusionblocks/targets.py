@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from diffusionblocks.noise import unit_rows
 from diffusionblocks.readout import Evidence, weight_of
+from diffusionblocks.seeds import normal_like
 
 
 def label_table(num_classes: int, width: int) -> Tensor:
@@ -78,6 +79,6 @@ class CategoricalTarget(nn.Module):
 
 
 def add_noise(clean: Tensor, sigma: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-    """z = y + sigma eps. clean [N, ...], sigma of its first dimensions; eps is drawn on the CPU so that devices agree on it."""
-    noise = torch.randn(clean.shape, generator=generator).to(clean)
-    return clean + sigma.to(clean).reshape(*sigma.shape, *[1] * (clean.dim() - sigma.dim())) * noise
+    """z = y + sigma eps. clean [N, ...], sigma of its first dimensions; eps is drawn on the device of both."""
+    noise = normal_like(clean, generator)
+    return clean + sigma.to(clean.dtype).reshape(*sigma.shape, *[1] * (clean.dim() - sigma.dim())) * noise

@@ -152,7 +152,7 @@ def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
         (["digits", "--batch-size", "0"], "at least 1"),
         (["digits", "--num-blocks", "5"], "12 layers do not divide into 5"),
         (["digits", "--num-blocks", "many"], "separated by commas"),
-        (["digits", "--device", "tpu"], "train.device must be one of"),
+        (["digits", "--device", "tpu"], "train.device must be auto, cpu, cuda"),
         (["digitz"], "did you mean 'digits'"),
         ([], "one of the two"),
         (["--model", "no/such-model"], "offline, pass a local folder"),

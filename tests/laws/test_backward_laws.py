@@ -11,8 +11,9 @@ from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import WithoutWeights, layer_evaluations, stored
 from diffusionblocks.memory import measure_peak, profiled_peak
 from diffusionblocks.training.order import plan
-from diffusionblocks.training.residency import Visitors, units
+from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights
+from tests.laws.test_residency_laws import Elsewhere
 
 SPANS = {1: [range(0, 6)], 2: [range(0, 4), range(4, 6)], 3: [range(0, 2), range(2, 4), range(4, 6)]}
 
@@ -262,9 +263,8 @@ def test_weights_of_kept_graphs_visit_like_those_of_others(keep_graphs):
             parameter.data = truth[parameter]
         absent = [unit for other in range(index) for unit in units(far.model.block(other))]
         by_place = {p.data.data_ptr(): truth[p] for unit in absent for p in unit.parameters()}
-        visitors = Visitors(absent, lambda tensor, real=by_place: real.get(tensor.data_ptr(), tensor).clone())
-        far.block_step(index, batch)
-        visitors.close()
+        with Visitors(absent, Slots(torch.device("cpu"), Elsewhere(by_place))):
+            far.block_step(index, batch)
         near.block_step(index, batch)
         assert same(weights(near.model.block(index)), weights(far.model.block(index)))
         for other in range(index):

@@ -11,8 +11,8 @@ import torch
 import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import BlockCoordinateModel
-from diffusionblocks.training import residency as module
-from diffusionblocks.training.residency import Visitors, units
+from diffusionblocks.training import lanes
+from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import config, make_data, make_llama, make_vit, same, weights
 
 
@@ -57,13 +57,13 @@ def test_prefetching_changes_nothing(order):
 
 
 def test_the_next_block_arrives_while_this_one_computes(monkeypatch):
-    load, step = module.Residency._load, dblocks.Trainer.block_step
+    copy, step = lanes._copy, dblocks.Trainer.block_step
     threads = set()
 
-    def slow_load(self, index, stream):
+    def slow_copy(pairs):
         threads.add(threading.current_thread().name)
         time.sleep(0.05)
-        return load(self, index, stream)
+        return copy(pairs)
 
     def slow_step(self, *arguments, **options):
         time.sleep(0.05)
@@ -74,13 +74,30 @@ def test_the_next_block_arrives_while_this_one_computes(monkeypatch):
         made = trainer(residency="disk", order="sweep", steps=6, prefetch=prefetch)
         _ = made.residency
         with monkeypatch.context() as patch:
-            patch.setattr(module.Residency, "_load", slow_load)
+            patch.setattr(lanes, "_copy", slow_copy)
             patch.setattr(dblocks.Trainer, "block_step", slow_step)
             started = time.perf_counter()
             made.fit()
             seconds[prefetch] = time.perf_counter() - started
-    assert len(threads) == 2
+    assert threads == {"reader_0"}
     assert seconds[False] - seconds[True] > 0.5 * 17 * 0.05  # at least half of the 17 loads are hidden
+
+
+def test_the_room_for_blocks_is_made_once_and_is_that_of_the_largest():
+    made = trainer(residency="disk", order="sweep", steps=2)
+    made.fit()
+    home = made.residency
+    arena, views = home._arena, {}
+    for index in (0, 1, 2, 1, 0):
+        with home.active(index) as state:
+            own = {name: tensor.data_ptr() for name, tensor in state.tensors().items()}
+        assert views.setdefault(index, own) == own  # at the same addresses whenever it comes
+    assert home._arena is arena
+    assert arena.nbytes == max(layout.nbytes for layout in home._layouts)
+    both = trainer(residency="disk", order="sweep", steps=2, prefetch=True)
+    both.fit()
+    sizes = sorted(layout.nbytes for layout in both.residency._layouts)
+    assert both.residency._arena.nbytes == sizes[-1] + sizes[-2]
 
 
 def exact(num_blocks, network, **options):
@@ -118,9 +135,8 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
                 home.append((tensor, tensor.data))
                 tensor.data = torch.full_like(tensor.data, float("nan"))
         real = {tensor.data_ptr(): data for tensor, data in home}
-        visitors = Visitors(away, lambda data, real=real: real.get(data.data_ptr(), data).clone())
-        task.step(model, active, batch).loss.backward()
-        visitors.close()
+        with Visitors(away, Slots(torch.device("cpu"), Elsewhere(real))):
+            task.step(model, active, batch).loss.backward()
         for tensor, data in home:
             tensor.data = data
         trained = {name: p.grad for name, p in parts.network.named_parameters() if p.grad is not None}
@@ -130,46 +146,57 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
         model.zero_grad()
 
 
-def test_visiting_layers_are_fetched_ahead_on_the_way_there_and_back():
-    """Half of the time of fetching is hidden behind layers that compute."""
+class Elsewhere(lanes.AtOnce):
+    """Copies what `real` holds in place of what is asked for. asked: (module is being called, elements) of each copy."""
+
+    def __init__(self, real):
+        super().__init__()
+        self.real, self.calling, self.asked = real, False, []
+
+    def copy(self, lane, pairs, after, *, slow=False):
+        self.asked.append((self.calling, sum(len(into) for into, _ in pairs)))
+        found = [(into, self.real.get(source.data_ptr(), source).reshape(-1)) for into, source in pairs]
+        return super().copy(lane, found, after, slow=slow)
+
+
+def test_visiting_layers_are_asked_for_ahead_on_the_way_there_and_back():
+    """All but the first are on their way while the one before computes, each in one copy, and none comes twice in a row."""
     made = exact(3, make_vit())
-    model, batch = made.model, made.stream.load([0])
-    batch = next(iter(batch))
+    model, batch = made.model, next(iter(made.stream.load([0])))
     model.train()
     away = [unit for index in (1, 2) for unit in units(model.block(index))]
-    loads = sum(1 for _ in model.block(1).layers) * 2  # layers of two blocks, there and back
+    for unit in away:  # as residency lays them
+        flat = torch.cat([p.detach().reshape(-1) for p in unit.parameters()])
+        for p, piece in zip(unit.parameters(), flat.split([p.numel() for p in unit.parameters()]), strict=True):
+            p.data = piece.view_as(p)
+    seen, running = Elsewhere({}), []
 
-    def slowly(data):
-        time.sleep(0.02 / 12)
-        return data.clone()
+    class Recording(Visitors):
+        def _load(self, number, keep=None):
+            running.append((number, self._last))
+            super()._load(number, keep)
 
-    def computing(module, arguments):
-        time.sleep(0.03)
-
-    handles = [layer.register_forward_pre_hook(computing) for layer in away]
-    seconds = {}
-    for ahead in (False, True):
-        visitors = Visitors(away, slowly)
-        if not ahead:
-            visitors._loader.submit = lambda *arguments: _Late(*arguments)
-        started = time.perf_counter()
+    slots = Slots(torch.device("cpu"), seen)
+    with Recording(away, slots):
         made.task.step(model, 0, batch).loss.backward()
-        seconds[ahead] = time.perf_counter() - started
-        visitors.close()
-        model.zero_grad()
-    for handle in handles:
-        handle.remove()
-    assert loads == 4 and seconds[False] - seconds[True] > 0.08
+    layers = list(range(len(away)))
+    assert [number for number, _ in running] == [
+        *layers,
+        *layers[-3::-1],
+    ]  # the last two are still there on the way back
+    assert all(abs(number - before) == 1 for number, before in running[1:])
+    assert [size for _, size in seen.asked[:5]] == [sum(p.numel() for p in unit.parameters()) for unit in away]
 
 
-class _Late:
-    """A fetch that begins when its result is asked for."""
-
-    def __init__(self, call, *arguments):
-        self.call, self.arguments = call, arguments
-
-    def result(self):
-        return self.call(*self.arguments)
+def test_a_graph_that_outlives_its_slot_is_refused_not_wrong():
+    first, second, third = (torch.nn.Linear(3, 3) for _ in range(3))
+    for module in (first, second, third):
+        module.requires_grad_(False)
+    x = torch.randn(2, 3, requires_grad=True)
+    with Visitors([first, second, third], Slots(torch.device("cpu"), lanes.AtOnce())):
+        loss = third(second(first(x).tanh()).tanh()).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
 
 def test_exact_mode_trains_only_the_chosen_block_and_saves_an_ordinary_network(tmp_path):

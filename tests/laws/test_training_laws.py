@@ -14,9 +14,10 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import plan, steps_in_a_life, total_steps
-from diffusionblocks.training.residency import Visitors, units
 from diffusionblocks.training.state import BlockState
+from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
+from tests.laws.test_residency_laws import Elsewhere
 
 
 def train(conversion, output_dir=None, **changes):
@@ -100,13 +101,13 @@ def test_absent_blocks_borrow_their_weights_for_one_call():
     for tensor in far.block(1).parameters():
         tensor.data = torch.zeros_like(tensor)
         fetched[tensor.data_ptr()] = home[id(tensor)]
-    visitors = Visitors(units(far.block(1)), lambda t: fetched.get(t.data_ptr(), t))
+    visitors = Visitors(list(units(far.block(1))), Slots(torch.device("cpu"), Elsewhere(fetched)))
     batch = {**make_data(4).__getitems__([0, 1, 2, 3]), "noisy_target": torch.ones(4, 16)}
-    raw = [model.denoiser(1)(batch, torch.ones(4)).raw for model in (near, far)]
-    torch.testing.assert_close(*raw)
-    assert raw[0].abs().sum() > 0
-    assert all(not p.any() for p in far.block(1).parameters())
-    visitors.close()
+    with visitors:
+        raw = [model.denoiser(1)(batch, torch.ones(4)).raw for model in (near, far)]
+        torch.testing.assert_close(*raw)
+        assert raw[0].abs().sum() > 0
+        assert all(not p.any() for p in far.block(1).parameters())
     assert not torch.allclose(far.denoiser(1)(batch, torch.ones(4)).raw, raw[0])
 
 

@@ -195,12 +195,12 @@ def test_the_whole_network_is_the_original_sliding_windows_included(kind, attent
 
 
 def test_a_gpu_without_bf16_is_refused_and_a_processor_that_imitates_it_says_so(monkeypatch, caplog):
-    from diffusionblocks.training.device import check_precision
+    from diffusionblocks.devices import check_precision
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(UserError, match="this GPU has no bf16"):
-        check_precision(config(device="cuda", precision="bf16"))
-    check_precision(config(device="cuda", precision="fp32"))
+        check_precision("bf16", torch.device("cuda"))
+    check_precision("fp32", torch.device("cuda"))
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     with caplog.at_level("WARNING", "diffusionblocks"):
         trained(precision="bf16", steps=1)

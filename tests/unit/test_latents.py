@@ -7,30 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 
 import diffusionblocks as dblocks
 from diffusionblocks.data import latents, sources
 from diffusionblocks.data.latents import Autoencoder, load_data
 from diffusionblocks.evaluation import features, generation
-from tests.conftest import make_data
+from tests.conftest import make_autoencoder, make_data
 
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
     """A tiny autoencoder that halves images, its latents scaled to unit variance on digits."""
-    folder = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    sizes = dict(in_channels=1, out_channels=1, latent_channels=2, norm_num_groups=2, layers_per_block=1)
-    kinds = dict(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2)
-    network = AutoencoderKL(**sizes, **kinds, block_out_channels=(4, 4))
-    digits = dblocks.load_images(dblocks.DataConfig()).train.__getitems__(list(range(200)))["pixel_values"]
-    with torch.no_grad():
-        spread = network.encode(digits).latent_dist.mean.std().item()
-    network.register_to_config(scaling_factor=1 / spread)
-    network.save_pretrained(folder)
-    return str(folder)
+    return make_autoencoder(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture

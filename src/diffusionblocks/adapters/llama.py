@@ -44,6 +44,10 @@ class RotaryLayer(nn.Module):
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
+        if (
+            next(rotary.buffers()).device != hidden.device
+        ):  # constants that no block owns: nobody else moves them, once for all
+            rotary.to(hidden.device)
         window = _window(self.layer, self._config)
         if view is None:
             view = causal_view(self._config, hidden, window)

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from diffusionblocks.data.cache import cache_folder, file_hash
 from diffusionblocks.data.images import DataConfig, ImageData, ImageSplits, load_images
+from diffusionblocks.devices import find_device
 from diffusionblocks.errors import UserError, quiet_hub
 from diffusionblocks.precondition import SIGMA_DATA
 from diffusionblocks.seeds import derive
@@ -42,8 +43,7 @@ class Autoencoder:
         from diffusers import AutoencoderKL
 
         latent_shape(config)  # checks
-        cuda = torch.cuda.is_available() and device in ("auto", "cuda")
-        self.device = torch.device("cuda" if cuda else "cpu")
+        self.device = find_device(device)
         try:
             self.network: Any = AutoencoderKL.from_pretrained(config.vae).to(self.device).eval()
         except (OSError, ValueError) as error:

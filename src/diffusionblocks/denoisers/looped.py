@@ -31,6 +31,7 @@ from diffusionblocks.network import Batch, Block, BlockModel, Parts, documents_a
 from diffusionblocks.precondition import coefficients
 from diffusionblocks.readout import Evidence, TokenReadout, chunk_size, weight_of
 from diffusionblocks.saving import aligned, load_weights, read_description, save_described
+from diffusionblocks.seeds import normal_like
 
 KIND = "looped network"  # what the description of a saved LoopedNetwork says
 
@@ -162,7 +163,7 @@ class LoopedNetwork(BlockModel):
         embedded = self.loop.stem(read)
         view = documents_apart(read, embedded)
         injected = self.loop("prelude", embedded, view)
-        state = torch.randn(injected.shape, generator=generator).to(injected)
+        state = normal_like(injected, generator)
         most, found = max(iterations), {}
         first = 0 if trained is None else max(0, most - trained)
         with torch.no_grad():

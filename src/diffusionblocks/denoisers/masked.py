@@ -39,6 +39,7 @@ from diffusionblocks.network import (
 )
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.readout import IGNORED, TokenReadout, without
+from diffusionblocks.seeds import uniform
 
 
 class Masked(NamedTuple):
@@ -71,7 +72,7 @@ def hide(
     that (the bound of Uria et al. 2014, arXiv 1310.1757, on texts in any order). Exact counts save the variance of 1/u and
     of the count.
     """
-    scores = torch.rand(tokens.shape, generator=generator).to(tokens.device)
+    scores = uniform(*tokens.shape, generator=generator, device=tokens.device)
     present = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
     lengths = present.sum(1)
     if exact:

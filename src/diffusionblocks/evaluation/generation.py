@@ -17,7 +17,7 @@ from diffusionblocks.data.latents import Autoencoder, LatentData
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation import features
 from diffusionblocks.likelihood import image_bound
-from diffusionblocks.seeds import derive
+from diffusionblocks.seeds import derive, generator
 from diffusionblocks.tasks import ImageGeneration
 from diffusionblocks.tasks.base import Metric, mean_with_error
 
@@ -155,7 +155,7 @@ def bits_per_dimension(run: Any, split: Any) -> dict[str, Metric]:
             batch["pixel_values"],
             model.partition,
             levels_per_block=max(1, 12 // model.partition.num_blocks),
-            generator=torch.Generator().manual_seed(start),
+            generator=generator(start, device),
         )
         unit = batch["pixel_values"][0].numel() * np.log(2)
         totals.append(bound.total / unit)

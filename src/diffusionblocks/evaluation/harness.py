@@ -17,6 +17,7 @@ from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.evaluation import in_context
 from diffusionblocks.evaluation.adaptation import is_ordinary
 from diffusionblocks.readout import IGNORED
+from diffusionblocks.seeds import generator
 from diffusionblocks.tasks import NextToken
 
 
@@ -122,7 +123,7 @@ def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float,
     batch = {name: tensor[None].to(run.trainer.device) for name, tensor in _labelled(ids, scored).items()}
     model.eval()
     with torch.no_grad():
-        nats = run.recipe.task.measurer(model)(batch, torch.Generator().manual_seed(0))["nats_per_token"].sum().item()
+        nats = run.recipe.task.measurer(model)(batch, generator(0, run.trainer.device))["nats_per_token"].sum().item()
         if not is_ordinary(run):
             return -nats, False
         logits = model.network(batch["input_ids"]).logits[0, -scored - 1 : -1]

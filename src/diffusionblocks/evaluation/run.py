@@ -400,7 +400,6 @@ def _as_dicts(metrics: dict[str, Metric]) -> dict[str, dict[str, float | None]]:
 
 
 def versions() -> dict[str, str]:
-    import accelerate
     import transformers
 
     return {
@@ -408,7 +407,6 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
     }
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusionblocks.denoisers.labels import LabelBlocks
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.run import Run
+from diffusionblocks.seeds import generator
 from diffusionblocks.tasks import Classification
 
 
@@ -42,7 +43,7 @@ def predictions(run: Run, num: int) -> list[dict[str, Any]]:
 @torch.no_grad()
 def _add_chains(run: Run, model: LabelBlocks, batch: dict[str, torch.Tensor], rows: list[dict[str, Any]]) -> None:
     task = _task(run)
-    outputs = task.chain(model, batch, torch.Generator().manual_seed(0))
+    outputs = task.chain(model, batch, generator(0, run.trainer.device))
     for row in rows:
         row["chain"] = []
     for level, output in zip(task.levels(model), outputs, strict=True):

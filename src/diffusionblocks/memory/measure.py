@@ -19,6 +19,7 @@ from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.tasks.base import on_device
 from diffusionblocks.training.order import Visit
 from diffusionblocks.training.residency import MAPPING
+from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.trainer import Trainer
 
 
@@ -131,7 +132,25 @@ def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]
         tracker.present(modules, [state.optimizer for state in owners], tensors, elsewhere)
         with tracker:
             trainer.visit(visit, batches)
-    return PeakMemory(**tracker.peak.as_dict(), how_measured="torch MemTracker", device="cpu")
+    peak, kept = tracker.peak, _kept(owners)  # the tracker sees one buffer for all that a block keeps
+    return PeakMemory(
+        **kept,
+        gradients=round(peak.gradients),
+        activations=round(peak.total) - round(peak.gradients) - sum(kept.values()),
+        total=round(peak.total),
+        how_measured="torch MemTracker",
+        device="cpu",
+    )
+
+
+def _kept(states: Iterable[BlockState]) -> dict[str, int]:
+    """Bytes that owners keep between their steps, averages aside."""
+    found = {"parameters": 0, "optimizer": 0}
+    for name, tensor in (named for state in states for named in state.tensors().items()):
+        kind = {"model": "parameters", "optimizer": "optimizer"}.get(name.partition(".")[0])
+        if kind is not None:
+            found[kind] += tensor.nbytes
+    return found
 
 
 def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
@@ -143,21 +162,14 @@ def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor
         trainer.visit(visit, batches)
         torch.cuda.synchronize()
         total, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    states = [trainer.shared, *(trainer.states[index] for index in present)]
-    sizes = {"model.": 0, "optimizer.": 0}
-    for state in states:
-        for name, tensor in state.tensors().items():
-            for kind in sizes:
-                sizes[kind] += tensor.nbytes if name.startswith(kind) else 0
+    kept = _kept([trainer.shared, *(trainer.states[index] for index in present)])
     gradients = sum(
         p.nbytes for state in (trainer.shared, trainer.states[visit.block]) for p in state.parameters.values()
     )
-    known = sizes["model."] + sizes["optimizer."] + gradients
     return PeakMemory(
-        parameters=sizes["model."],
+        **kept,
         gradients=gradients,
-        optimizer=sizes["optimizer."],
-        activations=total - known,
+        activations=total - gradients - sum(kept.values()),
         total=total,
         how_measured="torch.cuda.max_memory_allocated",
         device=torch.cuda.get_device_name(),

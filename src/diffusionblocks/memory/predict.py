@@ -328,7 +328,7 @@ class Predictor:
             if config.activation_checkpointing:
                 graph = border * len(block.layers)
             else:
-                with trainer.accelerator.autocast():
+                with trainer.autocast():
                     graph = float(model.graph_bytes(index, batch, largest))
         return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces), border, graph)
 
@@ -395,7 +395,7 @@ class _AnyLevels(Partition):
     def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
         return torch.rand(count)
 
-    def spread(self, block: Blocks, count: int) -> tuple[Tensor, Tensor]:
+    def spread(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         return torch.rand(count), torch.ones(count)
 
 

@@ -26,8 +26,7 @@ def ancestral(target: CategoricalTarget, choose: Callable[..., Tensor] | None = 
             output = denoise(z, level)
             assert output.logits is not None
             if choose is None:
-                probabilities = output.logits.float().softmax(-1).cpu()
-                drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(z.device)
+                drawn = torch.multinomial(output.logits.float().softmax(-1), 1, generator=generator)[:, 0]
             else:
                 drawn = choose(output.logits, generator)
             z = add_noise(target.clean(drawn), z.new_full((len(z),), following), generator=generator)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.errors import UserError
+from diffusionblocks.seeds import uniform
 
 Choose = Callable[[Tensor, torch.Generator | None], Tensor]
 
@@ -57,8 +58,7 @@ class Choice:
 
 
 def draw(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Tokens [M] from softmax(logits) [M, V], by the inverse distribution function with uniform numbers from the CPU, so that
-    devices agree on them."""
+    """Tokens [M] from softmax(logits) [M, V], by the inverse distribution function."""
     below = logits.float().softmax(-1).cumsum(-1)
-    places = torch.rand(len(logits), 1, generator=generator).to(below) * below[:, -1:]
+    places = uniform(len(logits), 1, generator=generator, device=below.device) * below[:, -1:]
     return torch.searchsorted(below, places, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

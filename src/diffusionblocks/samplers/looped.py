@@ -18,6 +18,7 @@ from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.categorical import bridge
 from diffusionblocks.samplers.choice import Choice, draw
 from diffusionblocks.samplers.next_token import Cache
+from diffusionblocks.seeds import normal_like
 from diffusionblocks.targets import add_noise
 
 
@@ -94,7 +95,7 @@ class UnrolledReader(_LoopReader):
     def next(self, generator: torch.Generator | None = None) -> Tensor:
         """The next token of every text [N]."""
         fresh = self._injected[:, self._done :]
-        self._add(0, torch.randn(fresh.shape, generator=generator).to(fresh))
+        self._add(0, normal_like(fresh, generator))
         logits, before = None, None
         for number in range(self.iterations):
             self._iterate(number)
@@ -163,7 +164,7 @@ class LevelsReader(_LoopReader):
     def next(self, generator: torch.Generator | None = None) -> Tensor:
         """The next token of every text [N]."""
         target, texts = self.denoiser.target, len(self._tokens)
-        z = torch.randn(texts, target.rows.shape[1], generator=generator).to(target.rows) * self.levels[0]
+        z = normal_like(target.rows.new_empty(texts, target.rows.shape[1]), generator) * self.levels[0]
         token, before = None, None
         for number, level in enumerate(self.levels):
             raw = self._denoise(number, z, generator)

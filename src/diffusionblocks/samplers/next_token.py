@@ -23,6 +23,7 @@ from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.categorical import ancestral
 from diffusionblocks.samplers.choice import Choice, draw
 from diffusionblocks.samplers.ode import euler
+from diffusionblocks.seeds import normal_like
 
 
 class Reader(Protocol):
@@ -125,7 +126,7 @@ class BlocksReader:
             drawn[:] = [] if self.sampler == "categorical" else [logits]
             return DenoiserOutput(target.estimate(logits), raw, logits)
 
-        z = torch.randn(self._texts, target.rows.shape[1], generator=generator).to(target.rows) * self.levels[0]
+        z = normal_like(target.rows.new_empty(self._texts, target.rows.shape[1]), generator) * self.levels[0]
         if self.sampler == "categorical":
             ancestral(target, choose)(denoise, z, [*self.levels, 0.0], generator=generator)
             return drawn[-1]

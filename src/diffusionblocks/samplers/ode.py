@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusionblocks.precondition import euler_step
 from diffusionblocks.samplers import Denoise, Sampler
+from diffusionblocks.seeds import normal_like
 
 CHURN, CHURN_NOISE = 40.0, 1.003  # [EDM] table 5, ImageNet-64
 CHURN_RANGE = (0.05, 50.0)
@@ -60,7 +61,7 @@ def churn(denoise: Denoise, z: Tensor, levels: list[float], *, generator: torch.
     for level, following in pairwise(levels):
         raised = min(level * (1 + share), levels[0]) if CHURN_RANGE[0] <= level <= CHURN_RANGE[1] else level
         if raised > level:
-            noise = torch.randn(z.shape, generator=generator).to(z)
+            noise = normal_like(z, generator)
             z = z + math.sqrt(raised**2 - level**2) * CHURN_NOISE * noise
         z = _heun(denoise, z, raised, following)
     return z

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.samplers import Sampler
 from diffusionblocks.samplers.choice import Choose
+from diffusionblocks.seeds import uniform
 
 
 def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sampler:
@@ -28,7 +29,7 @@ def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sample
         masses = schedule.mass(torch.tensor(levels, dtype=torch.float64)).tolist()
         for level, (mass, following) in zip(levels, pairwise(masses), strict=False):
             masked = z == mask_id
-            freed = torch.rand(z.shape, generator=generator).to(z.device) < (mass - following) / mass
+            freed = uniform(*z.shape, generator=generator, device=z.device) < (mass - following) / mass
             now = masked & freed if following > 0 else masked
             if now.any():
                 z = z.masked_scatter(now, choose(denoise(z, level, now), generator))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.seeds import Draws
 
 
 class StepOutput(NamedTuple):
@@ -30,10 +31,13 @@ class Metric(NamedTuple):
 class Task(Protocol):
     """One objective with its evaluation. Stateless: all state lives in the model and the trainer."""
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
-        """Loss of block `block` on a batch; draws its own noise from torch's global generator.
+    def step(
+        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+    ) -> StepOutput:
+        """Loss of block `block` on a batch.
 
-        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own.
+        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own. draws: the randomness of
+        the step, on the batch's device; None = new ones (`drawn_for`).
         """
         ...
 
@@ -54,6 +58,11 @@ def per_token(nats: Tensor, lengths: Tensor) -> Metric:
         return Metric(mean, None)
     spread = (nats - mean * lengths).std() / lengths.mean() / len(nats) ** 0.5
     return Metric(mean, spread.item())
+
+
+def drawn_for(batch: Batch, draws: Draws | None) -> Draws:
+    """The draws of a step: those that were handed in, else new ones on the batch's device."""
+    return draws or Draws.new(next(iter(batch.values())).device)
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from diffusionblocks.likelihood import TokenShares, token_bound
 from diffusionblocks.network import Batch, BlockModel, EndToEndModel
 from diffusionblocks.readout import IGNORED, TokenReadout
 from diffusionblocks.samplers.next_token import BlocksReader, OrdinaryReader, Reader
+from diffusionblocks.seeds import Draws
 from diffusionblocks.targets import add_noise
 from diffusionblocks.tasks.base import StepOutput
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_loss
@@ -59,7 +60,7 @@ class CausalLM(NextToken):
         if not ordinary and not (isinstance(model, EndToEndModel) and isinstance(model.readout, TokenReadout)):
             raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
+    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
         return StepOutput(mean_loss(self.whole_losses(model, batch, block), batch), None)
 
     def whole_losses(self, model: BlockModel, batch: Batch, block: int | None = None) -> Tensor:
@@ -122,7 +123,6 @@ class CausalLM(NextToken):
 
         def measure(block: int, sigma: Tensor) -> tuple[Tensor, Tensor]:
             denoiser = model.denoiser(block)
-            sigma = sigma.to(clean.device)
             noisy = add_noise(denoiser.target.clean(clean), sigma, generator=generator)
             if reads or block not in hidden:
                 hidden[block], _ = denoiser.rows(inputs[block], noisy, sigma)
@@ -136,6 +136,7 @@ class CausalLM(NextToken):
             model.partition,
             levels_per_block=self.levels_per_block,
             lowest=lowest,
+            device=clean.device,
             generator=generator,
         )
 

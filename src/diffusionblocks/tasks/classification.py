@@ -22,8 +22,9 @@ from diffusionblocks.precondition import LOSS_WEIGHTS
 from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.categorical import ancestral
 from diffusionblocks.samplers.ode import euler
+from diffusionblocks.seeds import Draws, generator, normal_like
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, mean_with_error
+from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
@@ -58,17 +59,19 @@ class Classification:
     def __post_init__(self) -> None:
         check_choices("task", self, self.CHOICES)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
+    def step(
+        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+    ) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, EndToEndModel):
             return StepOutput(
                 cross_entropy(model(batch, block).float(), labels, label_smoothing=self.label_smoothing), None
             )
         assert isinstance(model, LabelBlocks)
-        partition = model.partition
-        sigma = partition.sample(block if ranges is None else ranges, len(labels))
-        denoiser, sigma = model.denoiser(block), sigma.to(labels.device)
-        noisy = add_noise(denoiser.target.clean(labels), sigma)
+        partition, denoiser = model.partition, model.denoiser(block)
+        source = drawn_for(batch, draws).generator
+        sigma = partition.sample(block if ranges is None else ranges, len(labels), generator=source)
+        noisy = add_noise(denoiser.target.clean(labels), sigma, generator=source)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = denoiser({**inputs, "noisy_target": noisy}, sigma)
         losses = denoiser.target.losses(_logits(output), labels, self.label_smoothing)
@@ -81,7 +84,7 @@ class Classification:
         if isinstance(model, EndToEndModel):
             return model(batch).float().log_softmax(-1)
         assert isinstance(model, LabelBlocks)
-        outputs = self.chain(model, batch, torch.Generator().manual_seed(seed))
+        outputs = self.chain(model, batch, generator(seed, next(iter(batch.values())).device))
         if self.decision == "final" or model.config.readout == "linear":
             return _logits(outputs[-1]).log_softmax(-1)
         votes = [output.raw.float().log_softmax(-1) for output in outputs]
@@ -113,7 +116,7 @@ class Classification:
             outputs.append(output)
             return output
 
-        z = torch.randn(count, target.rows.shape[1], generator=generator).to(device) * levels[0]
+        z = normal_like(target.rows.new_empty(count, target.rows.shape[1]), generator) * levels[0]
         sampler = euler if self.sampler == "euler" else ancestral(target)
         sampler(denoise, z, [*levels, 0.0], generator=generator)
         return outputs

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork, weighted_error
+from diffusionblocks.devices import wide
 from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel, DenoiserOutput
 from diffusionblocks.samplers.grids import GRIDS
 from diffusionblocks.samplers.ode import SAMPLERS
+from diffusionblocks.seeds import Draws, generator, normal_like, uniform
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, mean_with_error
+from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
@@ -72,14 +74,17 @@ class ImageGeneration:
         if self.num_samples < 0 or self.levels_per_image < 1:
             raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
+    def step(
+        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+    ) -> StepOutput:
         network, labels = _diffusion(model), batch["labels"]
         clean, partition = batch["pixel_values"], network.partition
-        sigma = partition.sample(block if ranges is None else ranges, len(labels))
-        sigma = sigma.to(labels.device)
-        dropped = (torch.rand(len(labels)) < self.label_dropout).to(labels.device)
-        labels = torch.where(dropped, torch.full_like(labels, network.num_classes), labels)
-        output = network.denoiser(block)({"noisy_target": add_noise(clean, sigma), "labels": labels}, sigma)
+        source = drawn_for(batch, draws).generator
+        sigma = partition.sample(block if ranges is None else ranges, len(labels), generator=source)
+        dropped = uniform(len(labels), generator=source) < self.label_dropout
+        labels = labels.masked_fill(dropped, network.num_classes)
+        noisy = add_noise(clean, sigma, generator=source)
+        output = network.denoiser(block)({"noisy_target": noisy, "labels": labels}, sigma)
         return StepOutput(weighted_error(output.estimate, clean, sigma).mean(), None)
 
     @torch.no_grad()
@@ -95,22 +100,23 @@ class ImageGeneration:
         per_image: list[Tensor] = []
         per_block: list[list[Tensor]] = [[] for _ in range(blocks)]
         for index, batch in enumerate(batches):
-            generator = torch.Generator().manual_seed(index)
             clean, labels = batch["pixel_values"], batch["labels"]
-            places = (torch.arange(count) + torch.rand(len(labels), count, generator=generator)) / count
-            errors = torch.empty(len(labels), count)
+            source = generator(index, clean.device)
+            strata = torch.arange(count, device=clean.device)
+            places = (strata + uniform(len(labels), count, generator=source)) / count
+            errors = torch.empty(len(labels), count, device=clean.device)
             for column in range(count):
-                sigma = partition.levels.level(places[:, column].double())
+                sigma = partition.levels.level(wide(places[:, column]))
                 owners = partition.block_of(sigma)
-                noisy = add_noise(clean, sigma.float(), generator=generator)
+                noisy = add_noise(clean, sigma.float(), generator=source)
                 for block in owners.unique().tolist():
-                    mine = (owners == block).to(clean.device)
-                    level = sigma.float().to(clean.device)[mine]
+                    mine = owners == block
+                    level = sigma.float()[mine]
                     inputs = {"noisy_target": noisy[mine], "labels": labels[mine]}
-                    found = weighted_error(network.denoiser(block)(inputs, level).estimate, clean[mine], level).cpu()
-                    errors[mine.cpu(), column] = found
-                    per_block[block].append(found)
-            per_image.append(errors.mean(1))
+                    found = weighted_error(network.denoiser(block)(inputs, level).estimate, clean[mine], level)
+                    errors[mine, column] = found
+                    per_block[block].append(found.cpu())
+            per_image.append(errors.mean(1).cpu())
         metrics = {"validation_loss": mean_with_error(torch.cat(per_image))}
         if blocks > 1:
             metrics |= {
@@ -134,7 +140,8 @@ class ImageGeneration:
     ) -> Tensor:
         """Images of the given classes [N] (num_classes = the null class) -> [N, channels, height, width], unclipped.
 
-        One block runs per denoiser call, chosen by `partition.block_of`. The images depend on `seed` and `labels` alone.
+        One block runs per denoiser call, chosen by `partition.block_of`. The images depend on `seed`, `labels` and the
+        kind of device alone.
 
         Args:
             device: where to sample; None = where the model's first parameter is.
@@ -159,9 +166,9 @@ class ImageGeneration:
                 watch(block, level, z, output.estimate)
             return output
 
-        levels, generator = self.levels(model), torch.Generator().manual_seed(seed)
-        z = torch.randn(len(labels), *model.sample_shape, generator=generator).to(device) * levels[0]
-        return SAMPLERS[self.sampler](denoise, z, levels, generator=generator)
+        levels, source = self.levels(model), generator(seed, device)
+        z = normal_like(torch.empty(len(labels), *model.sample_shape, device=device), source) * levels[0]
+        return SAMPLERS[self.sampler](denoise, z, levels, generator=source)
 
 
 def _diffusion(model: Any) -> Any:

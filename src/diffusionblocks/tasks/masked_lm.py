@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
+from diffusionblocks.devices import wide
 from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel
 from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.unmasking import SAMPLERS, even
-from diffusionblocks.tasks.base import Metric, StepOutput, per_token
+from diffusionblocks.seeds import Draws, generator, uniform
+from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, per_token
 
 EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
 
@@ -74,14 +76,17 @@ class MaskedLM:
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
+    def step(
+        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+    ) -> StepOutput:
         """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats (by `loss_weight`
         bound). A block's share of the bound is that times the length of its range, so that shares add up and losses compare."""
         network, tokens, own = _masked(model), batch["input_ids"], block if ranges is None else ranges
-        level, weights = network.partition.spread(own, len(tokens))
-        level, weights = level.to(tokens.device), weights.to(tokens.device)
+        source = drawn_for(batch, draws).generator
+        level, weights = network.partition.spread(own, len(tokens), generator=source)
         real, denoiser = batch.get("attention_mask"), network.denoiser(block)
-        hidden = hide(tokens, denoiser.shares(level), denoiser.mask_id, real=real, exact=self.masking == "exact")
+        exact = self.masking == "exact"
+        hidden = hide(tokens, denoiser.shares(level), denoiser.mask_id, real=real, exact=exact, generator=source)
         share = network.partition.mean_mass(own)
         losses = denoiser.each_loss({**batch, "noisy_target": hidden.tokens}, level, hidden.labels, share)
         lengths = real.sum(1) if real is not None else tokens.new_full((len(tokens),), tokens.shape[1])
@@ -104,23 +109,17 @@ class MaskedLM:
             tokens, real = batch["input_ids"], batch.get("attention_mask")
             size = len(tokens)
             length = (torch.full((size,), tokens.shape[1]) if real is None else real.sum(1).cpu()).double()
-            generator = torch.Generator().manual_seed(index)
+            source = generator(index, tokens.device)
             nats = torch.zeros(size, partition.num_blocks, dtype=torch.float64)
             for part in range(count):
-                share = (part + torch.rand(size, generator=generator)) / count
-                level = partition.levels.level(share.double())
+                share = (part + uniform(size, generator=source)) / count
+                level = partition.levels.level(wide(share))
                 owners = partition.block_of(level)
-                masked = hide(
-                    tokens,
-                    share.to(tokens.device),
-                    network.denoiser(0).mask_id,
-                    real=real,
-                    generator=generator,
-                )
+                masked = hide(tokens, share, network.denoiser(0).mask_id, real=real, generator=source)
                 for block in owners.unique().tolist():
-                    mine = (owners == block).to(tokens.device)
+                    mine = owners == block
                     rows = {name: tensor[mine] for name, tensor in {**batch, "noisy_target": masked.tokens}.items()}
-                    at = level.float().to(tokens.device)[mine]
+                    at = level.float()[mine]
                     losses = network.denoiser(block).each_loss(rows, at, masked.labels[mine])
                     nats[mine.cpu(), block] += (losses.sum(1) * masked.weights[mine]).cpu().double() / count
             sums.append(nats * length[:, None])
@@ -163,7 +162,7 @@ class MaskedLM:
 
         sampler = SAMPLERS[self.sampler](mask_id, schedule, self._choice())  # type: ignore[arg-type]
         levels = even(schedule.level(share).item(), self.sampling_steps)
-        return sampler(denoise, tokens, levels, generator=torch.Generator().manual_seed(seed))
+        return sampler(denoise, tokens, levels, generator=generator(seed, tokens.device))
 
 
 def _masked(model: Any) -> Any:

@@ -23,8 +23,9 @@ from diffusionblocks.partition import Blocks
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.next_token import Reader
+from diffusionblocks.seeds import Draws, generator, normal_like, uniform
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, per_token
+from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, per_token
 
 Measure = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
@@ -65,16 +66,19 @@ class NextToken:
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)
 
-    def step(self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None) -> StepOutput:
+    def step(
+        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+    ) -> StepOutput:
         """Loss: mean cross-entropy of the rows, in nats; for blocks at levels of their own range."""
         self.check_model(model)
+        draws = drawn_for(batch, draws)
         if not isinstance(model, CausalBlocks):
-            return self.whole_step(model, block, batch)
+            return self.whole_step(model, block, batch, draws)
         model.learning(block)
         wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
         size = tuple(wanted.shape[:1]) if denoiser.reads_noise else tuple(wanted.shape)
-        sigma = self._levels(model, block if ranges is None else ranges, size).to(wanted.device)
-        noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma)
+        sigma = self._levels(model, block if ranges is None else ranges, size, draws.generator)
+        noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma, generator=draws.generator)
         if model.block(block).settling and model.config.distill:
             return self._distilled(model, block, batch)
         losses, context = denoiser.losses(batch, noisy, sigma)
@@ -106,15 +110,14 @@ class NextToken:
         """Raises UserError for a model that the task is not for."""
         raise NotImplementedError
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
+    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
         """Of a network that is no denoiser."""
         raise NotImplementedError
 
-    def _levels(self, model: CausalBlocks, block: Blocks, size: tuple[int, ...]) -> Tensor:
+    def _levels(self, model: CausalBlocks, block: Blocks, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """Levels of the given shape: one per text where layers see them, else one per token."""
         count = torch.Size(size).numel()
-        partition = model.partition
-        return partition.sample(block, count).reshape(size)
+        return model.partition.sample(block, count, generator=generator).reshape(size)
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
@@ -141,16 +144,16 @@ class NextToken:
         counts = []
         for number, batch in enumerate(batches):
             wanted, clean = following(batch) != IGNORED, batch["input_ids"][:, 1:]
-            generator = torch.Generator().manual_seed(number)
-            order = torch.randperm(clean.numel(), generator=generator).to(clean.device)
+            source = generator(number, clean.device)
+            order = torch.randperm(clean.numel(), generator=source, device=clean.device)
             counts.append(wanted.sum(1).cpu().double())
             for block in range(model.num_blocks):
                 denoiser, partition = model.denoiser(block), model.partition
                 own = partition.range(block)
                 size = clean.shape[:1] if denoiser.reads_noise else clean.shape
-                masses = own.low_mass + (own.high_mass - own.low_mass) * torch.rand(size, generator=generator)
-                sigma = partition.levels.level(masses).to(clean.device)
-                noise = torch.randn(*clean.shape, denoiser.target.rows.shape[1], generator=generator).to(sigma)
+                masses = own.low_mass + (own.high_mass - own.low_mass) * uniform(*size, generator=source)
+                sigma = partition.levels.level(masses)
+                noise = normal_like(sigma.new_empty(*clean.shape, denoiser.target.rows.shape[1]), source)
                 noise = noise * sigma.reshape(*sigma.shape, *[1] * (noise.dim() - sigma.dim()))
                 inputs = self._with_context(model, batch, block)
                 for name, hidden in (("loss", clean), ("scrambled", clean.flatten()[order].reshape(clean.shape))):
@@ -179,10 +182,10 @@ class NextToken:
         callers that want to know what it did.
         """
         self.check_model(model)
-        reader, generator = reader or self.reader(model), torch.Generator().manual_seed(seed)
+        reader, source = reader or self.reader(model), generator(seed, tokens.device)
         reader.read(tokens)
         while tokens.shape[1] < length:
-            new = reader.next(generator)[:, None]
+            new = reader.next(source)[:, None]
             tokens = torch.cat([tokens, new], 1)
             if (watch is not None and watch(tokens)) or tokens.shape[1] == length:
                 break
@@ -200,7 +203,7 @@ def summed(measure: Measure, batches: Iterable[Batch]) -> dict[str, Metric]:
     sums: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
     for index, batch in enumerate(batches):
-        found = measure(batch, torch.Generator().manual_seed(index))
+        found = measure(batch, generator(index, batch["input_ids"].device))
         sums.append({name: losses.cpu().double().sum(1) for name, losses in found.items()})
         counts.append((following(batch) != IGNORED).sum(1).cpu().double())
     tokens = torch.cat(counts)

@@ -23,6 +23,7 @@ from diffusionblocks.network import Batch, BlockModel
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
 from diffusionblocks.samplers.next_token import Reader
+from diffusionblocks.seeds import Draws
 from diffusionblocks.tasks.base import Metric, StepOutput
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_loss, summed
 
@@ -85,12 +86,12 @@ class RecurrentLM(NextToken):
         """The same task with steps that all need the most memory: as many iterations as gradients flow through."""
         return replace(self, draw="constant", mean_iterations=self.truncation)
 
-    def drawn(self) -> int:
-        """Iterations of one training step, from torch's generator: r = 1 + Poisson(e^t) with t normal, so that the mean is
+    def drawn(self, seed: int) -> int:
+        """Iterations of one training step, drawn on the host: r = 1 + Poisson(e^t) with t normal, so that the mean is
         `mean_iterations` ([Huginn] section 3.3)."""
         if self.draw == "constant" or self.mean_iterations == 1:
             return self.mean_iterations
-        generator = np.random.default_rng(int(torch.randint(1 << 62, (1,))))
+        generator = np.random.default_rng(seed)
         return int(1 + generator.poisson(self._rates(generator.standard_normal())))
 
     def _rates(self, normal: float | np.ndarray) -> float | np.ndarray:
@@ -108,11 +109,11 @@ class RecurrentLM(NextToken):
         if not isinstance(model, LoopedNetwork | LoopedBlocks):
             raise UserError(f"the task recurrent-lm trains looped networks; got {type(model).__name__}")
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch) -> StepOutput:
+    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
         """Loss after a random number of iterations."""
         assert isinstance(model, LoopedNetwork)
-        iterations = self.drawn()
-        (hidden,) = model.hidden(batch, [iterations], trained=self.truncation)
+        iterations = self.drawn(draws.number("iterations"))
+        (hidden,) = model.hidden(batch, [iterations], trained=self.truncation, generator=draws.generator)
         passed = model.loop.passed(iterations, trained=min(iterations, self.truncation))
         return StepOutput(mean_loss(model.readout(hidden, following(batch)), batch), None, passed)
 

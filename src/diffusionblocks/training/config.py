@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from diffusionblocks.devices import parse_device
 from diffusionblocks.errors import UserError, check_choices
 
 
@@ -29,7 +30,8 @@ class TrainingConfig:
             is set, where accumulation cuts batches).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
-            next block in while the active one computes (needs room on the device for the state of both).
+            next block in while the active one computes, which needs room on the device for the state of both; null = from host
+            memory to a card, as soon as a first round has shown that there is room.
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
             readout), else 0. Or a share for each border between blocks, [0.6, 0.9]: block 0 parts from the others at 0.6, blocks 1
@@ -44,7 +46,8 @@ class TrainingConfig:
         trust: factor exp(loss of the last block - loss of this one, in nats) on the rate of a block's layers: how likely its head finds
             the right answers, against the whole network. For blocks with heads, not in the order sequential.
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
-            (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
+            (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto` (an accelerator if
+            there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
         activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
         seed: of every random decision. num_workers: data loading processes.
@@ -68,7 +71,7 @@ class TrainingConfig:
     keep_graphs: int = 1
     visit_steps: int = 1
     residency: str = "device"
-    prefetch: bool = False
+    prefetch: bool | None = None
     branch_at: float | list[float] | None = None
     decay_from: str = "branch"
     own_batch: int = 0
@@ -95,7 +98,6 @@ class TrainingConfig:
         "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
         "decay_from": ("branch", "hold"),
         "precision": ("fp32", "bf16", "bf16-true"),
-        "device": ("auto", "cpu", "cuda", "mps"),
     }
 
     @property
@@ -106,6 +108,7 @@ class TrainingConfig:
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
         check_choices("train", self, self.CHOICES)
+        parse_device(self.device)
         for name in ("steps", "batch_size", "accumulation", "visit_steps", "keep_checkpoints", "keep_graphs"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")

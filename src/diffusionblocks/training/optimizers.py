@@ -6,17 +6,20 @@ places where libraries differ: a step count that is a plain number, and tables t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import SGD, Adafactor, AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.training.config import TrainingConfig
 
 SHARED_TABLES = ("qmap1", "qmap2")  # bitsandbytes' quantisation tables: constants of the optimizer
+ON_HOST = {"adafactor": ("step",), "adamw-8bit": ("step",)}  # numbers that the optimizer reads on the host
 
 
 def new_optimizer(
@@ -69,6 +72,30 @@ def put_state(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Te
         name = "dynamic" if key == "state1" else "udynamic"
         tables[name] = tables[name].to(parameter.device)
         state["qmap" + key[-1]] = tables[name]
+
+
+def state_shapes(
+    parameters: Mapping[str, nn.Parameter], config: TrainingConfig
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """`<parameter>.<key>` -> dtype and shape of all that the optimizer will keep: what a step makes on tensors without data."""
+    with FakeTensorMode(allow_non_fake_inputs=True), OneForNumbers():
+        empty = {name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for name, p in parameters.items()}
+        optimizer = new_optimizer(empty.values(), config)
+        for p in empty.values():
+            p.grad = torch.empty_like(p)
+        optimizer.step()
+        return {
+            f"{name}.{key}": (value.dtype, value.shape)
+            for name, p in empty.items()
+            for key, value in state_tensors(optimizer, p)
+        }
+
+
+class OneForNumbers(TorchDispatchMode):
+    """A number read off a tensor without data is 1. Adafactor reads some; no shape depends on them."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 def _bitsandbytes() -> Any:

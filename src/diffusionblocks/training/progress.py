@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffusionblocks.devices import memory_in_use
+from diffusionblocks.errors import UserError
+
 if TYPE_CHECKING:
     from diffusionblocks.training.trainer import Progress
 
@@ -25,21 +28,22 @@ class Journal:
     """metrics.jsonl: one line per log interval with the mean loss of every block that trained in it.
 
     Args:
-        folder: run folder, None = keep nothing. length: bytes to keep of an existing file (resume). accelerator: its
-            trackers get the same numbers.
+        folder: run folder, None = keep nothing. length: bytes to keep of an existing file (resume). tensorboard: also write the
+            same numbers below folder/tensorboard.
+
+    Raises UserError when TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: Path | None, length: int, accelerator: Any) -> None:
+    def __init__(self, folder: Path | None, length: int, tensorboard: bool = False) -> None:
         self.path = None if folder is None else folder / "metrics.jsonl"
-        self.bytes, self.accelerator = length, accelerator
+        self.bytes = length
         self._losses: dict[int, list[Tensor]] = {}
         self._rates: dict[int, float] = {}
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab") as stream:
                 stream.truncate(length)
-        if accelerator.log_with:
-            accelerator.init_trackers("tensorboard")
+        self._board = _summary_writer(folder or Path(".")) if tensorboard else None
 
     def record(self, block: int, losses: list[Tensor], rate: float) -> None:
         self._losses.setdefault(block, []).extend(losses)
@@ -57,8 +61,9 @@ class Journal:
         self._rates.clear()
 
     def write(self, line: dict[str, Any]) -> None:
-        if self.accelerator.log_with:
-            self.accelerator.log(_flat(line), step=line["block_steps"])
+        if self._board is not None:
+            for name, value in _flat(line).items():
+                self._board.add_scalar(name, value, line["block_steps"])
         if self.path is not None:
             encoded = (json.dumps(line) + "\n").encode()
             with self.path.open("ab") as stream:
@@ -66,8 +71,16 @@ class Journal:
             self.bytes += len(encoded)
 
     def close(self) -> None:
-        if self.accelerator.log_with:
-            self.accelerator.end_training()
+        if self._board is not None:
+            self._board.close()
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs tensorboard: pip install 'diffusionblocks[tracking]'") from None
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
@@ -80,8 +93,8 @@ def _flat(line: dict[str, Any], prefix: str = "") -> dict[str, float]:
 class ProgressBar:
     """Loss per block, steps per second, memory and time left, on stderr."""
 
-    def __init__(self, total: int, done: int, num_blocks: int) -> None:
-        self.total, self.first, self.num_blocks = total, done, num_blocks
+    def __init__(self, total: int, done: int, device: torch.device) -> None:
+        self.total, self.first, self.device = total, done, device
         self.done = done
         self.losses: dict[int, Tensor] = {}
         self.started = self.spoken = time.monotonic()
@@ -118,11 +131,7 @@ class ProgressBar:
     def _text(self, now: float) -> str:
         losses = " ".join(f"{block}:{loss.item():.3f}" for block, loss in sorted(self.losses.items()))
         speed = (self.done - self.first) / max(1e-9, now - self.started)
-        return f"loss {losses}  {speed:.1f} steps/s  {memory_in_use() / 2**20:.0f} MiB"
-
-
-def memory_in_use() -> int:
-    """Bytes: allocated on the GPU if there is one in use, else the peak resident set of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = memory_in_use(self.device)
+        if used is None:  # else the largest resident set of this process
+            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return f"loss {losses}  {speed:.1f} steps/s  {used / 2**20:.0f} MiB"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.optimizers import new_optimizer, put_state, state_tensors
+from diffusionblocks.training.optimizers import ON_HOST, new_optimizer, put_state, state_shapes, state_tensors
 
 
 class BlockState:
@@ -83,6 +83,9 @@ class BlockState:
         if not self.average:
             # In fp32 whatever the weights are in: a small step of an average vanishes in bf16.
             self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
+        if self.steps == 1:  # where residency has made room for it, there is nothing in it yet
+            for name, p in self.parameters.items():
+                self.average[name].copy_(p)
         # The warm start of the decay keeps early averages from remembering the initial weights.
         decay = min(self.config.ema_decay, (1 + self.steps) / (10 + self.steps))
         for name, p in self.parameters.items():
@@ -92,11 +95,27 @@ class BlockState:
         """All tensors by name: `model.*`, `average.*` and `optimizer.<parameter>.<key>`."""
         return dict(self._slots())
 
+    def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
+        """dtype and shape of all tensors that there will be after the first step; the weights of a module follow each other."""
+        found = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors().items()}
+        if self.config.ema_decay:
+            found |= {f"average.{name}": (torch.float32, p.shape) for name, p in self.parameters.items()}
+        if self.parameters:
+            kept = state_shapes(self.parameters, self.config)
+            found |= {f"optimizer.{name}": shape for name, shape in kept.items()}
+        return found
+
+    def stays_on_host(self, name: str) -> bool:
+        """Whether a tensor belongs on the host wherever the block is: a number that the optimizer reads there."""
+        return name.startswith("optimizer.") and name.rpartition(".")[2] in ON_HOST.get(self.config.optimizer, ())
+
     def _slots(self) -> Iterator[tuple[str, Tensor]]:
-        for name, p in {**self.parameters, **self.frozen}.items():
-            yield f"model.{name}", p.detach()
-        for name, buffer in self.module.named_buffers():
-            yield f"model.{name}", buffer
+        held = {**self.parameters, **self.frozen, **dict(self.module.named_buffers())}
+        for prefix, module in self.module.named_modules():
+            for name in (*module._parameters, *module._buffers):
+                full = f"{prefix}.{name}" if prefix else name
+                if full in held:
+                    yield f"model.{full}", held[full].detach()
         for name, tensor in self.average.items():
             yield f"average.{name}", tensor
         if self.optimizer is not None:

@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 
 from diffusionblocks.coordinate import BlockCoordinateModel, Passage
 from diffusionblocks.data.stream import BatchStream, in_order
+from diffusionblocks.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
-from diffusionblocks.seeds import derive
+from diffusionblocks.seeds import Draws, derive
 from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.device import accelerator, has_bf16
 from diffusionblocks.training.interruption import stop_on_signal
 from diffusionblocks.training.order import (
     Visit,
@@ -103,8 +103,12 @@ class Trainer:
             may = isinstance(model, DiffusionBlocksModel) and model.config.may_branch(model.layers)
             self.config = resolve_branch(self.config, may)
         self.output_dir = None if output_dir is None else Path(output_dir)
-        self.accelerator = accelerator(self.config, self.output_dir)
-        self.device: torch.device = self.accelerator.device
+        self.device = find_device(self.config.device)
+        check_precision(self.config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(
+                self.device
+            )  # streams, memory statistics and workspaces are those of the current device
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
         self.streams = {self.config.batch_size: self.stream}
         for samples in self._own_batch_sizes() - {self.config.batch_size}:
@@ -129,6 +133,7 @@ class Trainer:
         self._residency: Residency | None = None
         self._averaged = False
         self._check_heads()
+        self._unchecked: list[tuple[int, int, list[Tensor]]] = []  # block, its steps before, losses
         self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
         self._first_step, self._passed = 0, dict[str, int]()
 
@@ -182,10 +187,15 @@ class Trainer:
             away = {k: v for k, v in self.shared.tensors().items() if v.device != self.device}
             self.shared.replace({k: v.to(self.device) for k, v in away.items()})
             folder = None if self.output_dir is None else self.output_dir / "residency"
-            self._residency = Residency(self.config.residency, self.states, self.device, folder)
+            kind, ahead = self.config.residency, self.config.prefetch
+            self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
         return self._residency
 
     # ------------------------------------------------------------------ one step
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Products in bf16 where `train.precision` says so."""
+        return autocast(self.device, self.config.precision)
 
     def block_step(
         self, index: int, batch: Mapping[str, Tensor], *, ranges: range | None = None
@@ -200,12 +210,13 @@ class Trainer:
         self.model.block(index).settling = state.settles()
         total, contexts, layers = torch.zeros((), device=self.device), [], 0.0
         for micro, piece in enumerate(_pieces(batch, parts)):
-            torch.manual_seed(derive(self.config.seed, "step", index, state.steps, micro))
+            draws = Draws(self.config.seed, self.device, index, state.steps, micro)
+            draws.seed_layers()
             with self._readable():
                 with self._passing(index, micro) as passage:
-                    with self.accelerator.autocast():
-                        loss, context, passed = self._loss(index, piece, passage, ranges)
-                    self.accelerator.backward(loss / parts)
+                    with self.autocast():
+                        loss, context, passed = self._loss(index, piece, passage, ranges, draws)
+                    (loss / parts).backward()
                 if passage is not None:
                     passage.stepped(index, loss.detach(), parts)
             total += loss.detach() / parts
@@ -216,10 +227,12 @@ class Trainer:
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
-    def _loss(self, index: int, piece: Batch, passage: Passage | None, ranges: range | None) -> StepOutput:
+    def _loss(
+        self, index: int, piece: Batch, passage: Passage | None, ranges: range | None, draws: Draws
+    ) -> StepOutput:
         """The task's, or what the gradient that comes down from later blocks makes of it."""
         if passage is None or passage.loss is None:
-            return self.task.step(self.model, index, piece, ranges=ranges)
+            return self.task.step(self.model, index, piece, ranges=ranges, draws=draws)
         assert isinstance(self.model, BlockCoordinateModel)
         loss, layers = self.model.going_down(index, piece, passage)
         return StepOutput(loss, None, layers)
@@ -267,7 +280,7 @@ class Trainer:
         self._part(visit.copies)
         losses = []
         with self.residency.active(visit.block):
-            if self.config.prefetch and upcoming is not None:
+            if upcoming is not None:
                 self.residency.prefetch(upcoming)
             for batch in batches:
                 self._add_context(visit, batch)
@@ -290,7 +303,7 @@ class Trainer:
         """The clean stream that enters block `index`, or None where it reads the input itself."""
         if index == 0 or not isinstance(self.model, DiffusionBlocksModel):
             return None
-        with self.residency.borrowed(), self.accelerator.autocast():
+        with self.residency.borrowed(), self.autocast():
             return self.model.context(batch, index)
 
     def _part(self, copies: Iterable[tuple[int, int]]) -> None:
@@ -312,24 +325,26 @@ class Trainer:
         if self.progress.finished:
             return self.progress
         total = total_steps(self.config, self.model.num_blocks)
-        if self.config.precision != "fp32" and self.device.type == "cpu" and not has_bf16():
+        if self.config.precision != "fp32" and imitates_bf16(self.device):
             log.warning("this processor imitates bf16, which is much slower than --train.precision fp32")
-        journal = Journal(self.output_dir, self.progress.journal_bytes, self.accelerator)
+        journal = Journal(self.output_dir, self.progress.journal_bytes, self.config.tensorboard)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
         with (
             self._everything_trains(),
             stop_on_signal() as stop,
-            ProgressBar(total, self.progress.block_steps, self.model.num_blocks) as bar,
+            ProgressBar(total, self.progress.block_steps, self.device) as bar,
         ):
             for visit, losses in self._visits():
-                self._check_finite(visit, losses)
+                self._unchecked.append((visit.block, self.states[visit.block].steps - len(losses), losses))
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
                 if self._due("log", self.config.log_every):
+                    self._check_finite()
                     journal.flush(self.progress)
                 if visit.border and (stop.is_set() or self._due("checkpoint", self.config.checkpoint_every)):
+                    self._check_finite()
                     journal.flush(self.progress)
                     self._save(journal)
                     if stop.is_set() and self.progress.block_steps < total:
@@ -342,8 +357,10 @@ class Trainer:
                             "validation": {k: v._asdict() for k, v in self.evaluate(self.eval_data).items()},
                         }
                     )
+            self._check_finite()
             journal.flush(self.progress)
         self.progress.finished = True
+        self.residency.settle()
         self._save(journal)
         journal.close()
         return self.progress
@@ -391,16 +408,23 @@ class Trainer:
     def _position(self) -> dict[str, Any]:
         return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}
 
-    def _check_finite(self, visit: Visit, losses: list[Tensor]) -> None:
-        values = torch.stack(losses)
-        if bool(torch.isfinite(values).all()):
+    def _check_finite(self) -> None:
+        """Looks at the losses since it last looked: at log intervals and before a checkpoint, since reading them waits for the device.
+
+        Raises UserError at the first that is not finite.
+        """
+        visits, self._unchecked = self._unchecked, []
+        values = torch.stack([loss for _, _, losses in visits for loss in losses]) if visits else torch.zeros(0)
+        bad = (~torch.isfinite(values)).tolist()
+        if True not in bad:
             return
-        first = int((~torch.isfinite(values)).nonzero()[0])
-        step = self.states[visit.block].steps - len(losses) + first + 1
+        first = bad.index(True)
+        steps = [(block, before + number) for block, before, losses in visits for number in range(1, len(losses) + 1)]
+        block, step = steps[first]
         kept = checkpoint.existing(self.output_dir) if self.output_dir else []
         left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         raise UserError(
-            f"the loss of block {visit.block} became {values[first].item()} at its step {step}; training stopped, {left}. "
+            f"the loss of block {block} became {values[first].item()} at its step {step}; training stopped, {left}. "
             "Try a lower --train.learning-rate"
         )
 
@@ -435,7 +459,7 @@ class Trainer:
             now = phase_at(self.config, self.model.num_blocks, self.progress.block_steps)
             self.model.holders = tuple(map(now.holder, range(self.model.num_blocks)))
         try:
-            with residency.borrowed(), torch.no_grad(), self.accelerator.autocast():
+            with residency.borrowed(whole=True), torch.no_grad(), self.autocast():
                 yield
         finally:
             self._swap_averages()
@@ -459,6 +483,7 @@ class Trainer:
     def _save(self, journal: Journal) -> None:
         if self.output_dir is None:
             return
+        self.residency.settle()
         self.progress.journal_bytes = journal.bytes
         checkpoint.save(
             self.output_dir,

@@ -1,0 +1,84 @@
+"""What a step on a device moves, waits for and computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from diffusionblocks.tasks.base import on_device
+from tests.conftest import DEVICE, same, weights
+from tests.second_device.cases import CASES
+from tests.second_device.device import watched
+
+only_sim = pytest.mark.skipif(DEVICE != "sim", reason="a card does not count what crosses")
+CONSTANT = 4  # elements of a tensor that may be made on the host in every step: a scalar, the two ends of a range
+
+
+@pytest.fixture(params=CASES, ids=list(CASES))
+def case(request):
+    return CASES[request.param]
+
+
+def a_round(trainer, number=0):
+    """One step of every block on batch `number`, which is on the device already."""
+    (batch,) = on_device(trainer.stream.load([number]), trainer.device)
+    for block in trainer.round:
+        with trainer.residency.active(block):
+            _, context = trainer.block_step(block, batch)
+        if context is not None:
+            batch["context"] = context
+
+
+@only_sim
+def test_a_block_step_moves_nothing_and_waits_for_nothing(case, device):
+    trainer = case.trainer(device=str(device), heads_first=0.0)
+    a_round(trainer)
+    (batch,) = on_device(trainer.stream.load([1]), trainer.device)
+    for block in trainer.round:
+        with watched() as traffic:
+            _, context = trainer.block_step(block, batch)
+        assert (traffic.up, traffic.down, traffic.read) == ([], [], 0)
+        assert traffic.made_on_host <= CONSTANT
+        if context is not None:
+            batch["context"] = context
+
+
+def test_a_device_computes_what_the_cpu_computes(case, device):
+    found = []
+    for where in ("cpu", str(device)):
+        trainer = case.trainer(device=where, optimizer="sgd", learning_rate=0.1)  # Adam makes signs of roundings
+        trainer.fit()
+        found.append({name: tensor.cpu() for name, tensor in weights(trainer.model).items()})
+    if device.type == "sim":  # the same draws, too
+        for name, tensor in found[0].items():
+            torch.testing.assert_close(found[1][name], tensor, rtol=1e-3, atol=1e-5)
+    assert all(torch.isfinite(tensor).all() for tensor in found[1].values() if tensor.is_floating_point())
+
+
+@pytest.mark.parametrize("residency", ["host", "disk"])
+def test_where_idle_blocks_are_changes_nothing(case, residency, device):
+    if DEVICE == "sim" and case.train.get("keep_graphs") and residency != "device":
+        pytest.skip("a parameter of this device cannot leave it while a graph holds it")
+    plain = case.trainer(device=str(device), residency="device")
+    plain.fit()
+    moved = case.trainer(device=str(device), residency=residency)
+    moved.fit()
+    assert same(*({name: t.cpu() for name, t in weights(one.model).items()} for one in (plain, moved)))
+    assert {name: m.value for name, m in plain.evaluate(case.data).items()} == pytest.approx(
+        {name: m.value for name, m in moved.evaluate(case.data).items()}
+    )
+
+
+@only_sim
+def test_a_run_moves_its_batches_and_reads_the_device_at_log_intervals_alone(device):
+    case, moved, read = CASES["labels default"], {}, {}
+    for steps, every in ((8, 3), (16, 3), (16, 6)):
+        trainer = case.trainer(device=str(device), steps=steps, log_every=every, checkpoint_every=0)
+        with watched() as traffic:
+            trainer.fit()
+        moved[steps], read[steps, every] = sum(traffic.up), len(traffic.down) + traffic.read
+    batches = [tensor.nbytes for batch in trainer.stream.load(range(8)) for tensor in batch.values()]
+    assert moved[16] - moved[8] == sum(batches)
+    each = read[16, 3] - read[8, 3]  # of eight more rounds over three blocks, logged every three block steps
+    assert 0 < each <= 8 * 4  # whether losses are finite, and a mean for each of three blocks
+    assert read[16, 6] <= read[16, 3] * 0.7
