@@ -16,6 +16,7 @@ from diffusionblocks import evidence as evidence_module
 from diffusionblocks import readout
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import WithoutWeights
+from diffusionblocks.denoisers.masked import hide
 from diffusionblocks.evidence import Evidence, features_in_halves, rows_in_halves
 from diffusionblocks.memory.tracker import PhaseTracker
 from diffusionblocks.noise import unit_rows
@@ -182,6 +183,12 @@ def test_nothing_waits_for_a_number_from_the_card():
     hidden, head, labels, weights, known = parts()
     with _NoWaiting():
         weighted_cross_entropy(hidden, head, labels, weights, NEVER, known).backward()
+    model = dblocks.convert(make_llama(), 3, target="masked")
+    tokens, level = torch.randint(0, 9, (2, 16)), torch.full((2,), 0.5)
+    masked = hide(tokens, level, model.mask_id)
+    with _NoWaiting():
+        batch = {"noisy_target": masked.tokens}
+        model.denoiser(1).loss(batch, level, masked.labels, masked.weights, 20).backward()
     with pytest.raises(AssertionError), _NoWaiting():  # the law can fail
         hidden[labels != IGNORED]
 
