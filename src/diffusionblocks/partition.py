@@ -54,6 +54,7 @@ class Partition:
         self.boundaries = levels.between(shares) if borders == "uniform" else levels.level(shares)
         self.boundaries[0], self.boundaries[-1] = levels.lowest, levels.highest
         self._ranges: dict[tuple[Blocks, bool], NoiseRange] = {}  # every step asks for its own
+        self._means: dict[Blocks, float] = {}
 
     def block_of(self, level: Tensor) -> Tensor:
         """Index of the block that owns each level; same shape, int64. A boundary belongs to the block below it, which
@@ -109,9 +110,11 @@ class Partition:
 
     def mean_mass(self, block: Blocks) -> float:
         """Of the levels that `spread` draws: the share of a text that is masked, on average."""
-        span = self.range(block, widened=True)
-        shares = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
-        return self.levels.mass(span.low + (span.high - span.low) * shares).mean().item()
+        if block not in self._means:
+            span = self.range(block, widened=True)
+            shares = (torch.arange(256, dtype=torch.float64) + 0.5) / 256
+            self._means[block] = self.levels.mass(span.low + (span.high - span.low) * shares).mean().item()
+        return self._means[block]
 
     def _check(self, block: int) -> None:
         if not 0 <= block < self.num_blocks:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from diffusionblocks.evidence import Evidence, weight_of
 from diffusionblocks.noise import unit_rows
-from diffusionblocks.readout import Evidence, weight_of
 from diffusionblocks.seeds import normal_like
 
 

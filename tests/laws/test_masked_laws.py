@@ -20,6 +20,7 @@ from diffusionblocks.partition import Partition
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers import unmasking
 from diffusionblocks.samplers.choice import Choice
+from diffusionblocks.tasks.masked_lm import most_masked
 from diffusionblocks.training import checkpoint
 from tests.conftest import (
     Counting,
@@ -174,18 +175,49 @@ def test_the_weight_of_an_answer_grows_with_the_masks_as_said(loss_weight, monke
     model, tokens = blocks(), torch.randint(0, MASK, (8, 8))
     seen = {}
 
-    def each_loss(batch, level, labels, share=1.0):
-        seen["answers"] = (labels != IGNORED).float().requires_grad_()
-        return seen["answers"]
+    def loss(batch, level, labels, weights, most):
+        seen.update(counts=(labels != IGNORED).sum(1), weights=weights)
+        return weights.sum()
 
-    monkeypatch.setattr(model.denoiser(0), "each_loss", each_loss)
+    monkeypatch.setattr(model.denoiser(0), "loss", loss)
     torch.manual_seed(0)
-    dblocks.MaskedLM(loss_weight=loss_weight).step(model, 0, {"input_ids": tokens}, ranges=range(3)).loss.backward()
-    counts = seen["answers"].detach().sum(1)
-    weights = seen["answers"].grad[:, 0]
+    dblocks.MaskedLM(loss_weight=loss_weight).step(model, 0, {"input_ids": tokens}, ranges=range(3))
+    counts, weights = seen["counts"], seen["weights"]
     power = {"bound": -1.0, "root": -0.5, "equal": 0.0}[loss_weight]
     assert len(counts.unique()) > 4
     torch.testing.assert_close(weights / weights[0], (counts / counts[0]) ** power)
+
+
+@pytest.mark.parametrize("spare", [0, 7])
+def test_the_training_loss_is_that_of_every_masked_token(spare):
+    model, tokens = blocks().eval(), texts()
+    denoiser, level, weights = model.denoiser(1), torch.full((5,), 0.5), torch.rand(5)
+    masked = hide(tokens, torch.linspace(0.1, 0.9, 5), MASK)
+    inputs, most = {"noisy_target": masked.tokens}, int((masked.labels != IGNORED).sum()) + spare
+    losses = (
+        denoiser.loss(inputs, level, masked.labels, weights, most),
+        (denoiser.each_loss(inputs, level, masked.labels).sum(1) * weights).sum(),
+    )
+    torch.testing.assert_close(*losses)
+    parameters = [p for p in model.block(1).parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in losses)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_no_more_tokens_are_masked_than_are_read_out(schedule, exact):
+    partition, schedule = Partition(MaskingSchedule(schedule), 3), MaskingSchedule(schedule)
+    for own in (0, 1, 2, range(3), range(1, 3)):
+        for shape in ((1, 5), (3, 16), (32, 64), (16, 512)):
+            tokens = torch.zeros(shape, dtype=torch.long)
+            most = most_masked(partition, own, tokens, exact=exact)
+            for _ in range(30):
+                level, _ = partition.spread(own, shape[0])
+                masked = hide(tokens, schedule.mass(level), MASK, exact=exact).labels != IGNORED
+                assert masked.sum() <= most
+        likely = shape[0] * shape[1] * partition.mean_mass(own)
+        assert most <= (1.15 if exact else 1.3) * likely  # few are read out for nothing
 
 
 def test_levels_are_spread_evenly_and_weighted_to_equal_mass():

@@ -13,7 +13,7 @@ ROOT = Path(diffusionblocks.__file__).parent
 LEVELS = [
     {"errors", "seeds", "devices"},
     {"noise", "partition", "precondition"},
-    {"conditioning", "config", "targets", "attention", "readout"},
+    {"conditioning", "config", "targets", "attention", "evidence", "readout"},
     {"network", "coordinate", "saving"},
     {"denoisers"},
     {"adapters", "samplers", "tasks", "data", "likelihood", "pretrained"},

@@ -127,11 +127,14 @@ class CausalDenoiser(Denoiser):
         losses = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED)
         return DenoiserOutput(self.target.estimate(logits), raw, logits, context, losses)
 
-    def losses(self, batch: Batch, noisy: Tensor, level: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Cross-entropies of the rows [N, R] in nats, 0 where there is nothing to predict; and the clean stream for the next
-        block."""
+    def losses(
+        self, batch: Batch, noisy: Tensor, level: Tensor, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropies of the rows [N, R] in nats, 0 where there is nothing to predict, or, with weights [N, R], the sum of
+        them times these; and the clean stream for the next block."""
         hidden, context = self.rows(batch, noisy, level)
-        return self.head()(hidden, following(batch), evidence=self.target.evidence(noisy, level)), context
+        evidence = self.target.evidence(noisy, level)
+        return self.head()(hidden, following(batch), evidence=evidence, weights=weights), context
 
     def rows(self, batch: Batch, noisy: Tensor | None, level: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Last hidden states [N, R, D]; and the clean stream that leaves the trunk (features context).

@@ -27,9 +27,10 @@ from diffusionblocks.conditioning import ConditionedLayer, LevelEmbedding
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers.causal import CausalBlocks, CausalDenoiser, clean_tokens
 from diffusionblocks.errors import UserError
+from diffusionblocks.evidence import Evidence, weight_of
 from diffusionblocks.network import Batch, Block, BlockModel, Parts, documents_apart
 from diffusionblocks.precondition import coefficients
-from diffusionblocks.readout import Evidence, TokenReadout, chunk_size, weight_of
+from diffusionblocks.readout import TokenReadout, chunk_size
 from diffusionblocks.saving import aligned, load_weights, read_description, save_described
 from diffusionblocks.seeds import normal_like
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 
 from diffusionblocks.attention import both_ways
 from diffusionblocks.conditioning import ConditionedLayer, LevelEmbedding
@@ -96,16 +95,20 @@ class Answers:
     def head(self) -> TokenReadout:
         raise NotImplementedError
 
-    def each_loss(self, batch: Batch, level: Tensor, labels: Tensor, share: float = 1.0) -> Tensor:
-        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`. The readout works at the other positions alone.
+    def loss(self, batch: Batch, level: Tensor, labels: Tensor, weights: Tensor, most: int) -> Tensor:
+        """Sum of the cross-entropies at the positions whose labels [N, T] are not `IGNORED`, each times the weight [N] of its text.
 
-        share: how many these are on average. A prediction of memory takes so many: its tensors have no data to count.
+        most: not more of these positions than so many, which the readout works at: a size that is known without waiting for the
+        device to count them. Those it lacks are made up of others, which add nothing.
         """
+        hidden, labels = self.hidden(batch, level).flatten(0, 1), labels.flatten()
+        first = (labels == IGNORED).argsort(stable=True)[:most]
+        each = weights.repeat_interleave(len(labels) // len(weights))
+        return self.head()(hidden[first], labels[first], self.mask_id, weights=each[first])
+
+    def each_loss(self, batch: Batch, level: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`. The readout works at the other positions alone."""
         hidden, hides = self.hidden(batch, level), labels != IGNORED
-        if isinstance(labels, FakeTensor):
-            count = round(share * labels.numel())
-            losses = self.head()(hidden.flatten(0, 1)[:count], labels.flatten()[:count], self.mask_id)
-            return pad(losses, (0, labels.numel() - count)).reshape(labels.shape)
         losses = self.head()(hidden[hides], labels[hides], self.mask_id)
         return losses.new_zeros(labels.shape).masked_scatter(hides, losses)
 

@@ -19,7 +19,7 @@ from diffusionblocks.samplers.next_token import BlocksReader, OrdinaryReader, Re
 from diffusionblocks.seeds import Draws
 from diffusionblocks.targets import add_noise
 from diffusionblocks.tasks.base import StepOutput
-from diffusionblocks.tasks.next_token import Measure, NextToken, mean_loss
+from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights
 
 
 @dataclass(kw_only=True)
@@ -61,12 +61,14 @@ class CausalLM(NextToken):
             raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
 
     def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
-        return StepOutput(mean_loss(self.whole_losses(model, batch, block), batch), None)
+        whole, labels = _whole(model), _padded(batch)
+        loss = whole.readout(whole.hidden(batch, block), labels, weights=mean_weights(labels))
+        return StepOutput(loss, None)
 
-    def whole_losses(self, model: BlockModel, batch: Batch, block: int | None = None) -> Tensor:
-        """Cross-entropies [N, T] of the tokens that follow, 0 where there is none. The last position predicts nothing."""
+    def whole_losses(self, model: BlockModel, batch: Batch) -> Tensor:
+        """Cross-entropies [N, T] of the tokens that follow, 0 where there is none."""
         whole = _whole(model)
-        return whole.readout(whole.hidden(batch, block), pad(following(batch), (0, 1), value=IGNORED))
+        return whole.readout(whole.hidden(batch), _padded(batch))
 
     def measurer(self, model: BlockModel) -> Measure:
         """Cross-entropies. Of blocks:
@@ -147,6 +149,11 @@ class CausalLM(NextToken):
         return OrdinaryReader(
             model.network if isinstance(model, CausalBlocks) else _whole(model).network, self._choice()
         )
+
+
+def _padded(batch: Batch) -> Tensor:
+    """What the positions of a batch predict [N, T]; the last predicts nothing."""
+    return pad(following(batch), (0, 1), value=IGNORED)
 
 
 def _whole(model: BlockModel) -> Any:

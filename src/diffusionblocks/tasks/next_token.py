@@ -75,17 +75,16 @@ class NextToken:
         if not isinstance(model, CausalBlocks):
             return self.whole_step(model, block, batch, draws)
         model.learning(block)
-        wanted, denoiser = following(batch) != IGNORED, model.denoiser(block)
-        size = tuple(wanted.shape[:1]) if denoiser.reads_noise else tuple(wanted.shape)
-        sigma = self._levels(model, block if ranges is None else ranges, size, draws.generator)
-        noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma, generator=draws.generator)
         if model.block(block).settling and model.config.distill:
             return self._distilled(model, block, batch)
-        losses, context = denoiser.losses(batch, noisy, sigma)
-        loss = mean_loss(losses, batch)
+        labels, denoiser = following(batch), model.denoiser(block)
+        size = tuple(labels.shape[:1]) if denoiser.reads_noise else tuple(labels.shape)
+        sigma = self._levels(model, block if ranges is None else ranges, size, draws.generator)
+        noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma, generator=draws.generator)
+        loss, context = denoiser.losses(batch, noisy, sigma, weights=mean_weights(labels))
         if model.config.ordinary and not model.block(block).settling and block < model.num_blocks - 1:
             assert context is not None
-            end = mean_loss(denoiser.head()(model.answer(block, context, batch), following(batch)), batch)
+            end = denoiser.head()(model.answer(block, context, batch), labels, weights=mean_weights(labels))
             trust = (end - loss).detach().clamp(max=0).exp()  # as TrainingConfig.trust
             loss = trust * loss + model.config.ordinary * end
         layers = None
@@ -100,11 +99,11 @@ class NextToken:
         assert context is not None
         with torch.no_grad():
             teacher = model.answer(block, context, batch)
-        wanted = following(batch) != IGNORED
-        divergences = denoiser.head()(hidden, teacher=teacher).masked_fill(~wanted, 0.0)
+        weights = mean_weights(following(batch))
+        loss = (denoiser.head()(hidden, teacher=teacher) * weights).sum()
         after = model.layers[-1].stop - model.layers[block].stop
         own = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
-        return StepOutput(mean_loss(divergences, batch), context.detach(), own + after / 3)
+        return StepOutput(loss, context.detach(), own + after / 3)
 
     def check_model(self, model: BlockModel) -> None:
         """Raises UserError for a model that the task is not for."""
@@ -193,9 +192,11 @@ class NextToken:
         return tokens
 
 
-def mean_loss(losses: Tensor, batch: Batch) -> Tensor:
-    """Losses of the rows [N, R or T], 0 where there is nothing to predict -> their mean."""
-    return losses.sum() / (following(batch) != IGNORED).sum().clamp(min=1)
+def mean_weights(labels: Tensor) -> Tensor:
+    """Labels of the rows [N, R or T] -> the weights of the same shape that make a sum of losses their mean: 0 where there is nothing
+    to predict."""
+    wanted = labels != IGNORED
+    return wanted / wanted.sum().clamp(min=1)
 
 
 def summed(measure: Measure, batches: Iterable[Batch]) -> dict[str, Metric]:

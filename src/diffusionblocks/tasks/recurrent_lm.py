@@ -25,7 +25,7 @@ from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
 from diffusionblocks.samplers.next_token import Reader
 from diffusionblocks.seeds import Draws
 from diffusionblocks.tasks.base import Metric, StepOutput
-from diffusionblocks.tasks.next_token import Measure, NextToken, mean_loss, summed
+from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights, summed
 
 SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
 
@@ -115,7 +115,8 @@ class RecurrentLM(NextToken):
         iterations = self.drawn(draws.number("iterations"))
         (hidden,) = model.hidden(batch, [iterations], trained=self.truncation, generator=draws.generator)
         passed = model.loop.passed(iterations, trained=min(iterations, self.truncation))
-        return StepOutput(mean_loss(model.readout(hidden, following(batch)), batch), None, passed)
+        labels = following(batch)
+        return StepOutput(model.readout(hidden, labels, weights=mean_weights(labels)), None, passed)
 
     def measurer(self, model: BlockModel) -> Measure:
         """With `iterations` of the core: the cross-entropy, or, of a denoiser, the bound of walks along so many levels."""
