@@ -1,12 +1,14 @@
 """`dblocks plan` as a user calls it."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
 from diffusionblocks.cli import main
 from diffusionblocks.errors import UserError
@@ -67,6 +69,20 @@ def test_the_recommendation_departs_no_further_than_memory_asks():
     assert "nothing fits" in nothing["reason"]
 
 
+def test_nothing_forks_once_a_card_is_in_use(monkeypatch):
+    """A forked process can use neither the driver nor autograd's threads: on a machine with a card `plan` died of it."""
+    work = from_recipe(load_recipe("digits", [("model.num_hidden_layers", 4), ("batch_size", 2)]), "digits")
+    forked = plan(work, [2], None, 2)["rows"]
+
+    def fork():
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert plan(work, [2], None, 2)["rows"] == forked
+
+
 def test_exact_keeps_the_activations_that_fit():
     """The command says how many blocks' graphs, and running out of memory advises fewer."""
     sizes = [("model.num_hidden_layers", 4), ("batch_size", 8), ("num_blocks", 4), ("method", "exact")]
@@ -123,8 +139,6 @@ def test_an_uneven_split_is_planned_block_by_block():
 
 
 def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
-    import torch
-
     import diffusionblocks as dblocks
 
     sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8)]

@@ -336,7 +336,7 @@ class Predictor:
 def trace_all(
     predictors: Iterable[Predictor], traces: Traces, batch_size: int, accumulation: int | None = None
 ) -> None:
-    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores.
+    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores where processes may fork.
 
     Args:
         traces: the dict that the predictors share. accumulation: None = each predictor's own.
@@ -345,7 +345,7 @@ def trace_all(
     for predictor in predictors:
         wanted |= predictor.missing(batch_size, accumulation or predictor.config.accumulation)
     cores = min(len(wanted), os.cpu_count() or 1)
-    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    if cores < 2 or not _may_fork():
         traces.update({key: make() for key, make in wanted.items()})
         return
     _WANTED[:] = wanted.values()  # children inherit it: what builds a network cannot be sent
@@ -354,6 +354,13 @@ def trace_all(
     ) as pool:
         traces.update(zip(wanted, pool.map(_make_wanted, range(len(wanted))), strict=True))
     _WANTED.clear()
+
+
+def _may_fork() -> bool:
+    """Not where there is an accelerator: a forked process can use neither its driver nor the threads that autograd keeps for it, and
+    asking whether one is there is enough to start some drivers. (A fresh process would have to be sent what builds the network.)"""
+    accelerated = torch.cuda.is_initialized() or torch.accelerator.is_available()
+    return not accelerated and "fork" in multiprocessing.get_all_start_methods()
 
 
 _WANTED: list[Callable[[], BlockPrediction]] = []
