@@ -10,10 +10,9 @@ import time
 import pytest
 import torch
 
-from diffusionblocks.cli import main
+from diffusionblocks.cli import _card, main
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.plan import (
-    ALLOWANCE,
     _keeping,
     _preference,
     _recommend,
@@ -23,7 +22,9 @@ from diffusionblocks.evaluation.plan import (
     plan,
 )
 from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
+from diffusionblocks.memory.card import needed
 from diffusionblocks.recipes import load_recipe
+from diffusionblocks.report.table import show_plan
 
 TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "4", "--batch-size", "8", "--num-blocks", "2"]
 
@@ -38,7 +39,12 @@ def test_rows_recommendation_and_a_command_that_runs(capsys, tmp_path):
     found = json.loads(printed.out)
     assert code == 0
     rows = {(row["method"], row["num_blocks"]): row for row in found["rows"]}
-    assert rows["diffusionblocks", 2]["predicted"]["total"] < 0.7 * rows["end-to-end", 1]["predicted"]["total"]
+    blocks, whole = rows["diffusionblocks", 2], rows["end-to-end", 1]
+    assert (
+        0
+        < blocks["predicted"]["total"] - blocks["workspaces"]
+        < 0.7 * (whole["predicted"]["total"] - whole["workspaces"])
+    )
     for row in found["rows"]:
         kinds = ("parameters", "gradients", "optimizer", "activations")
         assert row["predicted"]["total"] == sum(row["predicted"][kind] for kind in kinds)
@@ -58,15 +64,56 @@ def test_the_recommendation_departs_no_further_than_memory_asks():
     work = from_recipe(recipe, "digits")
 
     def need(batch_size, **choice):
-        return int(predictor(work, Choice(**choice)).at(batch_size).device.total / (1 - ALLOWANCE))
+        return needed(predictor(work.on("cuda"), Choice(**choice)).at(batch_size).device.total, "cuda")
 
     checkpointing = need(1, method="checkpointing", checkpointing=True)
     blocks = need(1, method="diffusionblocks", num_blocks=4)
     assert blocks < checkpointing
     assert plan(work, [4], (blocks + checkpointing) // 2, 2)["recommendation"]["method"] == "diffusionblocks"
-    nothing = plan(work, [4], blocks // 2, 2)["recommendation"]
+    nothing = plan(work, [4], blocks - (1 << 20), 2)["recommendation"]
     assert nothing["method"] is None
     assert "nothing fits" in nothing["reason"]
+    assert f"a card of {blocks / 2**30:.2f} GiB" in nothing["reason"]
+
+
+def test_a_row_says_for_which_device_it_is_and_on_which_it_was_traced(capsys):
+    """What a card adds: workspaces. A laptop plans for a card as soon as its memory is given."""
+    laptop, found = not torch.cuda.is_available(), {}
+    for name, words in {"cpu": ["--device", "cpu"], "cuda": ["--memory", "16GiB"]}.items():
+        found[name] = json.loads(run(capsys, "digits", *TINY, *words, "--json")[1].out)
+        assert found[name]["target"] == name
+        assert {row["target"] for row in found[name]["rows"]} == {name}
+        assert {row["traced_on"] for row in found[name]["rows"]} == {found[name]["traced_on"]}
+        show_plan(found[name])
+        said = "traced on the CPU for a CUDA card" in capsys.readouterr().out
+        assert said == (laptop and name == "cuda")
+    assert found["cpu"]["workspaces"] == 0 < found["cuda"]["workspaces"]
+    here, card = (found[name]["rows"][0]["predicted"] for name in ("cpu", "cuda"))
+    if laptop:  # nothing else differs between these networks' kernels
+        assert card["activations"] == here["activations"] + found["cuda"]["workspaces"]
+
+
+def test_of_a_card_in_use_what_is_free_is_planned_with(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (30 << 30, 80 << 30))
+    found = json.loads(run(capsys, "digits", *TINY, "--json")[1].out)
+    assert (found["memory"], found["free"], found["target"]) == (80 << 30, 30 << 30, "cuda")
+    assert 0.85 * found["free"] < found["usable"] < found["free"]
+    show_plan(found)
+    assert "80.00 GiB, of which 30.00 GiB are free now" in " ".join(capsys.readouterr().out.split())
+    assert _card("cpu") == (None, None)  # training will not use it
+
+
+def test_a_card_without_room_for_a_context_is_one_clear_line(capsys, monkeypatch):
+    def full(device=None):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    code, printed = run(capsys, "digits", *TINY)
+    assert code == 2
+    assert "CUDA error: out of memory" in printed.err and "--memory" in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_nothing_forks_once_a_card_is_in_use(monkeypatch):

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import Unread
+from diffusionblocks.memory.card import capability, kernels_of_a_card, target_device, traced_device, workspaces
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.noise import MaskingSchedule
@@ -142,11 +143,15 @@ class Predictor:
 
     def __init__(self, network: Network, task: Task, config: TrainingConfig, traces: Traces | None = None) -> None:
         self.network, self.task, self.config = network, task, config
+        self.target = target_device(config.device)
+        self.traced_on = traced_device(self.target)
+        self.workspaces = workspaces(self.target, capability())
         self._traces: Traces = {} if traces is None else traces
         memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
         self._kind = (
             network.kind,
             network.masked_share,
+            self.target,
             config.order == "backward",
             *(getattr(config, name) for name in memory),
         )
@@ -166,7 +171,7 @@ class Predictor:
     def _visiting(self, blocks: Sequence[BlockPrediction]) -> float:
         """Bytes of weights that visit the device in a step, on average: those before the active block on the way through, those
         after it there and back; in a passage, each but the last block's once for all steps."""
-        if self.config.device == "cpu" or not any(block.streamed for block in blocks):
+        if self.target == "cpu" or not any(block.streamed for block in blocks):
             return 0
         weights = [block.state.parameters for block in blocks]
         if self.config.order == "backward":
@@ -184,11 +189,11 @@ class Predictor:
         whole = sum((block.state for block in blocks), Bytes())
         parked = self.config.residency != "device" and count > 1
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
-        peaks = [peak + waiting for peak in peaks]
+        peaks = [peak + waiting + Bytes(activations=self.workspaces) for peak in peaks]
         if parked and self.config.prefetch:  # the next block's state is there as well
             following = [blocks[-1], *blocks[:-1]] if self.config.order == "backward" else [*blocks[1:], blocks[0]]
             peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
-        if parked and self.config.device != "cpu":  # the CPU reads idle weights where they are
+        if parked and self.target != "cpu":  # the CPU reads idle weights where they are
             streamed = max(block.streamed for block in blocks)
             peaks = [peak + Bytes(parameters=2 * streamed) for peak in peaks]  # one computes, one is on its way
         away = round(whole.total) if parked else 0
@@ -265,7 +270,8 @@ class Predictor:
         if self.config.precision == "bf16-true":
             model.to(torch.bfloat16)
         numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers:
+        kernels = kernels_of_a_card() if self.target == "cuda" and self.traced_on != "cuda" else nullcontext()
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers, kernels:
             warnings.simplefilter("ignore")
             return self._run(model, step.block, samples, accumulate)
 
@@ -282,7 +288,7 @@ class Predictor:
             trust=False,
             keep_graphs=1,
             blocks=[],
-            device="cpu",
+            device=self.traced_on,
             tensorboard=False,
             compile=False,
         )
@@ -290,14 +296,14 @@ class Predictor:
         passes_all = isinstance(model, EndToEndModel) or (
             isinstance(model, DiffusionBlocksModel) and bool(model.config.ordinary)
         )
-        _off_meta(model if passes_all else block, model.shared)  # idle denoisers stay there
+        _off_meta(self.traced_on, model if passes_all else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel | WholeDenoiser):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
             model.partition.masked_share = self.network.masked_share
         trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
-        batch = self.network.batch(samples * parts)
+        batch = {name: tensor.to(self.traced_on) for name, tensor in self.network.batch(samples * parts).items()}
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
-            _off_meta(model.block(0))
+            _off_meta(self.traced_on, model.block(0))
             entering = model.context(batch, 1)  # every border has the same shape
             assert entering is not None
             batch["context"] = entering
@@ -378,8 +384,8 @@ def state_bytes(state: BlockState) -> Bytes:
     return Bytes(parameters=sizes["model"], optimizer=sizes["optimizer"], activations=sizes["average"])
 
 
-def _off_meta(*modules: nn.Module) -> None:
-    """Replaces meta parameters and buffers by fake ones on the CPU, shared ones by shared ones."""
+def _off_meta(device: str, *modules: nn.Module) -> None:
+    """Replaces meta parameters and buffers by fake ones on `device`, shared ones by shared ones."""
     made: dict[int, Tensor] = {}
     for module in (module for whole in modules for module in whole.modules()):
         for held in (module._parameters, module._buffers):
@@ -387,7 +393,7 @@ def _off_meta(*modules: nn.Module) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if id(tensor) not in made:
-                    fake = torch.empty_like(tensor, device="cpu")
+                    fake = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
                 held[name] = made[id(tensor)]  # type: ignore[assignment]
