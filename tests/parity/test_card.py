@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,3 +31,44 @@ def test_prediction_agrees_with_an_h100(row, monkeypatch):
     made = importlib.import_module("memory").planned(row, "cuda")
     predicted = made.at(made.config.batch_size, made.config.accumulation).device.total
     assert predicted == pytest.approx(row["measured"], rel=0.1)
+
+
+SECOND_DEVICE = """
+import contextlib, json, os, sys
+import torch
+from torch.utils import backend_registration
+
+backend_registration._setup_privateuseone_for_python_backend("sim")
+
+torch.sim._initialized = True  # as that of a card is; it has no generator, whose state nothing may ask for
+torch.sim.get_amp_supported_dtype = lambda: [torch.bfloat16]
+
+import memory
+from diffusionblocks.memory import predict
+from diffusionblocks.training import trainer
+from diffusionblocks.training.config import TrainingConfig
+
+class Sim:
+    device = torch.device("sim:0")
+    autocast = staticmethod(contextlib.nullcontext)
+    backward = staticmethod(torch.Tensor.backward)
+
+plain, found = trainer.accelerator, {}
+TrainingConfig.check = lambda self: None
+rows = json.loads(memory.H100.read_text())["rows"]
+for device in ("cpu", "sim"):
+    trainer.accelerator = plain if device == "cpu" else lambda *arguments: Sim()
+    predict.traced_device = lambda target: device
+    made = [memory.planned(rows[int(number)], "cuda") for number in sys.argv[1:]]
+    found[device] = [predictor.at(predictor.config.batch_size).device.total for predictor in made]
+print(json.dumps(found), flush=True)
+os._exit(0)  # the device's threads have no end of their own
+"""
+
+
+def test_steps_are_traced_on_the_tensors_of_another_device():
+    """As on a card: nothing of a step is made elsewhere, and what its other thread computes is counted."""
+    command = [sys.executable, "-c", SECOND_DEVICE, "20", "24"]  # `exact`, and recomputed masked text
+    out = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, check=True).stdout
+    found = json.loads(out.splitlines()[-1])
+    assert found["sim"] == pytest.approx(found["cpu"], rel=1e-3)

@@ -15,9 +15,9 @@ import dataclasses
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionblocks.coordinate import BlockCoordinateModel
@@ -271,7 +272,7 @@ class Predictor:
             model.to(torch.bfloat16)
         numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
         kernels = kernels_of_a_card() if self.target == "cuda" and self.traced_on != "cuda" else nullcontext()
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers, kernels:
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers, kernels, _no_states():
             warnings.simplefilter("ignore")
             return self._run(model, step.block, samples, accumulate)
 
@@ -410,6 +411,18 @@ class _AnyLevels(Partition):
 
     def spread(self, block: Blocks, count: int) -> tuple[Tensor, Tensor]:
         return torch.rand(count), torch.ones(count)
+
+
+@contextmanager
+def _no_states() -> Iterator[None]:
+    """Within it, checkpointing keeps no state of an accelerator's generator: putting it back copies it, to a tensor without data, which the
+    generator cannot read. No shape depends on it."""
+    plain = checkpoint.get_device_states
+    checkpoint.get_device_states = lambda *inputs: ([], [])
+    try:
+        yield
+    finally:
+        checkpoint.get_device_states = plain
 
 
 class _OneForNumbers(TorchDispatchMode):
