@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 import pytest
 import torch
 
-from diffusionblocks.cli import _card, main
+from diffusionblocks.cli import _card, _too_large, main
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.plan import (
     _keeping,
@@ -22,7 +23,7 @@ from diffusionblocks.evaluation.plan import (
     plan,
 )
 from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
-from diffusionblocks.memory.card import needed
+from diffusionblocks.memory.card import RESERVED, needed
 from diffusionblocks.recipes import load_recipe
 from diffusionblocks.report.table import show_plan
 
@@ -188,7 +189,7 @@ def test_an_uneven_split_is_planned_block_by_block():
 def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
     import diffusionblocks as dblocks
 
-    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8)]
+    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8), ("device", "cpu")]
     recipe = load_recipe("digits", [*sizes, ("method", "end-to-end")])
     text = explain(recipe, "digits", 2e6, 2e6)
     assert "predicted peak" in text
@@ -201,6 +202,23 @@ def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
     code = main(["train", "digits", *TINY, "--output-dir", str(tmp_path / "run"), "--method", "end-to-end"])
     assert code == 1
     assert "out of memory: predicted peak" in capsys.readouterr().err
+
+
+def test_out_of_memory_counts_what_other_processes_hold(monkeypatch):
+    """Of 80 GiB, this process had 96 MiB; what would fit these is advised."""
+    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 2), ("batch_size", 256), ("method", "end-to-end")]
+    for name, value in {
+        "is_available": True,
+        "mem_get_info": (16 << 20, 80 << 30),
+        "memory_reserved": 80 << 20,
+        "max_memory_allocated": 79 << 20,
+        "get_per_process_memory_fraction": 1.0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    text = _too_large(load_recipe("digits", sizes), "digits")
+    assert "observed 79.0 MiB of 96.0 MiB" in text
+    advised = [float(size) for size in re.findall(r"\(predicted peak ([0-9.]+) MiB\)", text)]
+    assert advised and max(advised) <= 96 / RESERVED
 
 
 @pytest.mark.parametrize(

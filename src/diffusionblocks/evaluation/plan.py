@@ -374,7 +374,7 @@ def explain(recipe: Recipe, name: str, observed: float, limit: float) -> str:
     """What to print when a run of `recipe` did not fit the `limit` bytes of a device that were there for it."""
     now, found = cheaper(recipe, name, usable_of_free(int(limit)))
     lines = [
-        f"out of memory: predicted peak {size(now.device.total)}, observed {size(observed)} of {size(limit)} on the device. "
+        f"out of memory: predicted peak {size(now.device.total)}, observed {size(observed)} of {size(limit)} that the device had for it. "
         "The last checkpoint is kept; run the same command with one of these changes:"
     ]
     lines += [f"  {flags}  (predicted peak {size(p.device.total)})" for flags, p in found]

@@ -48,11 +48,6 @@ def traced_device(target: str) -> str:
     return "cuda" if target == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_available() else "cpu"
 
 
-def capability() -> tuple[int, int] | None:
-    """Compute capability of this machine's card; None without one."""
-    return torch.cuda.get_device_capability() if traced_device("cuda") == "cuda" else None
-
-
 def workspaces(
     target: str, capability: tuple[int, int] | None = None, environment: Mapping[str, str] = os.environ
 ) -> int:

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import Unread
-from diffusionblocks.memory.card import capability, kernels_of_a_card, target_device, traced_device, workspaces
+from diffusionblocks.memory.card import kernels_of_a_card, target_device, traced_device, workspaces
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.noise import MaskingSchedule
@@ -146,7 +146,8 @@ class Predictor:
         self.network, self.task, self.config = network, task, config
         self.target = target_device(config.device)
         self.traced_on = traced_device(self.target)
-        self.workspaces = workspaces(self.target, capability())
+        known = torch.cuda.get_device_capability() if self.traced_on == "cuda" else None
+        self.workspaces = workspaces(self.target, known)
         self._traces: Traces = {} if traces is None else traces
         memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
         self._kind = (
