@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.evaluation.plan import ALLOWANCE
+from diffusionblocks.memory.card import RESERVED
 from environment import describe
 from memory import measured_rows, rows
 
@@ -111,7 +111,7 @@ def card(arguments: argparse.Namespace) -> dict[str, Any]:
     asked = [sys.executable, "-m", "diffusionblocks.cli", "plan", *TRAIN, "--num-blocks", "4", "--json"]
     planned = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)["rows"]
     peaks = {row["method"]: row["predicted"]["total"] for row in planned}
-    limit = (peaks["end-to-end"] + peaks["diffusionblocks"]) / 2 / (1 - ALLOWANCE)
+    limit = (peaks["end-to-end"] + peaks["diffusionblocks"]) / 2 * RESERVED
     fraction = limit / torch.cuda.get_device_properties(0).total_memory
     folder = Path(arguments.output_dir)
     whole = ["train", *TRAIN, "--method", "end-to-end", "--output-dir", str(folder / "end-to-end")]

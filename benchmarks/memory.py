@@ -1,6 +1,7 @@
 """Predicted against measured peak training memory, method by method.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py card     predictions for a card, made here, against what one H100 measured (results/memory-h100.json)
 
 Every row is measured in a process of its own by torch's profiler, which is not the predictor's instrument, on the CPU:
 one step of every block after every block has stepped, residency disk. Writes benchmarks/results/memory.json and
@@ -9,7 +10,6 @@ docs/memory.png. Finished rows are kept: the same command goes on.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -23,10 +23,12 @@ import diffusionblocks as dblocks
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.evaluation.workload import Choice, Workload, predictor
 from diffusionblocks.memory import measure_peak, profiled_peak
+from diffusionblocks.memory.predict import Predictor
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from environment import describe
 
 TARGET = Path(__file__).parent / "results" / "memory.json"
+H100 = TARGET.with_name("memory-h100.json")
 COUNTS = (1, 2, 3, 4, 6)
 NEXT_TOKEN = {  # the presets of next-token blocks
     "features": {"context": "features", "shared": "trained"},
@@ -132,10 +134,9 @@ def of_loops() -> Iterator[dict[str, Any]]:
     yield {**whole, "method": "diffusionblocks", "train": {"activation_checkpointing": True}}
 
 
-def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
-    """Predicts and measures one row. device cuda: residency host, measured by the caching allocator's statistics."""
+def planned(row: dict[str, Any], device: str = "cpu") -> Predictor:
+    """What predicts one row. device cuda: residency host."""
     network, batch, task, samples = FAMILIES[row["family"]]
-    num_layers = 4 if row["family"] == "looped" else 12
     if "truncation" in row:
         task = RecurrentLM(truncation=row["truncation"], mean_iterations=ITERATIONS, draw="constant")
     away = "disk" if device == "cpu" else "host"
@@ -144,7 +145,7 @@ def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     work = Workload(
         network=network,
         batch=batch,
-        num_layers=num_layers,
+        num_layers=4 if row["family"] == "looped" else 12,
         blocks=BlocksConfig(num_blocks=row["num_blocks"], target=TARGETS[row["family"]], **row["blocks"]),
         task=task,
         train=lambda method: settings,
@@ -154,10 +155,14 @@ def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         command="",
     )
     recomputed = row["method"] == "checkpointing" or settings.activation_checkpointing
-    choice = Choice(method=row["method"], num_blocks=row["num_blocks"], checkpointing=recomputed)
-    made = predictor(work, choice)
-    predicted = made.at(samples, settings.accumulation)
-    settings = dataclasses.replace(settings, activation_checkpointing=recomputed)
+    return predictor(work, Choice(method=row["method"], num_blocks=row["num_blocks"], checkpointing=recomputed))
+
+
+def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
+    """Predicts and measures one row. device cuda: measured by the caching allocator's statistics."""
+    _, batch, _, samples = FAMILIES[row["family"]]
+    made = planned(row, device)
+    predicted = made.at(samples, made.config.accumulation)
     size = 12 // row["num_blocks"]
     whole = {
         "end-to-end": [12],
@@ -167,11 +172,10 @@ def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
         "last-block": [12 - size, size],
     }
     sizes = whole.get(row["method"], [size] * row["num_blocks"])
-    task = task.once() if row["family"] == "looped" and row["method"] == "shallow" else task
     data = [{name: tensor[0] for name, tensor in batch(1).items()}] * samples
 
     def trainer() -> dblocks.Trainer:
-        return dblocks.Trainer(made.network.build(sizes), task, data, None, settings)  # type: ignore[arg-type]
+        return dblocks.Trainer(made.network.build(sizes), made.task, data, None, made.config)  # type: ignore[arg-type]
 
     found: dict[str, Any]
     if device == "cpu":
@@ -197,6 +201,19 @@ def measured_rows(target: Path, wanted: Iterable[dict[str, Any]], device: str) -
         target.write_text(json.dumps({"environment": describe(), "rows": results}, indent=1) + "\n")
         print(f"{row} {results[-1]['measured'] / 2**20:.1f} MiB, error {results[-1]['error']:+.2%}", flush=True)
     return results
+
+
+def against_a_card() -> None:
+    """Prints what is predicted here for a Hopper card beside what one measured."""
+    found = json.loads(H100.read_text())
+    print(f"{found['environment']}; bytes, all predicted on this machine")
+    for row in found["rows"]:
+        made = planned(row, "cuda")
+        total = made.at(made.config.batch_size, made.config.accumulation).device.total
+        settings = {key: value for key, value in row.items() if key not in ("measured", "reserved") and value != {}}
+        print(
+            f"{total / row['measured'] - 1:+6.1%} {total:12.0f} {row['measured']:12} {row['reserved']:12}  {settings}"
+        )
 
 
 def plot(results: list[dict[str, Any]]) -> None:
@@ -225,6 +242,9 @@ def plot(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:] == ["card"]:
+        against_a_card()
+        return
     if len(sys.argv) > 1:
         print(json.dumps(run(json.loads(sys.argv[1]), *sys.argv[2:])))
         return

@@ -119,8 +119,9 @@ def _too_large(recipe: Any, name: str) -> str:
 
     observed, limit = 0.0, 0.0
     if torch.cuda.is_available():
-        observed, limit = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
-        limit *= torch.cuda.get_per_process_memory_fraction()
+        free, total = torch.cuda.mem_get_info()
+        observed, ours = torch.cuda.max_memory_allocated(), free + torch.cuda.memory_reserved()
+        limit = min(ours, total * torch.cuda.get_per_process_memory_fraction())  # the rest is not ours
         torch.cuda.empty_cache()
     return explain(recipe, name, observed, limit)
 
@@ -176,7 +177,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.report import table
     from diffusionblocks.tasks import RecurrentLM
 
-    memory = parse_memory(arguments.memory) if arguments.memory else _card()
+    memory, free = parse_memory(arguments.memory) if arguments.memory else None, None
     if bool(arguments.recipe) == bool(arguments.model):
         raise UserError("plan needs a recipe or --model NAME_OR_PATH (one of the two)")
     overrides = _overrides(rest)
@@ -190,17 +191,30 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
         work, train = from_recipe(recipe, arguments.recipe, overrides), recipe.train
     default = [1] if isinstance(work.task, RecurrentLM) else default_counts(work.num_layers)
     counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default
-    found = plan(work, counts, memory, train.batch_size)
+    if memory is None:
+        memory, free = _card(train.device)
+    found = plan(work, counts, memory, train.batch_size, free)
     if not arguments.json:
         table.show_plan(found)
     return found
 
 
-def _card() -> int | None:
-    """Memory of the GPU here, None without one."""
+def _card(device: str) -> tuple[int | None, int | None]:
+    """Memory of the card that training would use here, and what is free of it now; None twice where it would not use one."""
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
+    from diffusionblocks.memory.card import target_device
+
+    if target_device(device) != "cuda" or not torch.cuda.is_available():
+        return None, None
+    try:
+        free, total = torch.cuda.mem_get_info(None if device == "auto" else device)
+    except RuntimeError as error:  # not even a context fits beside what other processes hold
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the card cannot be asked what is free ({reason}); say what to plan for: --memory 16GiB"
+        ) from None
+    return total, free
 
 
 def _numbers(text: str) -> list[int]:

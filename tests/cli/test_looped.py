@@ -7,8 +7,9 @@ import pytest
 import diffusionblocks as dblocks
 from diffusionblocks.baselines.methods import unrolled_layers
 from diffusionblocks.cli import main
-from diffusionblocks.evaluation.plan import ALLOWANCE, cheaper, explain
+from diffusionblocks.evaluation.plan import cheaper, explain
 from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.memory.card import RESERVED
 from diffusionblocks.recipes import load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM
@@ -85,7 +86,7 @@ def test_running_out_of_memory_names_what_would_fit(settings):
     overrides = [(key, int(value) if value.isdigit() else value) for key, value in overrides]
     recipe = load_recipe("looped-pydocs", [*overrides, ("method", "end-to-end")])
     now, _ = cheaper(recipe, "looped-pydocs", 0)
-    text = explain(recipe, "looped-pydocs", 0, now.device.total * 0.99 / (1 - ALLOWANCE))
+    text = explain(recipe, "looped-pydocs", 0, now.device.total * 0.99 * RESERVED)
     assert "--task.truncation 1" in text and "--method diffusionblocks" in text
 
 

@@ -1,17 +1,19 @@
 """`dblocks plan` as a user calls it."""
 
 import json
+import os
+import re
 import resource
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 
-from diffusionblocks.cli import main
+from diffusionblocks.cli import _card, _too_large, main
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.plan import (
-    ALLOWANCE,
     _keeping,
     _preference,
     _recommend,
@@ -21,7 +23,9 @@ from diffusionblocks.evaluation.plan import (
     plan,
 )
 from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
+from diffusionblocks.memory.card import RESERVED, needed
 from diffusionblocks.recipes import load_recipe
+from diffusionblocks.report.table import show_plan
 
 TINY = ["--model.hidden-size", "32", "--model.num-hidden-layers", "4", "--batch-size", "8", "--num-blocks", "2"]
 
@@ -36,7 +40,12 @@ def test_rows_recommendation_and_a_command_that_runs(capsys, tmp_path):
     found = json.loads(printed.out)
     assert code == 0
     rows = {(row["method"], row["num_blocks"]): row for row in found["rows"]}
-    assert rows["diffusionblocks", 2]["predicted"]["total"] < 0.7 * rows["end-to-end", 1]["predicted"]["total"]
+    blocks, whole = rows["diffusionblocks", 2], rows["end-to-end", 1]
+    assert (
+        0
+        < blocks["predicted"]["total"] - blocks["workspaces"]
+        < 0.7 * (whole["predicted"]["total"] - whole["workspaces"])
+    )
     for row in found["rows"]:
         kinds = ("parameters", "gradients", "optimizer", "activations")
         assert row["predicted"]["total"] == sum(row["predicted"][kind] for kind in kinds)
@@ -56,15 +65,70 @@ def test_the_recommendation_departs_no_further_than_memory_asks():
     work = from_recipe(recipe, "digits")
 
     def need(batch_size, **choice):
-        return int(predictor(work, Choice(**choice)).at(batch_size).device.total / (1 - ALLOWANCE))
+        return needed(predictor(work.on("cuda"), Choice(**choice)).at(batch_size).device.total, "cuda")
 
     checkpointing = need(1, method="checkpointing", checkpointing=True)
     blocks = need(1, method="diffusionblocks", num_blocks=4)
     assert blocks < checkpointing
     assert plan(work, [4], (blocks + checkpointing) // 2, 2)["recommendation"]["method"] == "diffusionblocks"
-    nothing = plan(work, [4], blocks // 2, 2)["recommendation"]
+    nothing = plan(work, [4], blocks - (1 << 20), 2)["recommendation"]
     assert nothing["method"] is None
     assert "nothing fits" in nothing["reason"]
+    assert f"a card of {blocks / 2**30:.2f} GiB" in nothing["reason"]
+
+
+def test_a_row_says_for_which_device_it_is_and_on_which_it_was_traced(capsys):
+    """What a card adds: workspaces. A laptop plans for a card as soon as its memory is given."""
+    laptop, found = not torch.cuda.is_available(), {}
+    for name, words in {"cpu": ["--device", "cpu"], "cuda": ["--memory", "16GiB"]}.items():
+        found[name] = json.loads(run(capsys, "digits", *TINY, *words, "--json")[1].out)
+        assert found[name]["target"] == name
+        assert {row["target"] for row in found[name]["rows"]} == {name}
+        assert {row["traced_on"] for row in found[name]["rows"]} == {found[name]["traced_on"]}
+        show_plan(found[name])
+        said = "traced on the CPU for a CUDA card" in capsys.readouterr().out
+        assert said == (laptop and name == "cuda")
+    assert found["cpu"]["workspaces"] == 0 < found["cuda"]["workspaces"]
+    here, card = (found[name]["rows"][0]["predicted"] for name in ("cpu", "cuda"))
+    if laptop:  # nothing else differs between these networks' kernels
+        assert card["activations"] == here["activations"] + found["cuda"]["workspaces"]
+
+
+def test_of_a_card_in_use_what_is_free_is_planned_with(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (30 << 30, 80 << 30))
+    found = json.loads(run(capsys, "digits", *TINY, "--json")[1].out)
+    assert (found["memory"], found["free"], found["target"]) == (80 << 30, 30 << 30, "cuda")
+    assert 0.85 * found["free"] < found["usable"] < found["free"]
+    show_plan(found)
+    assert "80.00 GiB, of which 30.00 GiB are free now" in " ".join(capsys.readouterr().out.split())
+    assert _card("cpu") == (None, None)  # training will not use it
+
+
+def test_a_card_without_room_for_a_context_is_one_clear_line(capsys, monkeypatch):
+    def full(device=None):
+        raise RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    code, printed = run(capsys, "digits", *TINY)
+    assert code == 2
+    assert "CUDA error: out of memory" in printed.err and "--memory" in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_nothing_forks_once_a_card_is_in_use(monkeypatch):
+    """A forked process can use neither the driver nor autograd's threads: on a machine with a card `plan` died of it."""
+    work = from_recipe(load_recipe("digits", [("model.num_hidden_layers", 4), ("batch_size", 2)]), "digits")
+    forked = plan(work, [2], None, 2)["rows"]
+
+    def fork():
+        raise AssertionError("forked")
+
+    monkeypatch.setattr(os, "fork", fork)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert plan(work, [2], None, 2)["rows"] == forked
 
 
 def test_exact_keeps_the_activations_that_fit():
@@ -123,11 +187,9 @@ def test_an_uneven_split_is_planned_block_by_block():
 
 
 def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
-    import torch
-
     import diffusionblocks as dblocks
 
-    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8)]
+    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 4), ("batch_size", 8), ("device", "cpu")]
     recipe = load_recipe("digits", [*sizes, ("method", "end-to-end")])
     text = explain(recipe, "digits", 2e6, 2e6)
     assert "predicted peak" in text
@@ -140,6 +202,23 @@ def test_out_of_memory_prints_what_would_fit(monkeypatch, capsys, tmp_path):
     code = main(["train", "digits", *TINY, "--output-dir", str(tmp_path / "run"), "--method", "end-to-end"])
     assert code == 1
     assert "out of memory: predicted peak" in capsys.readouterr().err
+
+
+def test_out_of_memory_counts_what_other_processes_hold(monkeypatch):
+    """Of 80 GiB, this process had 96 MiB; what would fit these is advised."""
+    sizes = [("model.hidden_size", 32), ("model.num_hidden_layers", 2), ("batch_size", 256), ("method", "end-to-end")]
+    for name, value in {
+        "is_available": True,
+        "mem_get_info": (16 << 20, 80 << 30),
+        "memory_reserved": 80 << 20,
+        "max_memory_allocated": 79 << 20,
+        "get_per_process_memory_fraction": 1.0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    text = _too_large(load_recipe("digits", sizes), "digits")
+    assert "observed 79.0 MiB of 96.0 MiB" in text
+    advised = [float(size) for size in re.findall(r"\(predicted peak ([0-9.]+) MiB\)", text)]
+    assert advised and max(advised) <= 96 / RESERVED
 
 
 @pytest.mark.parametrize(

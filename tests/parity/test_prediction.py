@@ -40,7 +40,7 @@ def tiny(**overrides):
         (Choice(method="diffusionblocks", num_blocks=3), {"train.residency": "device"}),
         (  # a batch large enough for what some processors' bf16 kernels borrow not to count
             Choice(method="diffusionblocks", num_blocks=3),
-            {"train.precision": "bf16-true", "train.optimizer": "sgd", "train.batch_size": 64},
+            {"train.precision": "bf16-true", "train.optimizer": "sgd", "train.batch_size": 256},
         ),
         (Choice(method="diffusionblocks", num_blocks=3), {"train.blocks": [2]}),
         (Choice(method="diffusionblocks", num_blocks=3), {"train.optimizer": "adafactor", "train.accumulation": 2}),
@@ -173,7 +173,7 @@ def test_all_parts_of_an_accumulated_batch_are_counted():
 
 @pytest.mark.parametrize("order", ["backward", "cyclic"])
 def test_what_travels_counts_the_weights_that_only_visit(order):
-    settings = {"train.device": "auto", "train.residency": "host", "train.visit_steps": 1, "train.order": order}
+    settings = {"train.device": "cuda", "train.residency": "host", "train.visit_steps": 1, "train.order": order}
     found = predictor(tiny(**settings), Choice(method="exact", num_blocks=3)).at(8)
     first, second, third = (block.state.parameters for block in found.blocks)
     passing = first + second if order == "backward" else 2 * (second + third) + (first + 2 * third) + first + second

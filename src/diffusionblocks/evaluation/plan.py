@@ -14,13 +14,13 @@ from typing import Any
 from diffusionblocks.coordinate import layer_evaluations
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
+from diffusionblocks.memory.card import needed, target_device, usable_of_free
+from diffusionblocks.memory.card import usable as usable
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
 from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
-# Share of a card that is left to what PyTorch does not count: the CUDA context, libraries and fragmentation.
-ALLOWANCE = 0.08
 BLOCKWISE = (
     "diffusionblocks",
     "diffusionblocks-paper",
@@ -72,33 +72,60 @@ def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
         yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
 
 
-def plan(work: Workload, counts: Sequence[int], memory: int | None, batch_size: int) -> dict[str, Any]:
+def plan(
+    work: Workload, counts: Sequence[int], memory: int | None, batch_size: int, free: int | None = None
+) -> dict[str, Any]:
     """Rows and, given `memory` in bytes, what fits and a recommendation.
 
-    Returns {"rows": [...], "recommendation": {...} or None, "memory", "usable", "batch_size"}; bytes throughout.
+    Args:
+        memory: of the device that is planned for; a training device of `auto` is a card then. free: what is free of it now, if it is this
+            machine's card.
+
+    Returns {"rows": [...], "recommendation": {...} or None, "memory", "free", "usable", "target", "traced_on", "workspaces",
+    "batch_size"}; bytes throughout.
     """
     if isinstance(work.task, RecurrentLM) and set(counts) != {1}:
         raise UserError(f"a looped network is not split: --num-blocks must be 1, got {', '.join(map(str, counts))}")
-    usable = None if memory is None else int(memory * (1 - ALLOWANCE))
+    wanted = list(choices(work, counts))
+    target = target_device(work.train(wanted[0].method).device, for_a_card=memory is not None)
+    work = work.on(target)
+    limit = None if memory is None else usable(memory, target)
+    if free is not None:
+        limit = usable_of_free(free)
     traces: Traces = {}
-    made = {choice: predictor(work, choice, traces) for choice in choices(work, counts)}
+    made = {choice: predictor(work, choice, traces) for choice in wanted}
     trace_all(made.values(), traces, batch_size)
     rows = []
     for choice, predicting in made.items():
         found = predicting.at(batch_size, predicting.config.accumulation)
-        rows.append(_row(work, choice, predicting, found, usable))
-    best = None if usable is None else _recommend(work, made, traces, usable, batch_size)
-    return {"rows": rows, "recommendation": best, "memory": memory, "usable": usable, "batch_size": batch_size}
+        rows.append(_row(work, choice, predicting, found, limit))
+    best = None if limit is None else _recommend(work, made, traces, limit, batch_size)
+    return {
+        "rows": rows,
+        "recommendation": best,
+        "memory": memory,
+        "free": free,
+        "usable": limit,
+        "batch_size": batch_size,
+        **_where(made[wanted[0]]),
+    }
 
 
-def _row(
-    work: Workload, choice: Choice, predicting: Predictor, found: Prediction, usable: int | None
-) -> dict[str, Any]:
+def _where(predicting: Predictor) -> dict[str, Any]:
+    """For which device, from steps on the tensors of which device, and with what workspaces (part of `activations`)."""
+    return {
+        "target": predicting.target,
+        "traced_on": predicting.traced_on,
+        "workspaces": predicting.workspaces,
+    }
+
+
+def _row(work: Workload, choice: Choice, predicting: Predictor, found: Prediction, limit: int | None) -> dict[str, Any]:
     training, inference = _layer_evaluations(work, choice)
     return {
         "method": choice.label,
         "num_blocks": choice.num_blocks,
-        "predicted": found.device.as_dict(),
+        "predicted": found.within(limit).device.as_dict(),
         "blocks": [block.peak.as_dict() for block in found.blocks],
         "worst_block": found.worst_block,
         "host": found.host,
@@ -107,7 +134,8 @@ def _row(
         "residency": predicting.config.residency,
         "layer_evaluations_per_sample": training,
         "inference_layers": inference,
-        "fits": None if usable is None else found.device.total <= usable,
+        "fits": None if limit is None else found.least <= limit,
+        **_where(predicting),
         "command": _command(work, choice),
     }
 
@@ -189,7 +217,7 @@ REASONS = {
 
 
 def _recommend(
-    work: Workload, made: dict[Choice, Predictor], traces: Traces, usable: int, batch_size: int
+    work: Workload, made: dict[Choice, Predictor], traces: Traces, limit: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
     tied = work.tied()
@@ -198,10 +226,10 @@ def _recommend(
         if in_passage:  # what fits is asked of the least that it needs; then it keeps what graphs fit
             choice = dataclasses.replace(choice, keep_graphs=1)
         predicting = predictor(work, choice, traces)
-        if not _could_fit(predicting, usable, batch_size):
+        if not _could_fit(predicting, limit, batch_size):
             continue
         for parts in _accumulations(batch_size, predicting.config.accumulation):
-            if predicting.at(batch_size, parts).device.total > usable:
+            if predicting.at(batch_size, parts).least > limit:
                 continue
             trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
@@ -209,7 +237,7 @@ def _recommend(
             if choice.method == "exact" and tied:
                 reason += "; input and output embeddings are tied here, belong to no block and stay as they are"
             if in_passage:
-                choice = _keeping(work, choice, traces, usable, batch_size)
+                choice = _keeping(work, choice, traces, limit, batch_size)
                 predicting = predictor(work, choice, traces)
                 if choice.keep_graphs > 1:
                     reason += (
@@ -226,12 +254,12 @@ def _recommend(
                 "num_blocks": choice.num_blocks,
                 "accumulation": parts,
                 "reason": reason,
-                "predicted": predicting.at(batch_size, parts).device.as_dict(),
-                "largest_batch": predicting.largest_batch(usable, batch_size, parts),
+                "predicted": predicting.at(batch_size, parts).within(limit).device.as_dict(),
+                "largest_batch": predicting.largest_batch(limit, batch_size, parts),
                 "command": command,
             }
-    least = min(made, key=lambda choice: made[choice].at(1).device.total)
-    need = made[least].at(1).device.total / (1 - ALLOWANCE)
+    least = min(made, key=lambda choice: made[choice].at(1).least)
+    need = needed(made[least].at(1).least, made[least].target)
     return {
         "method": None,
         "num_blocks": None,
@@ -243,24 +271,24 @@ def _recommend(
     }
 
 
-def _keeping(work: Workload, choice: Choice, traces: Traces, usable: int, batch_size: int) -> Choice:
+def _keeping(work: Workload, choice: Choice, traces: Traces, limit: int, batch_size: int) -> Choice:
     """`exact` with the graphs of as many blocks kept as fit: nothing else makes it compute less."""
     counts = range(choice.num_blocks, 1, -1) if choice.accumulation == 1 else ()
     for count in counts:
         more = dataclasses.replace(choice, keep_graphs=count)
-        if predictor(work, more, traces).at(batch_size).device.total <= usable:
+        if predictor(work, more, traces).at(batch_size).least <= limit:
             return more
     default = work.train(choice.method).graphs == 1
     return dataclasses.replace(choice, keep_graphs=0) if default else choice
 
 
-def _could_fit(predicting: Predictor, usable: int, batch_size: int) -> bool:
+def _could_fit(predicting: Predictor, limit: int, batch_size: int) -> bool:
     """Whether smaller parts of the batch can help: what is no activation does not shrink with them."""
     known = predicting.at(batch_size, predicting.config.accumulation)
     points = (point for block in known.blocks for point in block.phases.values())
-    if max(point.total - point.activations for point in points) > usable:
+    if max(point.total - point.activations for point in points) > limit:
         return False
-    return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).device.total <= usable
+    return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).least <= limit
 
 
 def _preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
@@ -317,9 +345,9 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
         return predictor(work, choice, traces).at(batch_size, choice.accumulation)
 
     def best_of(changes: list[Choice]) -> list[tuple[str, Prediction]]:  # what needs least comes last
-        if not changes or predict(changes[-1]).device.total > limit:
+        if not changes or predict(changes[-1]).least > limit:
             return []
-        best = next(choice for choice in changes if predict(choice).device.total <= limit)
+        best = next(choice for choice in changes if predict(choice).least <= limit)
         return [(_flags(best), predict(best))]
 
     found = best_of(fewer) + best_of(smaller[1:])
@@ -336,20 +364,22 @@ def _truncated(work: Workload, ours: Choice, batch_size: int, limit: float) -> l
     while isinstance(task, RecurrentLM) and truncation:
         shorter = dataclasses.replace(work, task=dataclasses.replace(task, truncation=truncation))
         found = predictor(shorter, ours).at(batch_size, ours.accumulation)
-        if found.device.total <= limit:
+        if found.least <= limit:
             return [(f"--task.truncation {truncation}", found)]
         truncation //= 2
     return []
 
 
 def explain(recipe: Recipe, name: str, observed: float, limit: float) -> str:
-    """What to print when a run of `recipe` did not fit a device of `limit` bytes."""
-    now, found = cheaper(recipe, name, limit * (1 - ALLOWANCE))
+    """What to print when a run of `recipe` did not fit the `limit` bytes of a device that were there for it."""
+    usable = usable_of_free(int(limit))
+    now, found = cheaper(recipe, name, usable)
     lines = [
-        f"out of memory: predicted peak {size(now.device.total)}, observed {size(observed)} of {size(limit)} on the device. "
+        f"out of memory: predicted peak {size(now.within(usable).device.total)}, observed {size(observed)} of "
+        f"{size(limit)} that the device had for it. "
         "The last checkpoint is kept; run the same command with one of these changes:"
     ]
-    lines += [f"  {flags}  (predicted peak {size(p.device.total)})" for flags, p in found]
+    lines += [f"  {flags}  (predicted peak {size(p.within(usable).device.total)})" for flags, p in found]
     if not found:
         lines.append("  none of the usual changes would fit; dblocks plan shows all methods")
     return "\n".join(lines)

@@ -58,6 +58,15 @@ class Workload:
     command: str
     layers: Callable[[str], Sequence[int]] | None = None
 
+    def on(self, device: str) -> Workload:
+        """The same, where training on the device `auto` means `device`."""
+
+        def settled(method: str) -> TrainingConfig:
+            train = self.train(method)
+            return dataclasses.replace(train, device=device) if train.device == "auto" else train
+
+        return dataclasses.replace(self, train=settled)
+
     def settings(self, choice: Choice) -> TrainingConfig:
         """Training settings of a choice."""
         train = self.train(choice.method)

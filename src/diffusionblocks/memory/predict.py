@@ -15,9 +15,9 @@ import dataclasses
 import multiprocessing
 import os
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,19 +25,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils import checkpoint
 
 from diffusionblocks.coordinate import BlockCoordinateModel
 from diffusionblocks.data.stream import Unread
+from diffusionblocks.memory.card import kernels_of_a_card, target_device, traced_device, workspaces
 from diffusionblocks.memory.tracker import Bytes, PhaseTracker
 from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.noise import MaskingSchedule
-from diffusionblocks.partition import Blocks, Partition
+from diffusionblocks.partition import Blocks, NoiseRange, Partition
+from diffusionblocks.seeds import uniform
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.residency import units
+from diffusionblocks.training.optimizers import OneForNumbers
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.trainer import Trainer
+from diffusionblocks.training.visitors import units
 
 SHORT = (2, 4)  # numbers of layers of the short traces
 LARGEST_BATCH = 1 << 20
@@ -115,7 +118,8 @@ class Prediction:
     """Predicted bytes of training.
 
     blocks: each alone. device: the peak in the worst block, with the idle blocks if they stay on the device. host, disk:
-    where blocks are kept otherwise. transfer_per_step: to and from there, per optimizer step.
+    where blocks are kept otherwise. transfer_per_step: to and from there, per optimizer step. spare: of `device`, the room for a second
+    block that a run does without where memory is short (train.prefetch null).
     """
 
     blocks: tuple[BlockPrediction, ...]
@@ -123,6 +127,18 @@ class Prediction:
     host: int
     disk: int
     transfer_per_step: int
+    spare: int = 0
+
+    @property
+    def least(self) -> int:
+        """Bytes that the run needs at its peak."""
+        return round(self.device.total) - self.spare
+
+    def within(self, limit: float | None) -> Prediction:
+        """The run on a device that gives `limit` bytes: without prefetching where that would not fit."""
+        if limit is None or self.device.total <= limit:
+            return self
+        return dataclasses.replace(self, device=self.device + Bytes(activations=-self.spare), spare=0)
 
     @property
     def worst_block(self) -> int:
@@ -142,11 +158,16 @@ class Predictor:
 
     def __init__(self, network: Network, task: Task, config: TrainingConfig, traces: Traces | None = None) -> None:
         self.network, self.task, self.config = network, task, config
+        self.target = target_device(config.device)
+        self.traced_on = traced_device(self.target)
+        known = torch.cuda.get_device_capability() if self.traced_on == "cuda" else None
+        self.workspaces = workspaces(self.target, known)
         self._traces: Traces = {} if traces is None else traces
         memory = ("optimizer", "precision", "activation_checkpointing", "ema_decay", "max_grad_norm")
         self._kind = (
             network.kind,
             network.masked_share,
+            self.target,
             config.order == "backward",
             *(getattr(config, name) for name in memory),
         )
@@ -166,7 +187,7 @@ class Predictor:
     def _visiting(self, blocks: Sequence[BlockPrediction]) -> float:
         """Bytes of weights that visit the device in a step, on average: those before the active block on the way through, those
         after it there and back; in a passage, each but the last block's once for all steps."""
-        if self.config.device == "cpu" or not any(block.streamed for block in blocks):
+        if self.target == "cpu" or not any(block.streamed for block in blocks):
             return 0
         weights = [block.state.parameters for block in blocks]
         if self.config.order == "backward":
@@ -184,11 +205,17 @@ class Predictor:
         whole = sum((block.state for block in blocks), Bytes())
         parked = self.config.residency != "device" and count > 1
         peaks = [block.peak if parked else block.peak + whole + block.state * -1 for block in blocks]
-        peaks = [peak + waiting for peak in peaks]
-        if parked and self.config.prefetch:  # the next block's state is there as well
-            following = [blocks[-1], *blocks[:-1]] if self.config.order == "backward" else [*blocks[1:], blocks[0]]
-            peaks = [peak + after.state for peak, after in zip(peaks, following, strict=True)]
-        if parked and self.config.device != "cpu":  # the CPU reads idle weights where they are
+        peaks = [peak + waiting + Bytes(activations=self.workspaces) for peak in peaks]
+        spare = 0
+        if parked:  # the device has room for the largest block, or the two largest (training/flat.py)
+            largest = sorted((block.state.total for block in blocks), reverse=True)
+            ahead, unsaid = self.config.prefetch, self.config.prefetch is None
+            if unsaid:
+                ahead = self.config.residency == "host" and self.target != "cpu"
+            room = sum(largest[: 2 if ahead else 1])
+            peaks = [peak + Bytes(activations=room - own.state.total) for peak, own in zip(peaks, blocks, strict=True)]
+            spare = round(largest[1]) if ahead and unsaid else 0
+        if parked and self.target != "cpu":  # the CPU reads idle weights where they are
             streamed = max(block.streamed for block in blocks)
             peaks = [peak + Bytes(parameters=2 * streamed) for peak in peaks]  # one computes, one is on its way
         away = round(whole.total) if parked else 0
@@ -198,6 +225,7 @@ class Predictor:
             host=away if self.config.residency == "host" else 0,
             disk=away if self.config.residency == "disk" else 0,
             transfer_per_step=round(2 * away / count / self.config.visit_steps),
+            spare=spare,
         )
 
     def largest_batch(self, limit: float, start: int = 1, accumulation: int = 1) -> int:
@@ -213,7 +241,7 @@ class Predictor:
             factor = samples / first - 1
             pairs = zip(one.blocks, two.blocks, strict=True)
             blocks = [a.plus(b, a, factor) for a, b in pairs]
-            return self._combine(blocks, self._waiting(samples, accumulation)).device.total
+            return self._combine(blocks, self._waiting(samples, accumulation)).least
 
         low, high = 0, 1
         while high < LARGEST_BATCH and peak(high) <= limit:
@@ -221,7 +249,7 @@ class Predictor:
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if peak(middle) <= limit else (low, middle)
-        while low and self.at(low * accumulation, accumulation).device.total > limit:
+        while low and self.at(low * accumulation, accumulation).least > limit:
             low = low * 19 // 20
         return low * accumulation
 
@@ -264,8 +292,9 @@ class Predictor:
             model = self.network.build(step.sizes)
         if self.config.precision == "bf16-true":
             model.to(torch.bfloat16)
-        numbers = _OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
-        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers:
+        numbers = OneForNumbers() if self.config.optimizer == "adafactor" else nullcontext()
+        kernels = kernels_of_a_card() if self.target == "cuda" and self.traced_on != "cuda" else nullcontext()
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), numbers, kernels, _no_states():
             warnings.simplefilter("ignore")
             return self._run(model, step.block, samples, accumulate)
 
@@ -282,7 +311,7 @@ class Predictor:
             trust=False,
             keep_graphs=1,
             blocks=[],
-            device="cpu",
+            device=self.traced_on,
             tensorboard=False,
             compile=False,
         )
@@ -290,14 +319,14 @@ class Predictor:
         passes_all = isinstance(model, EndToEndModel) or (
             isinstance(model, DiffusionBlocksModel) and bool(model.config.ordinary)
         )
-        _off_meta(model if passes_all else block, model.shared)  # idle denoisers stay there
+        _off_meta(self.traced_on, model if passes_all else block, model.shared)  # idle denoisers stay there
         if isinstance(model, DiffusionBlocksModel | WholeDenoiser):  # levels have no values here, and need none
             model.partition = _AnyLevels(MaskingSchedule(), model.num_blocks)
             model.partition.masked_share = self.network.masked_share
         trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
-        batch = self.network.batch(samples * parts)
+        batch = {name: tensor.to(self.traced_on) for name, tensor in self.network.batch(samples * parts).items()}
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
-            _off_meta(model.block(0))
+            _off_meta(self.traced_on, model.block(0))
             entering = model.context(batch, 1)  # every border has the same shape
             assert entering is not None
             batch["context"] = entering
@@ -336,7 +365,7 @@ class Predictor:
 def trace_all(
     predictors: Iterable[Predictor], traces: Traces, batch_size: int, accumulation: int | None = None
 ) -> None:
-    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores.
+    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores where processes may fork.
 
     Args:
         traces: the dict that the predictors share. accumulation: None = each predictor's own.
@@ -345,7 +374,7 @@ def trace_all(
     for predictor in predictors:
         wanted |= predictor.missing(batch_size, accumulation or predictor.config.accumulation)
     cores = min(len(wanted), os.cpu_count() or 1)
-    if cores < 2 or "fork" not in multiprocessing.get_all_start_methods():
+    if cores < 2 or not _may_fork():
         traces.update({key: make() for key, make in wanted.items()})
         return
     _WANTED[:] = wanted.values()  # children inherit it: what builds a network cannot be sent
@@ -354,6 +383,13 @@ def trace_all(
     ) as pool:
         traces.update(zip(wanted, pool.map(_make_wanted, range(len(wanted))), strict=True))
     _WANTED.clear()
+
+
+def _may_fork() -> bool:
+    """Not where there is an accelerator: a forked process can use neither its driver nor the threads that autograd keeps for it, and
+    asking whether one is there is enough to start some drivers. (A fresh process would have to be sent what builds the network.)"""
+    accelerated = torch.cuda.is_initialized() or torch.accelerator.is_available()
+    return not accelerated and "fork" in multiprocessing.get_all_start_methods()
 
 
 _WANTED: list[Callable[[], BlockPrediction]] = []
@@ -371,8 +407,8 @@ def state_bytes(state: BlockState) -> Bytes:
     return Bytes(parameters=sizes["model"], optimizer=sizes["optimizer"], activations=sizes["average"])
 
 
-def _off_meta(*modules: nn.Module) -> None:
-    """Replaces meta parameters and buffers by fake ones on the CPU, shared ones by shared ones."""
+def _off_meta(device: str, *modules: nn.Module) -> None:
+    """Replaces meta parameters and buffers by fake ones on `device`, shared ones by shared ones."""
     made: dict[int, Tensor] = {}
     for module in (module for whole in modules for module in whole.modules()):
         for held in (module._parameters, module._buffers):
@@ -380,27 +416,38 @@ def _off_meta(*modules: nn.Module) -> None:
                 if tensor is None or not tensor.is_meta:
                     continue
                 if id(tensor) not in made:
-                    fake = torch.empty_like(tensor, device="cpu")
+                    fake = torch.empty_like(tensor, device=device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
                 held[name] = made[id(tensor)]  # type: ignore[assignment]
 
 
 class _AnyLevels(Partition):
+    """masked_share: of the tokens, on average, in the block where most are: its range ends where all are masked."""
+
     masked_share = 1.0
 
     def mean_mass(self, block: Blocks) -> float:
         return self.masked_share
 
+    def range(self, block: Blocks, *, widened: bool = False) -> NoiseRange:
+        return NoiseRange(0.0, 1.0, 2 * self.masked_share - 1, 1.0)
+
     def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        return torch.rand(count)
+        return uniform(count, generator=generator)
 
     def spread(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return torch.rand(count), torch.ones(count)
+        levels = uniform(count, generator=generator)
+        return levels, torch.ones_like(levels)
 
 
-class _OneForNumbers(TorchDispatchMode):
-    """A number read off a tensor without data is 1. Adafactor reads some; no shape depends on them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return 1 if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+@contextmanager
+def _no_states() -> Iterator[None]:
+    """Within it, checkpointing keeps no state of an accelerator's generator: putting it back copies it, to a tensor without data, which the
+    generator cannot read. No shape depends on it."""
+    plain = checkpoint.get_device_states
+    checkpoint.get_device_states = lambda *inputs: ([], [])
+    try:
+        yield
+    finally:
+        checkpoint.get_device_states = plain

@@ -81,7 +81,8 @@ def show_plan(found: dict[str, Any]) -> None:
 
     title = f"predicted peak of training, batch size {found['batch_size']}"
     if found["memory"]:
-        title += f"; {size(found['usable'])} of {size(found['memory'])} are usable"
+        free = "" if found["free"] is None else f", of which {size(found['free'])} are free now"
+        title += f"; {size(found['usable'])} of {size(found['memory'])}{free} are usable"
     table = Table(title=title, title_justify="left")
     heads = ["method", "blocks", "peak", *KINDS, "host or disk", "moved per step"]
     heads += ["layers, training", "layers, inference", *(["fits"] if found["memory"] else [])]
@@ -95,6 +96,8 @@ def show_plan(found: dict[str, Any]) -> None:
         cells += [f"{row['layer_evaluations_per_sample']:.4g}", f"{row['inference_layers']:.4g}"]
         table.add_row(*cells, *([] if row["fits"] is None else ["yes" if row["fits"] else "no"]))
     _console().print(table)
+    if found["traced_on"] != found["target"]:
+        print(_traced(found["traced_on"], found["target"], found["workspaces"]))
     best = found["recommendation"]
     if best is not None:
         blocks = f" with {best['num_blocks']} blocks" if (best["num_blocks"] or 1) > 1 else ""
@@ -102,6 +105,20 @@ def show_plan(found: dict[str, Any]) -> None:
     if best is not None and best["method"]:
         print(f"largest batch that fits: {best['largest_batch']}")
         print(best["command"] or "run it from Python with diffusionblocks.Trainer: there is no recipe for it yet")
+
+
+DEVICES = {"cpu": "the CPU", "cuda": "a CUDA card"}
+
+
+def _traced(traced_on: str, target: str, workspaces: int) -> str:
+    """What is said where the steps of one device stand for those of another."""
+    on, planned = (DEVICES.get(device, f"the device {device}") for device in (traced_on, target))
+    if target != "cuda":
+        return f"traced on {on} for {planned}: its kernels may keep other tensors."
+    return (
+        f"traced on {on} for {planned}: attention is counted as the card's kernels keep it, activations include {size(workspaces)} of "
+        "workspaces for matrix products."
+    )
 
 
 def _console() -> Any:

@@ -14,7 +14,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.devices import wide
@@ -176,11 +175,9 @@ def most_masked(partition: Partition, blocks: Blocks, tokens: Tensor, *, exact: 
     The shares u_i of the N texts come at even distances (`Partition.spread`), so their sum is within the length of the range of N
     times the mean u; rounding up adds less than a token to each text. exact: that is all. Independent masks have no bound: beyond
     six standard deviations, each at most sqrt(N T u (1 - u)), which a step in 10^9 exceeds, the last tokens of the batch teach
-    nothing. A prediction of memory takes the mean: its levels have no values.
+    nothing.
     """
     (texts, length), share = tokens.shape, partition.mean_mass(blocks)
-    if isinstance(tokens, FakeTensor):
-        return round(texts * length * share)
     span = partition.range(blocks, widened=True)
     most = length * (texts * share + span.high_mass - span.low_mass)
     most += texts if exact else 6 * (texts * length * share * (1 - share)) ** 0.5
