@@ -46,7 +46,8 @@ class TrainingConfig:
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
             (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto`, `cpu`, `cuda`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
-        activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
+        activation_checkpointing: recompute activations inside the active block. compile: torch.compile for
+            layers while they train; one graph serves all blocks.
         seed: of every random decision. num_workers: data loading processes.
         log_every, checkpoint_every, evaluate_every: in block steps of the whole run; 0 = only at the end.
         keep_checkpoints: how many to keep. tensorboard: also log to TensorBoard.

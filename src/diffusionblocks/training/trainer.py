@@ -28,6 +28,7 @@ from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
 from diffusionblocks.training import checkpoint
+from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.device import accelerator, has_bf16
 from diffusionblocks.training.interruption import stop_on_signal
@@ -115,8 +116,9 @@ class Trainer:
             model.to(torch.bfloat16)
         for block in map(model.block, range(model.num_blocks)):
             block.activation_checkpointing = self.config.activation_checkpointing
-            if self.config.compile:
-                block.compile()
+        if self.config.compile:
+            check_compiler(self.device)
+            compile_layers(model)
         self.trained = trained_blocks(self.config, model.num_blocks)
         if len(self.trained) < model.num_blocks:
             model.shared.requires_grad_(False)  # the blocks that stay rely on it
