@@ -245,7 +245,7 @@ def test_a_run_makes_no_graph_but_those_of_the_first_round(kind, graphs):
 
 def test_weights_that_visit_make_no_graphs_after_the_first_round(graphs):
     own = made(exact(make_llama, "causal")(3), *TEXTS)
-    batch = next(iter(own.stream.load(range(1))))
+    calls, batch = calls_of(own.model), next(iter(own.stream.load(range(1))))
 
     def visited():
         before = graphs.made
@@ -258,6 +258,8 @@ def test_weights_that_visit_make_no_graphs_after_the_first_round(graphs):
 
     assert visited() > 0
     assert visited() == 0
+    assert graphs.runs == len(calls)  # and they are used
+    assert not counters["graph_break"]
 
 
 def test_evaluation_runs_layers_as_they_are(graphs):
