@@ -104,7 +104,6 @@ class Block(nn.Module):
                 hidden = layer(hidden, *arguments)
         return hidden
 
-    # One entry point for all uses, so that compiling the block (nn.Module.compile) covers them.
     def forward(self, use: str, *arguments: Any) -> Tensor:
         """use `trunk`: (hidden, *conditions) -> hidden."""
         assert use == "trunk", use

@@ -44,10 +44,7 @@ class RotaryLayer(nn.Module):
 
     def forward(self, hidden: Tensor, view: View | None = None) -> Tensor:
         (rotary,) = self._rotary
-        if (
-            next(rotary.buffers()).device != hidden.device
-        ):  # constants that no block owns: nobody else moves them, once for all
-            rotary.to(hidden.device)
+        self.constants_to(hidden.device)
         window = _window(self.layer, self._config)
         if view is None:
             view = causal_view(self._config, hidden, window)
@@ -61,6 +58,12 @@ class RotaryLayer(nn.Module):
             is_causal=view.causal,
             **{self._cache: view.cache},
         )
+
+    def constants_to(self, device: torch.device) -> None:
+        """Moves the table of frequencies, which belongs to no block, so that nobody else does: once, not in every call."""
+        (rotary,) = self._rotary
+        if next(rotary.buffers()).device != device:
+            rotary.to(device)
 
 
 def causal_view(config: Any, hidden: Tensor, window: int | None = None) -> View:

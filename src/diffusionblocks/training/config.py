@@ -49,7 +49,9 @@ class TrainingConfig:
             (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto` (an accelerator if
             there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
-        activation_checkpointing: recompute activations inside the active block. compile: torch.compile per block.
+        activation_checkpointing: recompute activations inside the active block. compile: torch.compile for
+            layers while they train; one graph serves all blocks (Llama of 6 layers x 256 on one CPU thread: end-to-end 1.15 +- 0.01,
+            features blocks 1.12 +- 0.02 times as fast; benchmarks/results/compile.json).
         seed: of every random decision. num_workers: data loading processes.
         log_every, checkpoint_every, evaluate_every: in block steps of the whole run; 0 = only at the end.
         keep_checkpoints: how many to keep. tensorboard: also log to TensorBoard.

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.adapters.llama import RotaryLayer
 from diffusionblocks.coordinate import BlockCoordinateModel, Passage
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.devices import autocast, check_precision, find_device, imitates_bf16
@@ -29,6 +30,7 @@ from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
 from diffusionblocks.seeds import Draws, derive
 from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
 from diffusionblocks.training import checkpoint
+from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.interruption import stop_on_signal
 from diffusionblocks.training.order import (
@@ -119,8 +121,9 @@ class Trainer:
             model.to(torch.bfloat16)
         for block in map(model.block, range(model.num_blocks)):
             block.activation_checkpointing = self.config.activation_checkpointing
-            if self.config.compile:
-                block.compile()
+        if self.config.compile:
+            check_compiler(self.device)
+            compile_layers(model)
         self.trained = trained_blocks(self.config, model.num_blocks)
         if len(self.trained) < model.num_blocks:
             model.shared.requires_grad_(False)  # the blocks that stay rely on it
@@ -186,6 +189,8 @@ class Trainer:
         if self._residency is None:
             away = {k: v for k, v in self.shared.tensors().items() if v.device != self.device}
             self.shared.replace({k: v.to(self.device) for k, v in away.items()})
+            for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
+                layer.constants_to(self.device)
             folder = None if self.output_dir is None else self.output_dir / "residency"
             kind, ahead = self.config.residency, self.config.prefetch
             self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)

@@ -65,23 +65,17 @@ class Visitors(AbstractContextManager[None]):
         self._depth = 0
         self._home: list[Callable[[], None]] = []
         self._handles: list[RemovableHandle] = []
-        self._compiled: Any = None
 
     def __enter__(self) -> None:
         for number, module in enumerate(self.modules):
             for called in (module, *(module.children() if self.whole else ())):
                 self._handles.append(called.register_forward_pre_hook(partial(self._bring, number)))
                 self._handles.append(called.register_forward_hook(self._send, always_call=True))
-        if self.whole:  # these hooks are inside of compiled layers, which therefore run as they are written
-            self._compiled = torch.compiler.set_stance("force_eager")
-            self._compiled.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        if self._compiled is not None:
-            self._compiled.__exit__(*error)
         for slot in (0, 1):
             self.slots.read[slot] = self.slots.lanes.mark()
 
