@@ -6,7 +6,7 @@
 
 Parts:
     speed    tokens or images per second against a plain training loop and end-to-end training (gpu_speed.py)
-    large    a Llama of 6.7 billion parameters by `exact`, and end to end where it fits (gpu_speed.py)
+    large    a Llama of 6.7 billion parameters by `exact`, and end to end where it fits (gpu_large.py)
     tests    the test suite on the card (gpu_suite.py)
     memory   rows of benchmarks/memory.py: predicted against torch.cuda.max_memory_allocated, and reserved memory
     card     a smaller card (a share of this one): end-to-end training stops there with exit code 1, blocks train
@@ -71,7 +71,7 @@ def speed(results: Any, dry_run: bool) -> None:
 
 
 def large(results: Any, dry_run: bool) -> None:
-    from gpu_speed import large as measure
+    from gpu_large import large as measure
 
     measure(results, dry_run)
 

@@ -1,4 +1,4 @@
-"""The timed parts of benchmarks/gpu.py: `speed` and `large`. They need the card for themselves.
+"""Tokens or images per second: the part `speed` of benchmarks/gpu.py, which needs the card for itself.
 
 Networks are made once, on the processor, and copied: to split one of 32,000 tokens takes seconds. A contender is a network with everything that trains it. A call of it makes one optimizer step of every weight: a step end to
 end, or a round over all blocks, one step of each on the same batch. All clip gradients at norm 1, as transformers' own Trainer
@@ -11,16 +11,12 @@ import copy
 import dataclasses
 import gc
 import importlib.util
-import json
 import statistics
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +26,6 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers import whole_network
-from diffusionblocks.evaluation.workload import Choice, Workload, predictor
 from diffusionblocks.network import BlockModel
 from diffusionblocks.partition import split_layers
 from diffusionblocks.tasks.base import Task
@@ -45,8 +40,7 @@ class Sizes:
     """Of the networks and batches.
 
     language_blocks: of next-token networks and `exact`. blocks: of the others. dit_batch, vit_batch: about 16,000 patches each.
-    turns: timed calls of each contender. large_batches: texts and their length. warm, timed: rounds of the large network; one more,
-    not timed either, comes with every batch.
+    turns: timed calls of each contender.
     """
 
     device: str = "cuda"
@@ -65,34 +59,12 @@ class Sizes:
     dit_batch: int = 64
     vit_batch: int = 256
     turns: int = 3
-    large_layers: int = 32
-    large_blocks: int = 8
-    large_width: int = 4096
-    large_heads: int = 32
-    large_intermediate: int = 11_008
-    large_vocabulary: int = 32_000
-    large_batches: tuple[tuple[int, int], ...] = ((4, 512), (8, 1024), (16, 2048))
-    warm: int = 2
-    timed: int = 2
 
 
 DRY = Sizes(
-    **dict(
-        device="cpu",
-        layers=2,
-        language_blocks=2,
-        blocks=2,
-        width=32,
-        heads=2,
-        intermediate=64,
-        vocabularies=(64, 64),
-        length=16,
-        batch=2,
-        turns=1,
-    ),
-    **dict(image_width=32, image_heads=2, image_size=8, dit_batch=2, vit_batch=2, warm=1, timed=1),
-    **dict(large_layers=2, large_blocks=2, large_width=32, large_heads=2, large_intermediate=64, large_vocabulary=64),
-    large_batches=((1, 16), (2, 16)),
+    **dict(device="cpu", layers=2, language_blocks=2, blocks=2, width=32, heads=2, intermediate=64, batch=2),
+    **dict(vocabularies=(64, 64), length=16, image_width=32, image_heads=2, image_size=8, dit_batch=2, vit_batch=2),
+    turns=1,
 )
 NEXT_TOKEN = {
     "features": {"context": "features", "target_entry": "none", "shared": "trained", "least_hidden": 0.97},
@@ -157,10 +129,10 @@ def dit(sizes: Sizes) -> nn.Module:
     )
 
 
-def texts(sizes: Sizes, vocabulary: int, samples: int, length: int) -> Batch:
+def texts(device: str, vocabulary: int, samples: int, length: int) -> Batch:
     generator = torch.Generator().manual_seed(0)
     # Without the last token, which is the mask.
-    return {"input_ids": torch.randint(0, vocabulary - 1, (samples, length), generator=generator).to(sizes.device)}
+    return {"input_ids": torch.randint(0, vocabulary - 1, (samples, length), generator=generator).to(device)}
 
 
 def images(sizes: Sizes, samples: int) -> Batch:
@@ -176,7 +148,7 @@ def plain(sizes: Sizes, vocabulary: int) -> Contender:
     """What one writes with torch and transformers alone."""
     network = copy.deepcopy(llama(sizes, vocabulary)).to(sizes.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    tokens = texts(sizes, vocabulary, sizes.batch, sizes.length)["input_ids"]
+    tokens = texts(sizes.device, vocabulary, sizes.batch, sizes.length)["input_ids"]
 
     def step() -> None:
         with torch.autocast(sizes.device, torch.bfloat16):
@@ -259,7 +231,7 @@ def speed_rows(sizes: Sizes) -> list[Row]:
 
 def _language(sizes: Sizes, vocabulary: int, kind: str, **options: Any) -> Callable[[], Contender]:
     """kind: `end-to-end`, or in blocks `exact` or one of NEXT_TOKEN."""
-    batch = partial(texts, sizes, vocabulary, sizes.batch, sizes.length)
+    batch = partial(texts, sizes.device, vocabulary, sizes.batch, sizes.length)
     build = partial(language_model, sizes, vocabulary, kind)
     return partial(ours, build, dblocks.CausalLM(), batch, "tokens", sizes, **options)
 
@@ -323,7 +295,7 @@ def pair(
     """A network end to end and in blocks."""
     batch: Callable[[], Batch] = partial(images, sizes, samples)
     if unit == "tokens":
-        batch = partial(texts, sizes, sizes.vocabularies[0], samples, sizes.length)
+        batch = partial(texts, sizes.device, sizes.vocabularies[0], samples, sizes.length)
     build = {
         "end-to-end": lambda: whole(network(), target),
         "blocks": lambda: dblocks.convert(network(), num_blocks=sizes.blocks, target=target),
@@ -364,7 +336,7 @@ def speed(results: Any, dry_run: bool) -> None:
         left = [other for other in rows[number + 1 :] if not results.has(other.name)]
         wanted = {name for other in left for name in other.against.values()}
         alive = {name: contender for name, contender in alive.items() if name in wanted}
-        tidy(sizes)
+        tidy(sizes.device)
 
 
 def measured(row: Row, alive: dict[str, Contender], sizes: Sizes) -> dict[str, Any]:
@@ -380,7 +352,7 @@ def timed(row: Row, contender: Contender, alive: dict[str, Contender], sizes: Si
     others = {name: alive[name] for name in row.against.values()}
     contenders = {**others, row.name: contender}
     seconds = alternating(
-        {name: partial(synchronized, one.call, sizes) for name, one in contenders.items()}, sizes.turns
+        {name: partial(synchronized, one.call, sizes.device) for name, one in contenders.items()}, sizes.turns
     )
     each = {name: [second / contenders[name].samples for second in found] for name, found in seconds.items()}
     per_second = 1 / statistics.median(each[row.name])
@@ -394,165 +366,39 @@ def timed(row: Row, contender: Contender, alive: dict[str, Contender], sizes: Si
 
 def built(row: Row, sizes: Sizes) -> tuple[Contender, dict[str, Any]]:
     """The contender and the memory that it alone takes, in a call after the first."""
-    tidy(sizes)
+    tidy(sizes.device)
     before = torch.cuda.memory_allocated() if sizes.device == "cuda" else 0
     contender = row.build()
-    synchronized(contender.call, sizes)
-    tidy(sizes)  # what the allocator kept of building it
-    reset_peaks(sizes)
-    synchronized(contender.call, sizes)
-    return contender, peaks(sizes, before)
+    synchronized(contender.call, sizes.device)
+    tidy(sizes.device)  # what the allocator kept of building it
+    reset_peaks(sizes.device)
+    synchronized(contender.call, sizes.device)
+    return contender, peaks(sizes.device, before)
 
 
-def tidy(sizes: Sizes) -> None:
+def tidy(device: str) -> None:
     """Gives the memory of what is no longer used back to the card."""
-    if sizes.device == "cuda":
+    if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def synchronized(call: Callable[[], object], sizes: Sizes) -> None:
+def synchronized(call: Callable[[], object], device: str) -> None:
     call()
-    if sizes.device == "cuda":
+    if device == "cuda":
         torch.cuda.synchronize()
 
 
-def reset_peaks(sizes: Sizes) -> None:
-    if sizes.device == "cuda":
+def reset_peaks(device: str) -> None:
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
-def peaks(sizes: Sizes, before: int = 0) -> dict[str, Any]:
+def peaks(device: str, before: int = 0) -> dict[str, Any]:
     """before: bytes of others. What the allocator holds for them beyond that counts as this one's, which errs upwards."""
-    if sizes.device != "cuda":
+    if device != "cuda":
         return {"peak_allocated": None, "peak_reserved": None, "reserved_over_allocated": None}
     allocated, reserved = (
         peak - before for peak in (torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
     )
     return {"peak_allocated": allocated, "peak_reserved": reserved, "reserved_over_allocated": reserved / allocated}
-
-
-# ---------------------------------------------------------------- the large network
-
-
-def large_network(sizes: Sizes, num_layers: int, device: str) -> nn.Module:
-    """In bf16, drawn where it is: on the processor that would take minutes."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        **dict(vocab_size=sizes.large_vocabulary, hidden_size=sizes.large_width, num_hidden_layers=num_layers),
-        **dict(num_attention_heads=sizes.large_heads, intermediate_size=sizes.large_intermediate),
-        tie_word_embeddings=False,
-    )
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            return LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-
-
-def large_settings(sizes: Sizes, method: str, samples: int) -> dict[str, Any]:
-    common = {"precision": "bf16-true", "device": sizes.device, "batch_size": samples}
-    if method == "full":
-        return {**common, "activation_checkpointing": True}
-    fields = {field.name for field in dataclasses.fields(dblocks.TrainingConfig)}
-    return {**common, "order": "backward", "residency": "host", **({"prefetch": True} if "prefetch" in fields else {})}
-
-
-def large_name(method: str, samples: int, length: int) -> str:
-    return f"{method}, {samples} x {length} tokens"
-
-
-def large(results: Any, dry_run: bool) -> None:
-    """`full` first: its rounds take seconds, while `exact` begins with half a minute of pinning host memory."""
-    sizes = DRY if dry_run else Sizes()
-    command = [sys.executable, str(Path(__file__).resolve()), *(["--dry-run"] if dry_run else [])]
-    planning = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    for method in ("full", "exact"):
-        names = {large_name(method, *shape): shape for shape in sizes.large_batches}
-        missing = {name: shape for name, shape in names.items() if not results.has(name)}
-        if missing:
-            large_method(results, sizes, method, missing)
-        tidy(sizes)
-    out, error = planning.communicate()
-    if planning.returncode:
-        results.fail("plan", error)
-        return
-    planned = json.loads(out.splitlines()[-1])
-    for row in results.rows:
-        row["planned"] = planned[row["row"]]
-        if row["peak_allocated"]:
-            row["error"] = row["planned"] / row["peak_allocated"] - 1
-    results.write()
-
-
-def large_method(results: Any, sizes: Sizes, method: str, shapes: dict[str, tuple[int, int]]) -> None:
-    """All batches by one trainer, the smallest first, so that host memory is pinned once."""
-    try:
-        tidy(sizes)
-        network = large_network(sizes, sizes.large_layers, sizes.device)
-        parameters = sum(p.numel() for p in network.parameters())
-        model = whole(network, "causal") if method == "full" else exact_model(network, sizes.large_blocks)
-        del network  # a model is a copy
-        tidy(sizes)
-        largest = max(samples for samples, _ in sizes.large_batches)
-        trained = trainer(model, dblocks.CausalLM(), largest, **large_settings(sizes, method, largest))
-    except Exception:
-        for name in shapes:
-            results.fail(name, traceback.format_exc())
-        return
-    numbers = count()
-    for turn, (name, (samples, length)) in enumerate(shapes.items()):
-        try:
-            batch = texts(sizes, sizes.large_vocabulary, samples, length)
-            call = partial(large_round, trained, batch, numbers, sizes)
-            for _ in range(0 if turn else sizes.warm):
-                call()
-            tidy(sizes)
-            reset_peaks(sizes)
-            seconds = alternating({name: call}, sizes.timed)[name]
-        except torch.OutOfMemoryError:
-            unknown = dict.fromkeys(("planned", *peaks(sizes)))  # of a step that was not made
-            results.add({"row": name, "fits": False, "parameters": parameters, **unknown})
-        except Exception:
-            results.fail(name, traceback.format_exc())
-            return
-        each = statistics.median(seconds)
-        row = {"row": name, "fits": True, "parameters": parameters, "seconds_per_round": each}
-        row |= {"tokens_per_second": samples * length / each, "planned": None}
-        results.add({**row, **peaks(sizes)})
-
-
-def large_round(trained: dblocks.Trainer, batch: Batch, numbers: Any, sizes: Sizes) -> None:
-    synchronized(partial(rounds, trained, [batch], next(numbers)), sizes)
-
-
-def planned(sizes: Sizes) -> dict[str, int]:
-    """Predicted peak of every row of `large`, by name."""
-    found = {}
-    for method in ("full", "exact"):
-        for samples, length in sizes.large_batches:
-            settings = dblocks.TrainingConfig(**{"branch_at": 0.0, **large_settings(sizes, method, samples)})
-            num_blocks = 1 if method == "full" else sizes.large_blocks
-            work = Workload(
-                network=lambda layers: large_network(sizes, layers, "meta"),
-                batch=lambda count, length=length: {"input_ids": torch.zeros(count, length, dtype=torch.long)},
-                num_layers=sizes.large_layers,
-                blocks=BlocksConfig(num_blocks=num_blocks, target="causal"),
-                task=dblocks.CausalLM(),
-                train=lambda _, settings=settings: settings,
-                pretrained=False,
-                lora=(16, 32),
-                train_readout=False,
-                command="",
-            )
-            choice = Choice(method=method, num_blocks=num_blocks, checkpointing=method == "full")
-            found[large_name(method, samples, length)] = round(predictor(work, choice).at(samples).device.total)
-    return found
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # what is timed meanwhile needs the processor
-    print(json.dumps(planned(DRY if "--dry-run" in sys.argv else Sizes())))

@@ -28,17 +28,8 @@ OUTCOMES = ("passed", "failed", "skipped")
 def tests(results: Any, dry_run: bool) -> None:
     """Runs the suite. Counts and failures are written once a second, so that a killed run leaves what it found."""
     kept = {row["row"]: row for row in results.rows if row["collected"] == sum(row[name] for name in OUTCOMES)}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "gpu_suite",
-        "-p",
-        "no:cacheprovider",
-        f"--ignore={LEFT_OUT}",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_suite", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", f"--ignore={LEFT_OUT}"]
     if find_spec("xdist") and not dry_run:
         command += ["-n", str(PROCESSES), "--dist", "loadfile"]
     command += [DRY] if dry_run else [f"--ignore={path}" for path in kept]
@@ -98,7 +89,7 @@ def _count(results: Any, kept: dict[str, Any], reports: str) -> None:
 
 def pytest_configure(config: Any) -> None:
     if REPORTS in os.environ and not hasattr(config, "workerinput"):  # once, not in every process of pytest-xdist
-        kind = _Distributed if config.pluginmanager.hasplugin("dsession") else _Reporter
+        kind = _Distributed if config.pluginmanager.hasplugin("xdist") else _Reporter
         config.pluginmanager.register(kind(Path(os.environ[REPORTS])))
 
 

@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
+import gpu_large  # noqa: E402
 import gpu_results  # noqa: E402
 import gpu_speed  # noqa: E402
 
@@ -96,6 +98,17 @@ def test_rows_of_the_same_machine_are_kept(tmp_path):
     content["environment"]["device"] = "another card"
     first.path.write_text(json.dumps(content))
     assert not gpu_results.Results(tmp_path, "speed", dry_run=True).has("a")
+
+
+def test_a_batch_too_large_is_a_result(tmp_path, monkeypatch):
+    def too_large(*_):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(gpu_large, "rounds", too_large)
+    results = gpu_results.Results(tmp_path, "large", dry_run=True)
+    gpu_large.measure(results, gpu_large.DRY, "full", {"a": (1, 16), "b": (2, 16)})
+    assert [(row["row"], row["fits"]) for row in results.rows] == [("a", False), ("b", False)]
+    assert not results.content["errors"]
 
 
 def test_the_table_judges(tmp_path):
