@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py all                 every part, then one table of what must hold
     python benchmarks/gpu.py speed               one part (or several)
-    python benchmarks/gpu.py all --dry-run       every part on the CPU with tiny networks, in a minute, into a temporary folder
+    python benchmarks/gpu.py all --dry-run       every part on the CPU with tiny networks (nothing is compiled), in a
+                                                 minute, into a temporary folder
 
 Parts:
     speed    tokens or images per second against a plain training loop and end-to-end training (gpu_speed.py)
@@ -11,9 +12,10 @@ Parts:
     memory   rows of benchmarks/memory.py: predicted against torch.cuda.max_memory_allocated, and reserved memory
     card     a smaller card (a share of this one): end-to-end training stops there with exit code 1, blocks train
 
-Each part is a process of its own with a time limit and writes benchmarks/results/gpu-PART.json row by row (gpu_results.py): a part
-that is stopped leaves its finished rows, and the same command goes on with what is missing. Parts of one stage run together, the
-timed ones alone. It exits with 0 if every part ran to its end, whatever its figures, else with 1.
+Each part is a process of its own with a time limit and writes benchmarks/results/gpu-PART.json row by row
+(gpu_results.py): a part that is stopped leaves its finished rows, and the same command goes on with what is missing.
+Parts of one stage run together, the timed ones alone. It exits with 0 if every part ran to its end, whatever its
+figures, and with 1 if one was stopped or a row could not run.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# The packages of this project that are not installed must not keep the others from being measured, and a process that has not
-# started CUDA starts others: so torch, and what needs it, is imported inside functions.
+# What needs torch or another package is imported inside functions: packages that are not installed must not keep the
+# other parts from being measured, and this process only starts others.
 
 ROOT = Path(__file__).parents[1]
 SOURCES = str(ROOT / "src")
@@ -86,8 +88,8 @@ def tests(results: Any, dry_run: bool) -> None:
 
 
 def memory_rows(dry_run: bool) -> Iterator[dict[str, Any]]:
-    """Of benchmarks/memory.py: one number of blocks, the shortest and longest truncation, every setting, and of methods that hold alike
-    in several families one."""
+    """Of benchmarks/memory.py: one number of blocks, the shortest and longest truncation, every setting, and
+    of methods that need alike in several families one."""
     from memory import rows
 
     for row in rows():
@@ -179,7 +181,7 @@ def dblocks_run(fraction: float, words: list[str], stop_after: Path | None = Non
 
 
 def card(results: Any, dry_run: bool) -> None:
-    """The small card lies half way between what the two methods need by plan. Four runs, of which three go on from one another."""
+    """The small card lies half way between what the two methods need by plan. Three runs go on from one another."""
     if len(results.rows) == 4:
         return
     results.rows.clear()
@@ -214,8 +216,8 @@ def card(results: Any, dry_run: bool) -> None:
 
 @dataclass(frozen=True)
 class Part:
-    """limit: seconds after which it is stopped. expected: seconds on one H100, estimated from METHOD's figures, not measured. needs:
-    packages, beside ENOUGH, without which it is skipped."""
+    """limit: seconds after which it is stopped. expected: seconds on one H100, estimated from what single steps took.
+    needs: packages, beside ENOUGH, without which it is skipped."""
 
     run: Callable[[Any, bool], None]
     limit: int
@@ -223,10 +225,10 @@ class Part:
     needs: tuple[str, ...] = ()
 
 
-# Seconds, for today's speeds: `speed` 12 to start, 15 to split networks, 70 for 23 rows of about 6 calls each and their rivals,
-# 48 for 4 compilations; `large` 15 to start, 12 for `full`, 28 + 4 + 3 x 1.5 with pinning, then 3 x 1.6 and 3 x 4; `tests` 24
-# minutes of one core over 10 processes, and CUDA's start; `memory` 40 rows of 12, 5 at a time; `card` plan 15 and three runs of 15
-# one after another.
+# Seconds, for today's speeds: `speed` 12 to start, 15 to split networks, 70 for 23 rows of about 6 calls each and their
+# rivals, 48 for 4 compilations; `large` 15 to start, 12 for `full`, 28 + 4 + 3 x 1.5 with pinning, then 3 x 1.6 and
+# 3 x 4; `tests` 24 minutes of one core over 10 processes, and CUDA's start; `memory` 40 rows of 12, 5 at a time; `card`
+# plan 15 and three runs of 15 one after another.
 PARTS = {
     "speed": Part(speed, 170, 145, ("accelerate",)),
     "large": Part(large, 95, 80, ("accelerate",)),

@@ -1,6 +1,6 @@
 """A network of 6.7 billion parameters: the part `large` of benchmarks/gpu.py, which needs the card for itself.
 
-Run as a program it prints what is planned for every row: tracing takes the processor 20 seconds, in which the card works.
+Run as a program it prints what is planned for every row: tracing takes the processor 20 seconds, while the card works.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from timing import alternating
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """shapes: texts of a batch and their length. warm, timed: rounds; one more, not timed either, comes with every batch."""
+    """shapes: texts of a batch and their length. warm, timed: rounds; every batch has one more that is not timed."""
 
     device: str = "cuda"
     layers: int = 32

@@ -1,8 +1,6 @@
 """Results of benchmarks/gpu.py: one JSON per part, written row by row, and what all of them show together.
 
-A result file holds `part`, `dry_run`, `environment`, `finished` (every row was tried), `seconds` (of all runs together),
-`rows` (each with its name in `row`), `errors` (rows that could not run, with the last lines; tried again by the next run)
-and `not_run` (rows whose packages are not installed). KEYS says what else there is.
+KEYS says what a file holds. Rows that could not run (`errors`) are tried again by the next run.
 """
 
 from __future__ import annotations
@@ -74,8 +72,7 @@ KEYS = {
 
 
 def environment() -> dict[str, Any]:
-    """What a part runs on. Neither torch nor this package is imported: that takes seconds, and may start CUDA, which processes that
-    are forked afterwards could not use."""
+    """What a part runs on. Neither torch nor this package is imported: that takes seconds, and may start CUDA."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -98,7 +95,7 @@ def _line_of(*command: str) -> str | None:
 
 
 class Results:
-    """The JSON of one part. Rows of an earlier run count if that run had the same commit, packages, card and kind (dry or not)."""
+    """The JSON of one part. Rows of an earlier run count if commit, packages, card and kind (dry or not) are alike."""
 
     def __init__(self, folder: Path, part: str, dry_run: bool) -> None:
         self.path, self._began = folder / f"gpu-{part}.json", time.monotonic()
