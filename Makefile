@@ -21,6 +21,7 @@ demo: setup
 
 test: $(VENV)/.ready-to-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	DIFFUSIONBLOCKS_TEST_DEVICE=sim $(BIN)/python -m pytest -n 2 tests/second_device
 
 lint: setup
 	$(BIN)/ruff check .
