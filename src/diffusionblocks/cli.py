@@ -397,6 +397,18 @@ def _settings_help() -> str:
     return "\n".join(lines)
 
 
+def _run(arguments: argparse.Namespace, rest: list[str]) -> Any:
+    import torch
+
+    try:
+        return COMMANDS[arguments.command][0](arguments, rest)
+    except torch.OutOfMemoryError as error:  # `train` says what would fit; here it is evaluation or sampling
+        said = str(error).split(". ")[0]
+        raise OutOfMemory(
+            f"out of memory in {arguments.command}: {said}. Fewer samples at once (--num), a shorter --length or --device cpu need less"
+        ) from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -410,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help()
             return 0
         arguments, rest = parser.parse_known_args(_joined(argv, parser.commands))
-        result = COMMANDS[arguments.command][0](arguments, rest)
+        result = _run(arguments, rest)
         if arguments.json:
             print(json.dumps(result))
         return 0

@@ -381,7 +381,7 @@ class DiffusionBlocksModel(BlockModel):
             "blocks": json.dumps(asdict(self.config)),
             "source": json.dumps(self._identity()),
         }
-        save_file(named_once(self.block(index)), str(path), metadata=facts)
+        save_file(named_once(self.block(index).state_dict()), str(path), metadata=facts)
 
     def _identity(self) -> Any:
         """What the network was made from, as JSON reads it back, without what libraries note for themselves."""

@@ -20,17 +20,17 @@ def save_described(model: nn.Module, folder: str | Path, description: Mapping[st
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(named_once(model), str(folder / WEIGHTS), metadata={"format": "pt"})
+    save_file(named_once(dict(sorted(model.state_dict().items()))), str(folder / WEIGHTS), metadata={"format": "pt"})
     (folder / DESCRIPTION).write_text(json.dumps({"format": 1, **description}, indent=2) + "\n")
 
 
-def named_once(module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a module on the host, each under one name: of a tensor that has several (tied embeddings), the first.
+def named_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a state_dict on the host, each under one name: of a tensor that has several (tied embeddings), the first.
 
     They may be views of buffers that many tensors share (training/flat.py), which safetensors' own `save_model` refuses.
     """
     found: dict[tuple[int, Any], tuple[str, Tensor]] = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in state.items():
         found.setdefault((tensor.data_ptr(), tensor.shape), (name, tensor))
     return {name: tensor.detach().contiguous().cpu() for name, tensor in found.values()}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,21 @@ def test_latents_are_made_and_decoded_on_the_device(folder, tmp_path):
     settings += ["--task.num-samples", 70, "--task.sampling-steps", 2, "--output-dir", tmp_path / "run"]
     dblocks("train", "dit-digits", *QUICK, *settings)
     dblocks("sample", tmp_path / "run", "--num", 2)
+
+
+def test_a_device_that_does_not_exist_is_one_line(tmp_path, capsys):
+    assert main(["train", "digits", "--device", f"{DEVICE}:9", "--output-dir", str(tmp_path / "run")]) == 2
+    assert (
+        f"train.device {DEVICE}:9: there is no such device here; this machine has {DEVICE}:0" in capsys.readouterr().err
+    )
+
+
+def test_the_image_example_of_the_readme_runs(tmp_path, monkeypatch):
+    """What a reader writes does not mix devices either: encoder, images and network are where they should be."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    example = next(part.split("```")[0] for part in readme.split("```python\n") if "ImageGeneration(" in part)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    example = "import torch\nimport diffusionblocks as dblocks\n" + example
+    exec(re.sub(r"steps=\d+", "steps=2", example).replace("num_layers=12", "num_layers=3"), namespace)
+    assert namespace["images"].shape == (10, 1, 8, 8)

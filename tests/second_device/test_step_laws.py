@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import shutil
+
 import pytest
 import torch
 
@@ -82,3 +86,26 @@ def test_a_run_moves_its_batches_and_reads_the_device_at_log_intervals_alone(dev
     each = read[16, 3] - read[8, 3]  # of eight more rounds over three blocks, logged every three block steps
     assert 0 < each <= 8 * 4  # whether losses are finite, and a mean for each of three blocks
     assert read[16, 6] <= read[16, 3] * 0.7
+
+
+@pytest.mark.parametrize("name", ["labels features", "tokens exact", "images", "masked"])
+def test_a_resumed_run_equals_an_uninterrupted_one(name, device, tmp_path):
+    case, options = CASES[name], {"device": str(device), "residency": "host", "steps": 4}
+    whole = case.trainer(**options)
+    whole.fit()
+
+    def stopped(**more):
+        trainer = case.trainer(**options, **more)
+        trainer.output_dir = tmp_path
+        return trainer
+
+    first = stopped(checkpoint_every=6)
+    visits = first._visits
+    first._visits = lambda: itertools.islice(visits(), 7)  # killed in the third of four rounds
+    with contextlib.suppress(AssertionError):
+        first.fit()
+    shutil.rmtree(sorted((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))[-1])  # of the end
+    second = stopped()
+    second.fit()
+    assert second._first_step == 6
+    assert same(*({key: t.cpu() for key, t in weights(one.model).items()} for one in (whole, second)))

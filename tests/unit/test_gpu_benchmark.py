@@ -134,9 +134,3 @@ def test_the_table_judges(tmp_path):
     assert found["the suite passes"] == found["a network that fails end to end trains by blocks"] == "holds"
     write("tests", [], passed=3, failed=0, skipped=1, not_reached=2)
     assert verdicts()["the suite passes"] == "not measured"
-
-
-def test_the_small_card_is_the_smallest_that_is_large_enough():
-    wanted = 3 << 30
-    found = gpu.smallest(wanted, gpu.usable)
-    assert gpu.usable(found) >= wanted > gpu.usable(found - 1)

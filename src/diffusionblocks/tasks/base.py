@@ -65,6 +65,17 @@ def drawn_for(batch: Batch, draws: Draws | None) -> Draws:
     return draws or Draws.new(next(iter(batch.values())).device)
 
 
+def beside(model: BlockModel, tensor: Tensor) -> Tensor:
+    """A tensor on the host goes to where the model is; one that is on a device stays (weights of idle blocks visit it there)."""
+    return tensor if tensor.device.type != "cpu" else tensor.to(next(iter(model.parameters())).device)
+
+
+def all_beside(model: BlockModel, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
+    """Batches where the model is, see `beside`."""
+    for batch in batches:
+        yield {name: beside(model, tensor) for name, tensor in batch.items()}
+
+
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:
     for batch in batches:
         yield {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

@@ -24,7 +24,7 @@ from diffusionblocks.samplers.categorical import ancestral
 from diffusionblocks.samplers.ode import euler
 from diffusionblocks.seeds import Draws, generator, normal_like
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, mean_with_error
+from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
@@ -124,7 +124,7 @@ class Classification:
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
         """`accuracy` in percent and `validation_loss` in nats per sample, with standard errors over samples."""
         correct, losses = [], []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(all_beside(model, batches)):
             log_p, labels = self.log_probabilities(model, batch, seed=index), batch["labels"]
             correct.append((log_p.argmax(-1) == labels).cpu())
             losses.append(cross_entropy(log_p, labels, reduction="none").cpu())

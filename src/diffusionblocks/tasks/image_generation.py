@@ -22,7 +22,7 @@ from diffusionblocks.samplers.grids import GRIDS
 from diffusionblocks.samplers.ode import SAMPLERS
 from diffusionblocks.seeds import Draws, generator, normal_like, uniform
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, mean_with_error
+from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
@@ -99,7 +99,7 @@ class ImageGeneration:
         blocks = partition.num_blocks
         per_image: list[Tensor] = []
         per_block: list[list[Tensor]] = [[] for _ in range(blocks)]
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(all_beside(model, batches)):
             clean, labels = batch["pixel_values"], batch["labels"]
             source = generator(index, clean.device)
             strata = torch.arange(count, device=clean.device)

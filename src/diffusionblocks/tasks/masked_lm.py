@@ -23,7 +23,7 @@ from diffusionblocks.partition import Blocks, Partition
 from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.unmasking import SAMPLERS, even
 from diffusionblocks.seeds import Draws, generator, uniform
-from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, per_token
+from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, beside, drawn_for, per_token
 
 EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
 
@@ -109,7 +109,7 @@ class MaskedLM:
         count, partition = self.levels_per_text, network.partition
         sums: list[Tensor] = []  # nats per text and block [N, B]
         lengths: list[Tensor] = []
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(all_beside(model, batches)):
             tokens, real = batch["input_ids"], batch.get("attention_mask")
             size = len(tokens)
             length = (torch.full((size,), tokens.shape[1]) if real is None else real.sum(1).cpu()).double()
@@ -151,7 +151,7 @@ class MaskedLM:
         Args:
             watch: called as watch(block, level, z) before every step that runs the network.
         """
-        partition = model.partition
+        tokens, partition = beside(model, tokens), model.partition
         schedule, mask_id = partition.levels, model.mask_id
         share = (tokens == mask_id).float().mean().cpu()
         if share == 0:

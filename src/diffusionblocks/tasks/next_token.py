@@ -25,7 +25,7 @@ from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.next_token import Reader
 from diffusionblocks.seeds import Draws, generator, normal_like, uniform
 from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, drawn_for, per_token
+from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, beside, drawn_for, per_token
 
 Measure = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
@@ -123,7 +123,7 @@ class NextToken:
         """`nats_per_token`, with its standard error over texts, and whatever else the task measures of every row. Noise is seeded:
         the same batches give the same numbers."""
         self.check_model(model)
-        return summed(self.measurer(model), batches)
+        return summed(self.measurer(model), all_beside(model, batches))
 
     def measurer(self, model: BlockModel) -> Measure:
         """(batch, generator) -> nats of the rows [N, R or T] by name, 0 where there is nothing to predict."""
@@ -141,7 +141,7 @@ class NextToken:
             return {}
         sums: dict[str, list[Tensor]] = {}
         counts = []
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(all_beside(model, batches)):
             wanted, clean = following(batch) != IGNORED, batch["input_ids"][:, 1:]
             source = generator(number, clean.device)
             order = torch.randperm(clean.numel(), generator=source, device=clean.device)
@@ -181,6 +181,7 @@ class NextToken:
         callers that want to know what it did.
         """
         self.check_model(model)
+        tokens = beside(model, tokens)
         reader, source = reader or self.reader(model), generator(seed, tokens.device)
         reader.read(tokens)
         while tokens.shape[1] < length:

@@ -24,7 +24,7 @@ from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
 from diffusionblocks.samplers.next_token import Reader
 from diffusionblocks.seeds import Draws
-from diffusionblocks.tasks.base import Metric, StepOutput
+from diffusionblocks.tasks.base import Metric, StepOutput, all_beside
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights, summed
 
 SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
@@ -136,7 +136,7 @@ class RecurrentLM(NextToken):
             found = self._after(model, batch, iterations, generator)
             return {f"nats_at_{count}": losses for count, losses in zip(iterations, found, strict=True)}
 
-        return summed(measure, batches)
+        return summed(measure, all_beside(model, batches))
 
     def _after(
         self, model: BlockModel, batch: Batch, iterations: Sequence[int], generator: torch.Generator

@@ -134,7 +134,7 @@ class Trainer:
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
         self._residency: Residency | None = None
-        self._averaged = False
+        self._averaged = self._here = False  # here: shared parts are on the device
         self._check_heads()
         self._unchecked: list[tuple[int, int, list[Tensor]]] = []  # block, its steps before, losses
         self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
@@ -185,16 +185,31 @@ class Trainer:
 
     @property
     def residency(self) -> Residency:
-        """Set up on first use: moves the blocks to where the configuration wants them."""
+        """Set up on first use: moves the blocks to where the configuration wants them, and shared parts to the device."""
+        if not self._here:
+            self._move_shared(self.device)
         if self._residency is None:
-            away = {k: v for k, v in self.shared.tensors().items() if v.device != self.device}
-            self.shared.replace({k: v.to(self.device) for k, v in away.items()})
             for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
                 layer.constants_to(self.device)
             folder = None if self.output_dir is None else self.output_dir / "residency"
             kind, ahead = self.config.residency, self.config.prefetch
             self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
         return self._residency
+
+    def _move_shared(self, device: torch.device) -> None:
+        away = {name: tensor for name, tensor in self.shared.tensors().items() if tensor.device != device}
+        moving = {name: tensor.to(device) for name, tensor in away.items() if not self.shared.stays_on_host(name)}
+        self.shared.replace(moving)
+        self._here = device == self.device
+
+    def _leave(self) -> None:
+        """Puts the model together again, so that others can use it: on the host where idle blocks are kept off the device."""
+        if self._residency is None or not self._residency.moves or self.device.type == "cpu":
+            return
+        for index in self._residency.present():
+            self._residency.park(index)
+        self._residency.settle()
+        self._move_shared(torch.device("cpu"))
 
     # ------------------------------------------------------------------ one step
 
@@ -372,10 +387,11 @@ class Trainer:
 
     @contextmanager
     def _everything_trains(self) -> Iterator[None]:
-        """Steps that pass other blocks switch gradients off there; afterwards everything is as it was."""
+        """Steps that pass other blocks switch gradients off there; afterwards everything is as it was, and in one place."""
         try:
             yield
         finally:
+            self._leave()
             for index, state in enumerate(self.states):
                 self.model.block(index).settling = False
                 for parameter in state.parameters.values():
@@ -442,10 +458,20 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
-        """The task's metrics on `data`, with the moving averages if there are any."""
+        """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the device, again with
+        half of it."""
+        at_once = max(self.config.batch_size, _at_once(data))
         with self.averaged():
-            batches = on_device(in_order(data, max(self.config.batch_size, _at_once(data))), self.device)
-            return self.task.evaluate(self.model, batches)
+            while True:
+                try:
+                    return self.task.evaluate(self.model, on_device(in_order(data, at_once), self.device))
+                except torch.OutOfMemoryError:
+                    if at_once == 1:
+                        raise
+                at_once //= 2  # outside of the handler, which would keep what the failed batch held
+                log.warning("out of memory in evaluation: going on with %d samples at once", at_once)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -455,7 +481,7 @@ class Trainer:
             self.model.eval()
             yield
             return
-        residency = self.residency
+        visiting, residency = not self._here, self.residency
         residency.settle()
         self._swap_averages()
         self._averaged = True
@@ -471,6 +497,8 @@ class Trainer:
             self._averaged = False
             if isinstance(self.model, DiffusionBlocksModel):
                 self.model.holders = tuple(range(self.model.num_blocks))
+            if visiting:
+                self._leave()
 
     def use_averages(self) -> None:
         """Puts the moving averages in the model's place for good (before saving the finished model)."""
