@@ -131,5 +131,5 @@ def test_the_image_example_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     example = "import torch\nimport diffusionblocks as dblocks\n" + example
-    exec(re.sub(r"steps=\d+", "steps=2", example).replace("num_layers=12", "num_layers=3"), namespace)
+    exec(re.sub(r"\bsteps=\d+", "steps=2", example).replace("num_layers=12", "num_layers=3"), namespace)
     assert namespace["images"].shape == (10, 1, 8, 8)
