@@ -99,7 +99,7 @@ CASES: dict[str, Case] = {
         _blocks(make_llama, context="features", shared="frozen", target_entry="none", head_layers=1, distill=True),
         CausalLM(),
         PACKED,
-        {"heads_first": 0.5},
+        {"heads_first": 0.5, "trust": True},
     ),
     "tokens mixed": Case(
         _blocks(make_llama, context="features", shared="frozen", target_entry="none", ordinary=1.0), CausalLM(), TEXTS

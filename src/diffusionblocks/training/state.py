@@ -63,8 +63,9 @@ class BlockState:
         progress = max(0.0, (step + 1 - start) / max(1, self.life - start + 1))
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def step(self, trust: float = 1.0) -> None:
-        """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head."""
+    def step(self, trust: float | Tensor = 1.0) -> None:
+        """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head, a number or a scalar on the
+        device."""
         if self.optimizer is None:
             return
         if self.config.max_grad_norm:

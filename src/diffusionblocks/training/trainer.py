@@ -8,7 +8,6 @@ written between visits.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -137,6 +136,7 @@ class Trainer:
         self._averaged = self._here = False  # here: shared parts are on the device
         self._check_heads()
         self._unchecked: list[tuple[int, int, list[Tensor]]] = []  # block, its steps before, losses
+        self._recent: dict[int, Tensor] = {}  # running mean of the loss of each block, where `trust` needs it
         self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
         self._first_step, self._passed = 0, dict[str, int]()
 
@@ -278,18 +278,19 @@ class Trainer:
         """The trained blocks in the order in which a batch visits them."""
         return self.trained[::-1] if self.config.order == "backward" else self.trained
 
-    def _trust(self, index: int, loss: Tensor) -> float:
+    def _trust(self, index: int, loss: Tensor) -> float | Tensor:
         """How far a block's layers may follow their head: exp of what its answers are worse than those of the last block, in nats
-        (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only the head learns."""
-        last, recent = self.model.num_blocks - 1, self.progress.recent
+        (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only the head learns. Worked out on
+        the device, so that nobody waits for it."""
+        last, recent = self.model.num_blocks - 1, self._recent
         mixed = isinstance(self.model, DiffusionBlocksModel) and self.model.config.ordinary  # weighs its own loss
         if not self.config.trust or mixed or self.states[index].settles():
             return 1.0
-        before = recent.get(str(index))
-        recent[str(index)] = loss.item() if before is None else 0.9 * before + 0.1 * loss.item()
+        before = recent.get(index)
+        recent[index] = loss.detach() if before is None else 0.9 * before + 0.1 * loss.detach()
         if index == last or not self.states[index].has_head:
             return 1.0
-        return math.exp(min(0.0, recent[str(last)] - recent[str(index)])) if str(last) in recent else 0.0
+        return (recent[last] - recent[index]).clamp(max=0).exp() if last in recent else 0.0
 
     def _readable(self) -> AbstractContextManager[None]:
         """For a model whose steps read idle blocks: lets these visit the device layer by layer."""
@@ -518,6 +519,7 @@ class Trainer:
             return
         self.residency.settle()
         self.progress.journal_bytes = journal.bytes
+        self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
         checkpoint.save(
             self.output_dir,
             self.progress.block_steps,
@@ -535,6 +537,7 @@ class Trainer:
         if saved is None:
             return False
         self.progress = Progress(**saved["progress"])
+        self._recent = {int(k): torch.tensor(v, device=self.device) for k, v in self.progress.recent.items()}
         if not self.progress.finished:
             log.info("resuming after %d block steps", self.progress.block_steps)
         return True
