@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.utils.backend_registration as registration
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -224,6 +225,7 @@ def register() -> torch.device:
 def _patch() -> None:
     """What torch does for devices of its own and not for one that is written in Python."""
     make_tensor, data, generator = torch.tensor, torch._C.TensorBase.data, torch.Generator
+    _device_constructors()  # `with torch.device(...)` knows torch.tensor by identity: it keeps the one that is there now
 
     def tensor(values: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **more: Any) -> Any:
         if device is not None and torch.device(device).type == "sim":
