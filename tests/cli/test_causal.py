@@ -99,7 +99,7 @@ def test_a_pretrained_language_model_is_adapted(settings, method, capsys, tmp_pa
     words += ["--data.length", "8", "--method", method]
     summary = run_json(capsys, "train", "lm-folder", *words, "--output-dir", str(tmp_path / "run"))
     assert summary["metrics"]["bits_per_character"]["value"] > 0
-    run = load_run(tmp_path / "run", with_data=False)
+    run = load_run(tmp_path / "run", [("train.device", "cpu")], with_data=False)
     assert run.model.network.config.vocab_size == 40  # no mask token was added
     if method != "lora":
         saved = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
@@ -183,7 +183,7 @@ def test_blocks_of_next_token_denoisers_on_the_command_line(settings, preset, ca
 
         assert code == 0
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain").eval()
-        run = load_run(tmp_path / "run", with_data=False)
+        run = load_run(tmp_path / "run", [("train.device", "cpu")], with_data=False)
         tokens = torch.randint(0, 12, (2, 6))
         torch.testing.assert_close(plain(tokens).logits, run.model.eval().network(tokens).logits)
     else:

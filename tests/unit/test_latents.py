@@ -40,7 +40,7 @@ def test_latents_have_the_scale_of_edm_s_data(options):
 
 def test_latents_are_the_encoder_s_and_decode_to_its_images(options, vae):
     config = dblocks.DataConfig(**options)
-    data, encoder = load_data(config), Autoencoder(config)
+    data, encoder = load_data(config, device="cpu"), Autoencoder(config, "cpu")
     pixels = data.test.source.pixels([3, 5])
     with torch.no_grad():
         own = encoder.network.encode(pixels.float() / 127.5 - 1).latent_dist

@@ -42,6 +42,11 @@ class Layout:
     def nbytes(self) -> int:
         return sum(size * dtype.itemsize for dtype, size in self.sizes.items())
 
+    @property
+    def pinned_nbytes(self) -> int:
+        """On the host, where torch's allocator of pinned memory rounds each buffer up to a power of two."""
+        return sum(1 << (size * dtype.itemsize - 1).bit_length() for dtype, size in self.sizes.items() if size)
+
     def empty(self, *, pinned: bool = False) -> Buffers:
         """New buffers on the host."""
         return {dtype: torch.empty(size, dtype=dtype, pin_memory=pinned) for dtype, size in self.sizes.items()}

@@ -230,7 +230,8 @@ class Residency:
             new = {name: torch.zeros(size, dtype=dtype) for name, (dtype, size) in numbers.items() if name not in known}
             state.replace(new)
         if self.kind == "host":
-            self._check_host_memory(sum(layout.nbytes for layout in self._layouts))
+            pinned = self.device.type == "cuda"
+            self._check_host_memory(sum(layout.pinned_nbytes if pinned else layout.nbytes for layout in self._layouts))
         for index, state in enumerate(self.states):
             layout = self._layouts[index]
             away = _empty(layout, pinned=self.kind == "host" and self.device.type == "cuda")

@@ -28,14 +28,16 @@ class Slots:
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         self.device, self.lanes = device, lanes
         self._buffers: list[Buffers] = [{}, {}]
-        self.read: list[Event] = [None, None]  # when what is in a slot has been read for the last time
+        self.read: list[Event] = [None, None]  # when what is in a slot has been read for the last time ...
+        self.written: list[Event] = [None, None]  # ... and when it has arrived
 
     def room(self, slot: int, sizes: dict[torch.dtype, int]) -> Buffers:
         """The flat buffers of a slot, enlarged where they are too small for `sizes` elements of each dtype."""
         for dtype, size in sizes.items():
             known = self._buffers[slot].get(dtype)
             if known is None or len(known) < size:
-                self.lanes.finish(self.read[slot])
+                for event in (self.read[slot], self.written[slot]):  # nobody may use the old room any more
+                    self.lanes.finish(event)
                 self._buffers[slot][dtype] = torch.empty(size, dtype=dtype, device=self.device)
         return self._buffers[slot]
 
@@ -60,7 +62,6 @@ class Visitors(AbstractContextManager[None]):
         self.modules, self.slots, self.after, self.whole = list(modules), slots, list(after), whole
         self._last = -1
         self._in: list[int | None] = [None, None]  # the module that a slot holds, or gets
-        self._arriving: list[Event] = [None, None]
         self._tensors: list[list[Tensor]] = [[], []]
         self._depth = 0
         self._home: list[Callable[[], None]] = []
@@ -86,7 +87,7 @@ class Visitors(AbstractContextManager[None]):
         if number not in self._in:
             self._load(number)
         slot = self._in.index(number)
-        self.slots.lanes.wait(self._arriving[slot])
+        self.slots.lanes.wait(self.slots.written[slot])
         step = 1 if number >= self._last else -1
         self._last = number
         if 0 <= number + step < len(self.modules) and number + step not in self._in:
@@ -112,7 +113,7 @@ class Visitors(AbstractContextManager[None]):
         lanes = self.slots.lanes
         pairs, self._tensors[slot] = self._pairs(number, slot)
         after = [lanes.mark(), self.slots.read[slot], *self.after]  # what is in the slot has then been read
-        self._arriving[slot] = lanes.copy("up", pairs, after)
+        self.slots.written[slot] = lanes.copy("up", pairs, after)
         self._in[slot], self.slots.read[slot] = number, None
 
     def _pairs(self, number: int, slot: int) -> tuple[list[Pair], list[Tensor]]:
