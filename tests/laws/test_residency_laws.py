@@ -215,3 +215,22 @@ def test_exact_mode_trains_only_the_chosen_block_and_saves_an_ordinary_network(t
     loaded, images = ViTForImageClassification.from_pretrained(tmp_path), make_data().__getitems__([0, 1])
     made.model.eval()
     torch.testing.assert_close(loaded(images["pixel_values"]).logits, made.model(images))
+
+
+class Stopped(torch.nn.Linear):
+    """Ctrl-C in its forward pass."""
+
+    def forward(self, hidden):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_a_module_visits_leaves_it_as_it_was():
+    modules = [torch.nn.Linear(3, 3), Stopped(3, 3)]
+    before = {id(p) for module in modules for p in module.parameters()}
+    with (
+        pytest.raises(KeyboardInterrupt),
+        torch.no_grad(),
+        Visitors(modules, Slots(torch.device("cpu"), lanes.AtOnce())),
+    ):
+        modules[1](modules[0](torch.ones(1, 3)))
+    assert {id(p) for module in modules for p in module.parameters()} == before

@@ -357,3 +357,31 @@ def test_own_steps_have_a_rate_of_their_own(schedule):
         assert own == pytest.approx(plain * (0.25 if step >= common else 1.0))
     with pytest.raises(dblocks.UserError, match="own_rate"):
         config(own_rate=0.0).check()
+
+
+@pytest.mark.parametrize("order", ["cyclic", "random", "sweep"])
+def test_a_step_that_failed_leaves_nothing_behind(order, monkeypatch):
+    """Out of memory in a notebook, and the same trainer goes on: no gradient of the failed step is added."""
+    whole = train(CONVERSIONS["default"], order=order, steps=4)
+    trainer = dblocks.Trainer(
+        dblocks.convert(make_vit(), 3, **CONVERSIONS["default"]),
+        *(dblocks.Classification(), make_data(), None, config(order=order, steps=4)),
+    )
+    step, calls = BlockState.step, []
+
+    def fails_once(self, *arguments):
+        calls.append(self)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return step(self, *arguments)
+
+    monkeypatch.setattr(BlockState, "step", fails_once)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.fit()
+    assert all(p.grad is None for p in trainer.model.parameters())
+    if order == "sweep":
+        with pytest.raises(dblocks.UserError, match="a batch was between blocks"):
+            trainer.fit()
+        return
+    trainer.fit()
+    assert same(weights(trainer.model), weights(whole.model))

@@ -1,6 +1,8 @@
 """Methods that train a whole network, optimizers, weights in bf16, and language models."""
 
 import dataclasses
+import sys
+import types
 
 import pytest
 import torch
@@ -203,3 +205,40 @@ def test_a_gpu_without_bf16_is_refused_and_a_processor_that_imitates_it_says_so(
     with caplog.at_level("WARNING", "diffusionblocks"):
         trained(precision="bf16", steps=1)
     assert "imitates bf16" in caplog.text
+
+
+class StandIn(torch.optim.Optimizer):
+    """Keeps what bitsandbytes' AdamW8bit keeps: a state is new where there is none, and then has its number of steps."""
+
+    def __init__(self, groups, lr, betas):
+        super().__init__(groups, {"lr": lr})
+        self.name2qmap = {"dynamic": torch.zeros(256), "udynamic": torch.zeros(256)}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state, large = self.state[p], p.numel() >= 4096
+                if not state:
+                    state["step"] = 0
+                    for number, name in ((1, "dynamic"), (2, "udynamic")):
+                        state[f"state{number}"] = torch.zeros_like(p, dtype=torch.uint8 if large else torch.float32)
+                        if large:
+                            state[f"absmax{number}"] = torch.zeros(-(-p.numel() // 256), device=p.device)
+                            state[f"qmap{number}"] = self.name2qmap[name]
+                state["step"] += 1
+                p.add_(p.grad, alpha=-float(group["lr"]))
+
+
+def test_idle_blocks_keep_the_state_of_an_8bit_optimizer(monkeypatch):
+    stand_in = types.SimpleNamespace(AdamW8bit=StandIn)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.SimpleNamespace(optim=stand_in))
+    found = []
+    for residency in ("device", "disk"):
+        model = dblocks.convert(make_vit(hidden_size=64, intermediate_size=128), 3)
+        options = config(optimizer="adamw-8bit", residency=residency, steps=3)
+        trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, options)
+        trainer.fit()
+        found.append(weights(model))
+        assert {state["step"] for state in trainer.states[1].optimizer.state.values()} == {3}
+    assert same(*found)

@@ -109,3 +109,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, device, tmp_path):
     second.fit()
     assert second._first_step == 6
     assert same(*({key: t.cpu() for key, t in weights(one.model).items()} for one in (whole, second)))
+
+
+@pytest.mark.parametrize("residency", ["device", "host", "disk"])
+@pytest.mark.parametrize("name", ["labels paper", "tokens paper", "tokens exact"])
+def test_after_a_run_the_model_is_in_one_place(name, residency, device, tmp_path):
+    trainer = CASES[name].trainer(device=str(device), residency=residency)
+    trainer.output_dir = tmp_path
+    home = device.type if residency == "device" else "cpu"
+    trainer.fit()
+    assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {home}
+    trainer.evaluate(CASES[name].data)
+    assert {tensor.device.type for tensor in trainer.model.state_dict().values()} == {home}

@@ -16,7 +16,7 @@ from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
 from diffusionblocks.memory.card import needed, target_device, usable_of_free
 from diffusionblocks.memory.card import usable as usable
-from diffusionblocks.memory.predict import Prediction, Predictor, Traces, trace_all
+from diffusionblocks.memory.predict import Prediction, Predictor, Traces
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size
 from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
@@ -94,7 +94,6 @@ def plan(
         limit = usable_of_free(free)
     traces: Traces = {}
     made = {choice: predictor(work, choice, traces) for choice in wanted}
-    trace_all(made.values(), traces, batch_size)
     rows = []
     for choice, predicting in made.items():
         found = predicting.at(batch_size, predicting.config.accumulation)
@@ -231,7 +230,6 @@ def _recommend(
         for parts in _accumulations(batch_size, predicting.config.accumulation):
             if predicting.at(batch_size, parts).least > limit:
                 continue
-            trace_all([predicting], traces, 2 * batch_size, parts)  # for the largest batch
             choice = dataclasses.replace(choice, accumulation=parts)
             reason = REASONS[choice.method]
             if choice.method == "exact" and tied:

@@ -12,14 +12,10 @@ phases of what each phase comes to; it is never interpolated across phases.
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -271,16 +267,6 @@ class Predictor:
         grown = [[SHORT[1] if i == j else size for j, size in enumerate(base)] for i in large]
         return [Step(tuple(sizes), step.block) for sizes in (base, *grown)]
 
-    def missing(self, batch_size: int, accumulation: int = 1) -> dict[tuple[Any, ...], Callable[[], BlockPrediction]]:
-        """The traces that `at` would have to make, by key."""
-        samples, accumulate = batch_size // accumulation, accumulation > 1
-        found: dict[tuple[Any, ...], Callable[[], BlockPrediction]] = {}
-        for part in (part for step in self.network.steps for part in self._parts(step)):
-            key = (*self._kind, part, samples, accumulate)
-            if key not in self._traces:
-                found[key] = partial(self._made, part, samples, accumulate)
-        return found
-
     def _trace(self, step: Step, samples: int, accumulate: bool) -> BlockPrediction:
         key = (*self._kind, step, samples, accumulate)
         if key not in self._traces:
@@ -360,43 +346,6 @@ class Predictor:
                 with trainer.autocast():
                     graph = float(model.graph_bytes(index, batch, largest))
         return BlockPrediction(tracker.peaks, state_bytes(trainer.states[index]), max(pieces), border, graph)
-
-
-def trace_all(
-    predictors: Iterable[Predictor], traces: Traces, batch_size: int, accumulation: int | None = None
-) -> None:
-    """Makes the traces that predictions of `batch_size` need, shared out among the processor's cores where processes may fork.
-
-    Args:
-        traces: the dict that the predictors share. accumulation: None = each predictor's own.
-    """
-    wanted: dict[tuple[Any, ...], Callable[[], BlockPrediction]] = {}
-    for predictor in predictors:
-        wanted |= predictor.missing(batch_size, accumulation or predictor.config.accumulation)
-    cores = min(len(wanted), os.cpu_count() or 1)
-    if cores < 2 or not _may_fork():
-        traces.update({key: make() for key, make in wanted.items()})
-        return
-    _WANTED[:] = wanted.values()  # children inherit it: what builds a network cannot be sent
-    with ProcessPoolExecutor(
-        cores, multiprocessing.get_context("fork"), initializer=torch.set_num_threads, initargs=(1,)
-    ) as pool:
-        traces.update(zip(wanted, pool.map(_make_wanted, range(len(wanted))), strict=True))
-    _WANTED.clear()
-
-
-def _may_fork() -> bool:
-    """Not where there is an accelerator: a forked process can use neither its driver nor the threads that autograd keeps for it, and
-    asking whether one is there is enough to start some drivers. (A fresh process would have to be sent what builds the network.)"""
-    accelerated = torch.cuda.is_initialized() or torch.accelerator.is_available()
-    return not accelerated and "fork" in multiprocessing.get_all_start_methods()
-
-
-_WANTED: list[Callable[[], BlockPrediction]] = []
-
-
-def _make_wanted(number: int) -> BlockPrediction:
-    return _WANTED[number]()
 
 
 def state_bytes(state: BlockState) -> Bytes:

@@ -70,7 +70,8 @@ def put_state(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Te
         if not tables:
             optimizer.fill_qmap()  # type: ignore[attr-defined]
         name = "dynamic" if key == "state1" else "udynamic"
-        tables[name] = tables[name].to(parameter.device)
+        if parameter.device.type != "cpu":  # a block that is away needs none
+            tables[name] = tables[name].to(parameter.device)
         state["qmap" + key[-1]] = tables[name]
 
 
@@ -115,7 +116,8 @@ def _is_fake(tensor: Tensor) -> bool:
 class _ShapesOfAdamW8bit(Optimizer):
     """The state bitsandbytes' AdamW8bit makes, on tensors without data, which its kernels cannot read.
 
-    Tensors of at least 4,096 elements: two moments of one byte and a scale per 256 elements each; smaller ones in fp32.
+    Tensors of at least 4,096 elements: two moments of one byte and a scale per 256 elements each; smaller ones in fp32. And the
+    number of steps.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -128,6 +130,7 @@ class _ShapesOfAdamW8bit(Optimizer):
                 if p.grad is None or self.state[p]:
                     continue
                 small = p.numel() < 4096
+                self.state[p]["step"] = torch.zeros(())
                 for number in (1, 2):
                     self.state[p][f"state{number}"] = torch.empty_like(p, dtype=torch.float32 if small else torch.uint8)
                     if not small:

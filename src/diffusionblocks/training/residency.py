@@ -112,7 +112,11 @@ class Residency:
         if self.moves:
             if index not in self._coming:
                 self._bring(index)
-            self.lanes.wait(self._coming.pop(index))
+            try:
+                self.lanes.wait(self._coming.pop(index))
+            except BaseException:  # a disk that cannot be read
+                self._side.pop(index)
+                raise
             self.states[index].replace(self._views_at(index, self._side[index]))
         self._present.add(index)
         self._seen.add(index)
@@ -164,6 +168,8 @@ class Residency:
         """Asks for a block to be copied to a side where none is. One that is on its way, and not wanted yet, makes room."""
         if self._arena is None:
             self._arena = Arena(self._layouts, self.device, 2 if self._prefetch else 1)
+            # Its memory may have been another's, whose last kernels are still to run.
+            self._freed = {side: self.lanes.mark() for side in range(self._arena.sides)}
         taken = {self._side[block] for block in self._present}
         for other in list(self._coming):
             if len(taken) + len(self._coming) >= self._arena.sides:

@@ -71,6 +71,8 @@ class BlockState:
         if self.config.max_grad_norm:
             nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         rate = self.learning_rate()
+        if self.config.optimizer in ON_HOST:  # these read it for every parameter
+            trust = float(trust)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if group.get("head") else rate * trust
         self.optimizer.step()

@@ -338,10 +338,10 @@ class Trainer:
     def fit(self, *, resume: bool = True) -> Progress:
         """Trains to the end, from the newest whole checkpoint if there is one and `resume` allows it.
 
-        Raises RunStopped after Ctrl-C (a checkpoint is written first) and UserError when a loss is not finite or the
-        disk is full; earlier checkpoints stay valid.
+        Raises RunStopped after Ctrl-C (a checkpoint is written first) and UserError when a loss is not finite, the disk is full, or
+        an earlier call failed while a batch was between blocks; earlier checkpoints stay valid.
         """
-        if resume and self.output_dir is not None:
+        if resume and self.output_dir is not None and self._residency is None:  # else it goes on from where it is
             self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
@@ -381,7 +381,6 @@ class Trainer:
             self._check_finite()
             journal.flush(self.progress)
         self.progress.finished = True
-        self.residency.settle()
         self._save(journal)
         journal.close()
         return self.progress
@@ -392,15 +391,23 @@ class Trainer:
         try:
             yield
         finally:
-            self._leave()
+            self.passages = []  # of a step that failed, like its gradients
             for index, state in enumerate(self.states):
                 self.model.block(index).settling = False
                 for parameter in state.parameters.values():
                     parameter.requires_grad_(True)
+            for parameter in (p for state in (*self.states, self.shared) for p in state.parameters.values()):
+                parameter.grad = None
+            self._leave()
 
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
         visits = list(islice(plan(self.config, self.model.num_blocks), self.progress.visits, None))
+        if visits and visits[0].carried:
+            raise UserError(
+                "the last run of this trainer ended while a batch was between blocks, where it cannot go on; make a new Trainer "
+                "(with an output_dir it resumes from the last checkpoint)"
+            )
         loaded = {samples: self._loaded(visits, samples) for samples in self.streams}
         batches: list[dict[str, Tensor]] = []
         for visit, following in zip_longest(visits, visits[1:]):
@@ -517,7 +524,8 @@ class Trainer:
     def _save(self, journal: Journal) -> None:
         if self.output_dir is None:
             return
-        self.residency.settle()
+        if self._residency is not None:
+            self._residency.settle()
         self.progress.journal_bytes = journal.bytes
         self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
         checkpoint.save(

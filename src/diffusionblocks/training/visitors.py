@@ -46,8 +46,8 @@ class Visitors(AbstractContextManager[None]):
     """While it is open, modules whose weights are elsewhere get them for the length of their own calls.
 
     While one computes, the next is copied: the one behind it on the way through the network, and the one before it on the way
-    back, where activations are recomputed. A graph made meanwhile may hold what was copied only until the next module but one is called
-    (autograd refuses to read what was overwritten): layers whose activations are recomputed, one by one, do not need it longer. Weights
+    back, where activations are recomputed. A graph made meanwhile may hold what was copied only until the next module but one is called:
+    layers whose activations are recomputed, one by one, do not need it longer (of others autograd refuses to read what was overwritten). Weights
     that want gradients of such a graph get the copied values instead: it must not save them (`coordinate.WithoutWeights`), and they must
     be there in its backward pass.
 
@@ -77,6 +77,7 @@ class Visitors(AbstractContextManager[None]):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._put_back()  # after an interrupt hooks do not run
         for slot in (0, 1):
             self.slots.read[slot] = self.slots.lanes.mark()
 
@@ -103,9 +104,13 @@ class Visitors(AbstractContextManager[None]):
     def _send(self, module: nn.Module, arguments: object, output: object) -> None:
         self._depth -= 1
         if self._depth == 0:
-            for put_back in self._home:
-                put_back()
-            self._home.clear()
+            self._put_back()
+
+    def _put_back(self) -> None:
+        for put_back in reversed(self._home):
+            put_back()
+        self._home.clear()
+        self._depth = 0
 
     def _load(self, number: int, keep: int | None = None) -> None:
         """Asks for a module's weights, into the slot that is not `keep`."""
