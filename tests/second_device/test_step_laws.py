@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusionblocks.tasks.base import on_device
-from tests.conftest import DEVICE, same, weights
+from tests.conftest import DEVICE, weights
 from tests.second_device.cases import CASES
 from tests.second_device.device import watched
 
@@ -31,6 +31,14 @@ def a_round(trainer, number=0):
             _, context = trainer.block_step(block, batch)
         if context is not None:
             batch["context"] = context
+
+
+def alike(one, other):
+    """Bit for bit; on a card within what sums in any order do to Adam's signs of roundings."""
+    pairs = [
+        (a.cpu().float(), b.cpu().float()) for a, b in zip(*(weights(m).values() for m in (one, other)), strict=True)
+    ]
+    return all(torch.equal(a, b) if DEVICE == "sim" else torch.allclose(a, b, atol=1e-2) for a, b in pairs)
 
 
 @only_sim
@@ -67,9 +75,9 @@ def test_where_idle_blocks_are_changes_nothing(case, residency, device):
     plain.fit()
     moved = case.trainer(device=str(device), residency=residency)
     moved.fit()
-    assert same(*({name: t.cpu() for name, t in weights(one.model).items()} for one in (plain, moved)))
+    assert alike(plain.model, moved.model)
     assert {name: m.value for name, m in plain.evaluate(case.data).items()} == pytest.approx(
-        {name: m.value for name, m in moved.evaluate(case.data).items()}
+        {name: m.value for name, m in moved.evaluate(case.data).items()}, rel=1e-6 if DEVICE == "sim" else 0.1
     )
 
 
@@ -108,7 +116,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, device, tmp_path):
     second = stopped()
     second.fit()
     assert second._first_step == 6
-    assert same(*({key: t.cpu() for key, t in weights(one.model).items()} for one in (whole, second)))
+    assert alike(whole.model, second.model)
 
 
 @pytest.mark.parametrize("residency", ["device", "host", "disk"])

@@ -106,10 +106,8 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.device = find_device(self.config.device)
         check_precision(self.config.precision, self.device)
-        if self.device.type == "cuda":
-            torch.cuda.set_device(
-                self.device
-            )  # streams, memory statistics and workspaces are those of the current device
+        if self.device.type == "cuda":  # streams, memory statistics and workspaces are those of the current device
+            torch.cuda.set_device(self.device)
         self.stream = BatchStream(train_data, self.config.batch_size, self.config.seed, self.config.num_workers)
         self.streams = {self.config.batch_size: self.stream}
         for samples in self._own_batch_sizes() - {self.config.batch_size}:
