@@ -26,14 +26,14 @@ from diffusionblocks.adapters import take_apart
 from diffusionblocks.data.images import ImageData
 from diffusionblocks.memory import measure_peak
 from diffusionblocks.network import BlockModel
-from diffusionblocks.recipes import PAPER as PAPERS
+from diffusionblocks.recipes import PRESETS
 from environment import describe
 
 REGIMES = {
     "activations dominate": {"hidden_size": 256, "num_attention_heads": 8, "batch_size": 64},
     "parameters dominate": {"hidden_size": 1024, "num_attention_heads": 16, "batch_size": 1},
 }
-PAPER = dict(PAPERS["classification"]["blocks"])
+PAPER = dict(PRESETS["classification"]["paper"]["blocks"])
 ROUNDS = 7
 
 
