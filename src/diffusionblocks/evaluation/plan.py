@@ -14,8 +14,7 @@ from typing import Any
 from diffusionblocks.coordinate import layer_evaluations
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
-from diffusionblocks.memory.card import needed, target_device, usable_of_free
-from diffusionblocks.memory.card import usable as usable
+from diffusionblocks.memory.card import needed, target_device, usable, usable_of_free
 from diffusionblocks.memory.predict import Prediction, Predictor, Traces
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.report.table import size

@@ -30,6 +30,7 @@ from diffusionblocks.training.visitors import Slots, Visitors, units
 
 MAPPING = "map the file of an idle block"
 SPARE = 0.1  # share of a card that prefetching leaves free
+AWAY = -1  # in place of a side of the room on the device: on the host
 
 
 class Residency:
@@ -69,7 +70,7 @@ class Residency:
         self.moves = kind == "disk" or (kind == "host" and device.type != "cpu")
         self._layouts: list[Layout] = []
         self._away: list[Buffers] = []  # of every block, on the host (host) or mapped from its file (disk)
-        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # of block and side
+        self._views: dict[tuple[int, int], dict[str, Tensor]] = {}  # of block and side, or AWAY
         self._arena: Arena | None = None
         self._prefetch, self._seen = prefetch, set[int]()
         self._side: dict[int, int] = {}  # of the blocks that are on the device, or on their way
@@ -134,7 +135,7 @@ class Residency:
             self._send(index, index)
             side = self._side.pop(index)
             self._freed[side] = self._left[index]
-            self.states[index].replace(self._layouts[index].views(self._away[index]))
+            self.states[index].replace(self._views_away(index))
         self._present.discard(index)
 
     def settle(self) -> None:
@@ -158,7 +159,7 @@ class Residency:
             self._freed[side] = self._coming.pop(target)
         self._send(source, target)
         self.lanes.wait(self._left[target])  # the source goes on learning where it is
-        state.replace(self._layouts[target].views(self._away[target]))
+        state.replace(self._views_away(target))
         numbers = {name: t.clone() for name, t in self.states[source].tensors().items() if state.stays_on_host(name)}
         state.replace(numbers)
 
@@ -199,6 +200,14 @@ class Residency:
         if (index, side) not in self._views:
             self._views[index, side] = self._layouts[index].views(self._arena.room(self._layouts[index], side))
         return self._views[index, side]
+
+    def _views_away(self, index: int) -> dict[str, Tensor]:
+        """Made once where the buffers stay; a block's file is mapped anew whenever it is written."""
+        if self.kind == "disk":
+            return self._layouts[index].views(self._away[index])
+        if (index, AWAY) not in self._views:
+            self._views[index, AWAY] = self._layouts[index].views(self._away[index])
+        return self._views[index, AWAY]
 
     def _decide(self, index: int) -> None:
         """Prefetching, if nobody said: every block has shown what a step of it needs, so it is known whether a second one fits. From
