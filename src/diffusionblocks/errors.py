@@ -11,12 +11,24 @@ class UserError(ValueError):
     """The input is wrong: says what was got, what was needed and the nearest fix."""
 
 
-class RunStopped(Exception):
-    """Ctrl-C during training: the message says where the checkpoint is."""
+class Failed(Exception):
+    """Something went wrong that is not the user's input: one line, exit code 1."""
 
 
-class OutOfMemory(Exception):
+class OutOfMemory(Failed):
     """The device is full: the message says what was predicted and seen, and what would fit."""
+
+
+class DiskFull(Failed):
+    """The disk is full: nothing is half written, and what was there before is still there."""
+
+
+class RunStopped(Exception):
+    """Ctrl-C or SIGTERM during training: the message says where the checkpoint is. signal: which of the two came."""
+
+    def __init__(self, message: str, signal: int = 2) -> None:
+        super().__init__(message)
+        self.signal = signal
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
