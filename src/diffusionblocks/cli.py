@@ -1,14 +1,15 @@
 """The command line: `dblocks recipes | train | adapt | evaluate | sample | compare | plan | export | report`.
 
-Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted.
+Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted (Ctrl-C), 143
+terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ from typing import Any
 import yaml
 
 from diffusionblocks import __version__
-from diffusionblocks.errors import OutOfMemory, RunStopped, UserError, nearest
+from diffusionblocks.errors import Failed, OutOfMemory, RunStopped, UserError, nearest
+from diffusionblocks.files import explained, to_json
+from diffusionblocks.interruption import Terminated, code_of, end_with_parent, ignore, interruptible
 
 log = logging.getLogger("diffusionblocks")
 
@@ -162,7 +165,6 @@ def _compare(arguments: argparse.Namespace, rest: list[str]) -> Any:
     folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "compare")
     results = compare(recipe, methods, folder, seeds=arguments.seeds, budget=arguments.budget, jobs=arguments.jobs)
     found = {"results": results, "pairs": pairs(results)}
-    (folder / "compare.json").write_text(json.dumps(found, indent=2) + "\n")
     page = write_report([folder], folder / "report.html")
     if not arguments.json:
         table.show(results)
@@ -416,33 +418,54 @@ def main(argv: Sequence[str] | None = None) -> int:
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
-        wants_help = argv[:1] in (["train"], ["adapt"], ["compare"]) and {"-h", "--help"} & set(argv)
-        parser = _build_parser(_settings_help() if wants_help else "")
-        if not argv:
-            parser.print_help()
-            return 0
-        arguments, rest = parser.parse_known_args(_joined(argv, parser.commands))
-        result = _run(arguments, rest)
-        if arguments.json:
-            print(json.dumps(result))
-        return 0
+        with interruptible():
+            end_with_parent()
+            return _main(argv)
     except UserError as error:
-        print(f"dblocks: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except OutOfMemory as error:
-        print(f"dblocks: {error}", file=sys.stderr)
-        return 1
+        return _said(error, 2)
+    except Failed as error:
+        return _said(error, 1)
     except RunStopped as stopped:
-        print(f"dblocks: {stopped}", file=sys.stderr)
-        return 130
+        return _said(stopped, code_of(stopped.signal))
+    except Terminated:
+        return _said("terminated", code_of(signal.SIGTERM))
     except KeyboardInterrupt:
-        print("dblocks: interrupted", file=sys.stderr)
-        return 130
+        return _said("interrupted", code_of(signal.SIGINT))
     except BrokenPipeError:
         return 1
     except SystemExit as finished:  # argparse, after --help or --version
         return int(finished.code or 0)
+    except Exception as error:
+        if (better := explained(error)) is None:
+            raise
+        return _said(better, 2 if isinstance(better, UserError) else 1)
+
+
+def _main(argv: list[str]) -> int:
+    wants_help = argv[:1] in (["train"], ["adapt"], ["compare"]) and {"-h", "--help"} & set(argv)
+    parser = _build_parser(_settings_help() if wants_help else "")
+    if not argv:
+        parser.print_help()
+        return 0
+    arguments, rest = parser.parse_known_args(_joined(argv, parser.commands))
+    result = _run(arguments, rest)
+    if arguments.json:
+        print(to_json(result))
+    return 0
+
+
+def _said(what: object, code: int) -> int:
+    """Says in one line how the command ended."""
+    print(f"dblocks: {' '.join(str(what).split())}", file=sys.stderr)
+    return code
+
+
+def program() -> None:
+    """The command `dblocks`: nothing interrupts its last words."""
+    code = main()
+    ignore()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

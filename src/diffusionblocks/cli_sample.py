@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.files import to_json, write_text
 
 WRITING = ("prompt", "chat", "length", "temperature", "top_p", "top_k", "seed")
 SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler", "iterations", "early_exit")
@@ -62,8 +62,6 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
     wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
     wanted |= {"iterations": arguments.iterations, "early_exit": arguments.early_exit}
     settings = {name: value for name, value in wanted.items() if value is not None}
-    if arguments.output:
-        Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     found = sample_texts(
         run,
         arguments.num,
@@ -76,7 +74,7 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         **settings,
     )
     if arguments.output:
-        Path(arguments.output).write_text("\n".join(found["texts"]) + "\n")
+        write_text(Path(arguments.output), "\n".join(found["texts"]) + "\n")
         found["output"] = arguments.output
     if not arguments.json:
         between = "\n---\n" if any("\n" in text for text in found["texts"]) else "\n"
@@ -122,7 +120,7 @@ def _sample_labels(arguments: argparse.Namespace, run: Any) -> Any:
 
     found = {"predictions": predictions(run, arguments.num)}
     if arguments.output:
-        Path(arguments.output).write_text(json.dumps(found, indent=2) + "\n")
+        write_text(Path(arguments.output), to_json(found, indent=2) + "\n")
     if not arguments.json:
         for row in found["predictions"]:
             mark = "" if row["predicted"] == row["label"] else "  wrong"

@@ -25,10 +25,10 @@ _LAST_LINE = "# diffusionblocks, blake2b of the lines above: "
 
 
 class Damaged(UserError):
-    """A file of this package's own that is cut or changed."""
+    """A file of this package's own that is cut or changed. fix: what to do about it."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"{path} is damaged ({reason})")
+    def __init__(self, path: Path, reason: str, fix: str = "") -> None:
+        super().__init__(f"{path} is damaged: {reason}" + (f"; {fix}" if fix else ""))
         self.path, self.reason = path, reason
 
 
@@ -118,28 +118,45 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, to_json({**content, SEAL: _seal(content)}, indent=2) + "\n")
 
 
-def read_json(path: Path, shape: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def read_json(path: Path, shape: Mapping[str, Any] | None = None, fix: str = "") -> dict[str, Any]:
     """The object in a file that `write_json` wrote, without its seal.
 
     Args:
-        shape: keys that must be there, each with the type (or tuple of types) of its value.
+        shape: keys that must be there, each with the type of its value, or a dict that is the shape of an object.
+        fix: what a user can do about a damaged one.
 
     Raises Damaged where the file is no JSON object, has another content than was written, or lacks a key.
     """
     try:
-        content = json.loads(read_text(path))
-    except (ValueError, RecursionError):
-        raise Damaged(path, "it is not valid JSON") from None
+        content = json.loads(read_text(path), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, getattr(error, "reason", "it is not valid JSON"), fix) from None
     if not isinstance(content, dict):
-        raise Damaged(path, f"it holds a {type(content).__name__}, not an object")
+        raise Damaged(path, f"it holds a {type(content).__name__}, not an object", fix)
     if SEAL in content and content.pop(SEAL) != _seal(content):
-        raise Damaged(path, "its content is not what was written")
-    for key, kind in (shape or {}).items():
-        if key not in content:
-            raise Damaged(path, f"{key} is missing")
-        if not isinstance(content[key], kind) or (isinstance(content[key], bool) and kind in (int, float)):
-            raise Damaged(path, f"{key} is a {type(content[key]).__name__}")
+        raise Damaged(path, "its content is not what was written", fix)
+    if (wrong := misfit(content, shape or {})) is not None:
+        raise Damaged(path, wrong, fix)
     return content
+
+
+def misfit(content: Mapping[str, Any], shape: Mapping[str, Any], name: str = "") -> str | None:
+    """What a JSON object lacks of a shape; None where it has all of it."""
+    for key, kind in shape.items():
+        full = f"{name}.{key}" if name else key
+        if key not in content:
+            return f"{full} is missing"
+        value, expected = content[key], dict if isinstance(kind, Mapping) else kind
+        kinds = expected if isinstance(expected, tuple) else (expected,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            return f"{full} is a {type(value).__name__}"
+        if isinstance(kind, Mapping) and (wrong := misfit(value, kind, full)) is not None:
+            return wrong
+    return None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -168,7 +185,8 @@ def unsealed(text: str, path: Path) -> str:
     if not found:
         return text
     if seal.strip() != _hash(body):
-        raise Damaged(path, "its content is not what was written")
+        fix = "if it was changed on purpose, remove its last line"
+        raise Damaged(path, "its content is not what was written", fix)
     return body
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from PIL import Image
 from diffusionblocks.baselines.methods import LOOPED, METHODS, steps_for_budget
 from diffusionblocks.cli import main
 from diffusionblocks.recipes import TARGETS, built_in, load_recipe
+from diffusionblocks.training import checkpoint
 from tests.conftest import make_vit
 from tests.language_models import make_pretrained
 
@@ -136,7 +138,7 @@ def test_train_writes_the_run_folder_and_one_json_object(trained, capsys):
     assert peak["total"] == sum(peak[part] for part in ("parameters", "gradients", "optimizer", "activations"))
     code, out, _ = run(capsys, "train", "digits", *SMALL, "--output-dir", trained, "--json")
     assert code == 0
-    assert json.loads(out) == summary  # already finished: not trained again
+    assert {**json.loads(out), "blake2b": summary["blake2b"]} == summary  # already finished: not trained again
 
 
 def test_evaluate_finds_the_same_metrics_again(trained, capsys):
@@ -346,6 +348,94 @@ def test_a_run_folder_of_another_recipe_is_refused(trained, capsys):
 def test_a_folder_that_holds_something_else_is_refused(capsys, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     assert "not empty" in fails(capsys, "train", "digits", *SMALL, "--output-dir", tmp_path)
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_starting_over_removes_nothing_that_is_no_run(capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("mine")
+    (tmp_path / "config.yaml").write_text("learning_rate: 1\n")
+    before = contents(tmp_path)
+    for resume in ("never", "auto"):
+        line = fails(capsys, "train", "digits", *SMALL, "--output-dir", tmp_path, "--resume", resume)
+        assert "is no recipe of a run" in line
+        assert contents(tmp_path) == before
+
+
+def test_starting_over_that_fails_leaves_the_run_before(trained, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = contents(folder)
+    line = fails(
+        capsys, "train", "digits", *SMALL, "--model.start", "nowhere", "--output-dir", folder, "--resume=never"
+    )
+    assert "nowhere" in line
+    assert contents(folder) == before
+    rate = ("--train.learning-rate", "1e30", "--train.max-grad-norm", "0", "--train.warmup", "0", "--order", "sweep")
+    line = fails(capsys, "train", "digits", *SMALL, *rate, "--output-dir", folder, "--resume", "never")
+    assert "became nan" in line
+    assert contents(folder) == before
+    again = line.rpartition("Try ")[2].partition(", which")[0].split()  # what it says works
+    assert run(capsys, "train", "digits", *SMALL, *rate[2:], *again, "--output-dir", folder)[0] == 0
+    assert not (folder / ".previous").exists()
+
+
+def test_an_earlier_checkpoint_is_evaluated_as_what_it_is(capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert run(capsys, "train", "digits", *SMALL, "--output-dir", folder)[0] == 0
+    *_, earlier, newest = checkpoint.existing(folder)
+    (newest / "shared.safetensors").write_bytes(b"")
+    code, out, err = run(capsys, "evaluate", folder, "--json")
+    assert code == 0
+    assert "evaluates an earlier checkpoint" in err
+    assert f"step-{json.loads(out)['block_steps']}" == earlier.name
+
+
+def test_a_damaged_summary_is_made_again_by_the_command_that_made_it(trained, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "summary.json").write_text("{")
+    for command in (("report", folder), ("evaluate", folder)):
+        assert "summary.json is damaged" in fails(capsys, *command)
+    code, out, err = run(capsys, "train", "digits", *SMALL, "--output-dir", folder, "--json")
+    assert code == 0
+    assert "made again" in err
+    assert json.loads(out)["metrics"] == json.loads((trained / "summary.json").read_text())["metrics"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="processes are found in /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_runs_of_a_comparison_end_with_it(number, tmp_path):
+    arguments = [*SMALL, "--steps", "9999", "--methods", "shallow,end-to-end", "--jobs", "2"]
+    command = [sys.executable, "-m", "diffusionblocks.cli", "compare", "digits", *arguments]
+    process = subprocess.Popen([*command, "--output-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True)
+
+    def running():
+        found = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
+        return [pid for pid in found if str(tmp_path) in command_of(pid) and pid != process.pid]
+
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(tmp_path.rglob("metrics.jsonl"))) < 2:
+        time.sleep(0.1)
+    assert len(running()) == 2
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL)
+    deadline = time.monotonic() + 15
+    while running() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not running()
+    assert len(list(tmp_path.rglob("state.json"))) == 2
+
+
+def command_of(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_ctrl_c_exits_130_and_the_same_command_finishes(tmp_path):

@@ -12,6 +12,7 @@ import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
+from diffusionblocks.errors import DiskFull
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import plan, steps_in_a_life, total_steps
 from diffusionblocks.training.state import BlockState
@@ -87,7 +88,7 @@ def test_features_handed_on_equal_features_computed_anew():
 def test_disk_residency_leaves_only_the_active_block_in_memory_files(tmp_path):
     trainer = train(CONVERSIONS["input-add"], output_dir=tmp_path, residency="disk")
     assert trainer.residency.present() == [2]
-    assert len(list((tmp_path / "residency").glob("resident-*.safetensors"))) == 3
+    assert len(list((tmp_path / "residency").rglob("resident-*.safetensors"))) == 3
 
 
 def test_absent_blocks_borrow_their_weights_for_one_call():
@@ -216,10 +217,11 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(name, order, tmp_path):
 
 def test_ctrl_c_saves_a_checkpoint_and_the_next_fit_finishes(tmp_path):
     def interrupt():
-        time.sleep(0.4)
+        while not journal.is_file() or not journal.stat().st_size:  # it trains
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    settings = dict(steps=150, checkpoint_every=0)
+    journal, settings = tmp_path / "metrics.jsonl", dict(steps=150, checkpoint_every=0, log_every=3)
     threading.Thread(target=interrupt).start()
     with pytest.raises(dblocks.RunStopped, match="checkpoint in"):
         train(CONVERSIONS["features"], output_dir=tmp_path, **settings)
@@ -260,7 +262,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_valid(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(dblocks.UserError, match="disk is full"):
+    with pytest.raises(DiskFull, match="disk is full"):
         checkpoint.save(tmp_path, 99, trainer._named_states(), {"progress": {}}, keep=2)
     assert checkpoint.existing(tmp_path) == good
     assert checkpoint.damage(good[-1]) is None

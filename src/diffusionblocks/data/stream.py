@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffusionblocks.errors import UserError
+from diffusionblocks.interruption import worker_ignores_ctrl_c
 from diffusionblocks.seeds import derive
 
 
@@ -56,6 +57,7 @@ class BatchStream:
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             collate_fn=collate,
+            worker_init_fn=worker_ignores_ctrl_c,
         )
         try:
             yield from loader

@@ -4,6 +4,7 @@ what the model writes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,19 +14,19 @@ from typing import Any
 
 import torch
 
+from diffusionblocks import files
 from diffusionblocks.baselines.methods import find_method
 from diffusionblocks.denoisers.causal import CausalBlocks
 from diffusionblocks.evaluation import in_context
 from diffusionblocks.evaluation.in_context import InContext, Passages
 from diffusionblocks.network import EndToEndModel
 from diffusionblocks.readout import IGNORED
+from diffusionblocks.run_folder import BEFORE, SAMPLES
 from diffusionblocks.tasks import CausalLM
 from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training import checkpoint
 
 log = logging.getLogger("diffusionblocks")
-SAMPLES = "samples.json"  # continuations, in a run's folder
-_BEFORE = "before.json"
 
 
 def adapts(run: Any) -> bool:
@@ -61,7 +62,7 @@ def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
     and before a checkpoint is restored."""
     if not (adapts(run) and run.recipe.task.before and find_method(run.recipe.method).trains):
         return {}
-    path = folder / _BEFORE
+    path = folder / BEFORE
     if not path.is_file() and checkpoint.existing(folder):
         log.info("%s has begun to train: what the network was before is not measured", folder)
         return {}
@@ -70,11 +71,17 @@ def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
         found = {"nats_per_token": nats, "perplexity": exponential(nats), **general(run)}
         written = [one["written"] for one in continuations(run, split)]
         content = {"metrics": {name: metric._asdict() for name, metric in found.items()}, "written": written}
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content) + "\n")
-        partial.replace(path)
-    metrics = json.loads(path.read_text())["metrics"]
+        files.write_json(path, content)
+    metrics = _read_before(path)["metrics"]
     return {f"{name}_before": Metric(**metric) for name, metric in metrics.items()}
+
+
+def _read_before(path: Path) -> dict[str, Any]:
+    fix = "remove it: the run goes on without what the network was before"
+    found = files.read_json(path, {"metrics": dict, "written": list}, fix)
+    if not all(isinstance(one, dict) and one.keys() == {"value", "stderr"} for one in found["metrics"].values()):
+        raise files.Damaged(path, "its metrics have no value and standard error", fix)
+    return found
 
 
 def write_samples(run: Any, split: Any, folder: Path) -> None:
@@ -82,10 +89,31 @@ def write_samples(run: Any, split: Any, folder: Path) -> None:
     made = continuations(run, split)
     if not made:
         return
-    if (folder / _BEFORE).is_file():
-        for one, text in zip(made, json.loads((folder / _BEFORE).read_text())["written"], strict=True):
+    if (folder / BEFORE).is_file():
+        for one, text in zip(made, _read_before(folder / BEFORE)["written"], strict=False):
             one["before"] = text
-    (folder / SAMPLES).write_text(json.dumps(made, indent=1) + "\n")
+    files.write_json(folder / SAMPLES, {"continuations": made})
+
+
+def read_samples(folder: Path) -> list[dict[str, str]]:
+    """What `write_samples` wrote; nothing where a run has none. Raises Damaged (a UserError)."""
+    path = folder / SAMPLES
+    if not path.is_file():
+        return []
+    fix = "remove it, and the report has no continuations"
+    texts = None
+    if path.read_bytes().lstrip()[:1] == b"[":  # of an earlier version, without a seal
+        with contextlib.suppress(ValueError, RecursionError):
+            texts = json.loads(files.read_text(path))
+    else:
+        texts = files.read_json(path, fix=fix).get("continuations")
+    if not isinstance(texts, list) or not all(isinstance(one, dict) and _is_text(one) for one in texts):
+        raise files.Damaged(path, "its texts are not what was written", fix)
+    return texts
+
+
+def _is_text(one: dict[str, Any]) -> bool:
+    return {"prompt", "real", "written"} <= one.keys() and all(isinstance(text, str) for text in one.values())
 
 
 def continuations(run: Any, split: Any) -> list[dict[str, str]]:

@@ -1,13 +1,14 @@
 """Methods side by side: the same recipe, data and budget, several seeds, one table.
 
 Every run is a process of its own (`dblocks train`), so that memory and random state are its own, and has its own run
-folder, so that an interrupted comparison goes on where it stopped.
+folder, so that an interrupted comparison goes on where it stopped. These processes end with this one, however it ends: each has a
+pipe as its standard input, and takes the end of that for SIGTERM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -22,15 +23,18 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffusionblocks import files, plain_yaml, run_folder
 from diffusionblocks.baselines.methods import find_method, for_method, steps_for_budget
-from diffusionblocks.errors import RunStopped, UserError
+from diffusionblocks.errors import Failed, RunStopped, UserError
+from diffusionblocks.evaluation.run import SUMMARY_SHAPE, read_summary
+from diffusionblocks.interruption import PARENT, Terminated
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM
+from diffusionblocks.training.progress import read_journal
 
 log = logging.getLogger("diffusionblocks")
 SPEAK_SECONDS = 30.0
+PATIENCE = 30.0  # seconds that a run waits for the one before it in its folder, whose comparison was killed
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def compare(
         budget: `layer-evaluations` or `samples`.
         jobs: processes at once; the CPU cores are shared out among them.
 
-    Raises UserError when a run fails and RunStopped after Ctrl-C.
+    Raises UserError or Failed when a run fails, as it did, and RunStopped after Ctrl-C or SIGTERM.
     """
     if seeds < 1 or jobs < 1:
         raise UserError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
@@ -67,32 +71,49 @@ def compare(
     if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
         recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
-    _run_all(todo, jobs)
-    results = []
-    for method in methods:
-        runs = [json.loads((job.folder / "summary.json").read_text()) for job in todo if job.method == method]
-        results.append({**summarise(runs), "budget": budget})
+    with run_folder.held(output_dir):
+        for job, own in todo:
+            files.write_text(job.config, plain_yaml.dump(own.as_dict()))
+        _run_all([job for job, _ in todo], jobs)
+        results = []
+        for method in methods:
+            runs = [read_summary(job.folder) for job, _ in todo if job.method == method]
+            results.append({**summarise(runs), "budget": budget})
+        files.write_json(output_dir / run_folder.COMPARISON, {"results": results, "pairs": pairs(results)})
     return results
 
 
-def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) -> _Job:
+def read_comparison(folder: Path) -> list[dict[str, Any]]:
+    """The results that `compare` wrote. Raises Damaged (a UserError)."""
+    path, fix = folder / run_folder.COMPARISON, "remove it, and the same dblocks compare command makes it again"
+    results = files.read_json(path, {"results": list}, fix)["results"]
+    for result in results:
+        shape = {key: kind for key, kind in SUMMARY_SHAPE.items() if key not in ("seed", "block_steps", "warnings")}
+        shape |= {"samples_seen": (int, float), "seeds": list}
+        wrong = files.misfit(result, shape) if isinstance(result, dict) else "a result is no object"
+        if wrong is not None:
+            raise files.Damaged(path, wrong, fix)
+    if not results:
+        raise files.Damaged(path, "it has no results", fix)
+    return results
+
+
+def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) -> tuple[_Job, Recipe]:
+    """A run and its recipe."""
     find_method(method)
     for_method(recipe, method).train.check()  # before others have trained for hours
     train = dataclasses.replace(recipe.train, seed=seed, steps=steps_for_budget(recipe, method, budget))
     # The preset is already in the values; named again in the file, it would be laid over them once more.
     own = dataclasses.replace(recipe, method=method, train=train, preset="")
     folder = output_dir / method / f"seed-{seed}"
-    config = output_dir / method / f"seed-{seed}.yaml"
-    config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(own.as_dict(), sort_keys=False))
-    return _Job(method, seed, folder, config)
+    return _Job(method, seed, folder, output_dir / method / f"seed-{seed}.yaml"), own
 
 
 def _run_all(todo: list[_Job], jobs: int) -> None:
     waiting, done = list(todo), 0
     running: dict[_Job, subprocess.Popen[bytes]] = {}
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), PARENT: "1", run_folder.WAIT: str(PATIENCE)}
     started = spoken = time.monotonic()
     try:
         while waiting or running:
@@ -104,11 +125,7 @@ def _run_all(todo: list[_Job], jobs: int) -> None:
                 if process.poll() is None:
                     continue
                 del running[job]
-                if process.returncode == 130:
-                    raise KeyboardInterrupt
-                if process.returncode:
-                    last = (job.folder.parent / f"seed-{job.seed}.log").read_text().strip().splitlines()[-1:]
-                    raise UserError(f"{job.method}, seed {job.seed} failed: {' '.join(last)}")
+                _check_ended(job, process.returncode)
                 done += 1
             if time.monotonic() - spoken > SPEAK_SECONDS:
                 spoken = time.monotonic()
@@ -116,28 +133,57 @@ def _run_all(todo: list[_Job], jobs: int) -> None:
                     "%d of %d runs done after %.0f s; running: %s", done, len(todo), spoken - started, _where(running)
                 )
             time.sleep(0.1)
-    except KeyboardInterrupt:
-        raise RunStopped("stopped; every unfinished run saved a checkpoint: run the same command to go on") from None
+    except KeyboardInterrupt as interrupt:
+        _end(running)
+        number = signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+        left = "every unfinished run goes on from its last checkpoint when you run the same command again"
+        raise RunStopped(f"stopped; {left}", number) from None
     finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in running.values():
-            process.wait()
+        _end(running)
+
+
+def _end(running: dict[_Job, subprocess.Popen[bytes]]) -> None:
+    """SIGTERM for every run; waits until they have saved and ended."""
+    for process in running.values():
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+    for process in running.values():
+        process.wait()
+
+
+def _check_ended(job: _Job, code: int) -> None:
+    """Raises what the run's exit code says of how it ended."""
+    if code == 0:
+        return
+    if code == 130:
+        raise KeyboardInterrupt
+    lines = _log_of(job).read_text(errors="replace").strip().splitlines()
+    reason = lines[-1].removeprefix("dblocks: ") if lines else f"exit code {code}"
+    if code < 0:
+        reason = f"it was killed by signal {-code}; run the same command to go on ({reason})"
+    raise (UserError if code == 2 else Failed)(f"{job.method}, seed {job.seed} failed: {reason}")
+
+
+def _log_of(job: _Job) -> Path:
+    return job.folder.parent / f"seed-{job.seed}.log"
 
 
 def _start(job: _Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "diffusionblocks.cli", "train", str(job.config), "--output-dir", str(job.folder)]
-    with (job.folder.parent / f"seed-{job.seed}.log").open("wb") as stream:
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, env=environment)
+    # -P: nothing in the current folder is imported. A session of its own: Ctrl-C on a terminal comes to us, who pass it on.
+    command = [sys.executable, "-P", "-m", "diffusionblocks.cli", "train", str(job.config)]
+    command += ["--output-dir", str(job.folder)]
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with _log_of(job).open("wb") as stream:
+        return subprocess.Popen(command, stderr=stream, env=environment, start_new_session=True, **pipes)
 
 
 def _where(running: dict[_Job, Any]) -> str:
     parts = []
     for job in running:
-        journal = job.folder / "metrics.jsonl"
-        lines = journal.read_text().splitlines() if journal.is_file() else []
-        steps = json.loads(lines[-1])["block_steps"] if lines else 0
+        steps = 0
+        with contextlib.suppress(OSError, UserError):  # its last line may be half written
+            steps = (read_journal(job.folder, whole=False) or [{"block_steps": 0}])[-1]["block_steps"]
         parts.append(f"{job.method} (block step {steps})")
     return ", ".join(parts)
 

@@ -16,6 +16,7 @@ from diffusionblocks.data.images import ImageData
 from diffusionblocks.data.latents import Autoencoder, LatentData
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation import features
+from diffusionblocks.files import replacing
 from diffusionblocks.likelihood import image_bound
 from diffusionblocks.seeds import derive, generator
 from diffusionblocks.tasks import ImageGeneration
@@ -193,12 +194,13 @@ def sample_to_file(
     chosen = torch.tensor(list(classes) or range(len(names)))
     with run.trainer.averaged():
         made = generate(run, chosen[torch.arange(num) % len(chosen)], seed=seed, task=task)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".npz":
-        array = made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
-        np.savez(output, array, made.labels.numpy())
-    else:
-        write_grid(made.images, output)
+    with replacing(output) as partial:
+        if output.suffix == ".npz":
+            array = made.images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+            with partial.open("wb") as stream:
+                np.savez(stream, array, made.labels.numpy())
+        else:
+            write_grid(made.images, partial)
     return {
         "output": str(output),
         "num": num,
@@ -230,4 +232,4 @@ def write_grid(images: Tensor, output: Path, *, at_least: int = 400) -> None:
 
     picture = Image.fromarray(grid(images))
     factor = max(1, -(-at_least // max(picture.size)))
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(output)
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(output, "PNG")

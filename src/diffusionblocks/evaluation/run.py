@@ -5,12 +5,9 @@ DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import platform
-import shutil
 import subprocess
 import warnings
 from collections.abc import Iterable
@@ -18,9 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
-from diffusionblocks import __version__
+from diffusionblocks import __version__, files, plain_yaml, run_folder
 from diffusionblocks.baselines.methods import find_method, for_method
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.images import ImageSplits
@@ -37,14 +33,14 @@ from diffusionblocks.network import BlockModel, DiffusionBlocksModel, EndToEndMo
 from diffusionblocks.pretrained import without_progress
 from diffusionblocks.recipes import TARGETS, Recipe, build, changed
 from diffusionblocks.recipes.networks import build_network, network_config
+from diffusionblocks.run_folder import CONFIG, DEPLOYED, MODEL, SUMMARY
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, NextToken, RecurrentLM
-from diffusionblocks.tasks.base import Metric
+from diffusionblocks.tasks.base import Metric, check_finite
 from diffusionblocks.training.trainer import Progress, Trainer
 
 log = logging.getLogger("diffusionblocks")
 
-DEPLOYED = "huggingface"  # folder of the ordinary model that adapted blocks are
 # Keys that may differ between a run folder and the command that resumes it: they do not change the result, or (the last four, which
 # memory may ask for in the middle of a run) hardly.
 FREE_KEYS = (
@@ -128,33 +124,92 @@ def _start(model: BlockModel, folder: Path) -> None:
 
 
 def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:
-    """Trains (or finishes) a run and returns what summary.json holds. A finished run is not trained again."""
-    fresh = not (output_dir / "config.yaml").is_file()
-    _claim(recipe, output_dir, resume)
-    summary_path = output_dir / "summary.json"
-    if summary_path.is_file():
-        log.info("%s is already finished; use --resume never to train it again", output_dir)
-        return json.loads(summary_path.read_text())
-    with _collected_warnings() as messages:
-        try:
+    """Trains (or finishes) a run and returns what summary.json holds. A finished run is not trained again.
+
+    The folder is this process's alone in the meantime. resume: False = start over; the run that was there is kept until the new one
+    has a checkpoint, and put back where that fails.
+
+    Raises UserError for what cannot run, in the recipe or in the folder.
+    """
+    _check_place(output_dir)
+    with run_folder.held(output_dir), run_folder.tidied(output_dir):
+        _check_place(output_dir)
+        if resume and (output_dir / CONFIG).is_file():
+            _check_same(recipe, output_dir)
+            if (summary := _finished(output_dir)) is not None:
+                log.info("%s is already finished; use --resume never to train it again", output_dir)
+                return summary
+        with _collected_warnings() as messages:
             run = prepare(recipe, output_dir)
-        except UserError:
-            if fresh:
-                _unclaim(output_dir)
-            raise
-        split, trains = _split(run.recipe, run.data), find_method(recipe.method).trains
-        earlier = adaptation.before(run, split, output_dir)
-        if trains:
-            run.trainer.fit(resume=resume)
-            _save_model(run, output_dir)
-        progress = run.trainer.progress
-        metrics = {**_measure(run), **earlier}
-        adaptation.write_samples(run, split, output_dir)
-        memory = _peak(run) if trains else NOTHING
+            begins = not (resume and (output_dir / CONFIG).is_file())
+            if begins and (output_dir / CONFIG).is_file():
+                run_folder.set_aside(output_dir)
+            try:
+                if begins:
+                    _write_config(recipe, output_dir)
+                return _train(run, output_dir, messages)
+            except BaseException:
+                if begins and not run_folder.has_checkpoint(output_dir):
+                    run_folder.put_back(output_dir)
+                raise
+
+
+def _train(run: Run, output_dir: Path, messages: list[str]) -> dict[str, Any]:
+    """A run from where it is to its summary."""
+    split, trains = _split(run.recipe, run.data), find_method(run.recipe.method).trains
+    earlier = adaptation.before(run, split, output_dir)
+    if trains:
+        run.trainer.fit()
+        _save_model(run, output_dir)
+    progress = run.trainer.progress
+    metrics = {**_measure(run), **earlier}
+    adaptation.write_samples(run, split, output_dir)
+    memory = _peak(run) if trains else NOTHING
     summary = _summary(run, progress, metrics, memory, messages)
-    _write_atomically(summary_path, json.dumps(summary, indent=2) + "\n")
-    shutil.rmtree(output_dir / "residency", ignore_errors=True)
+    files.write_json(output_dir / SUMMARY, summary)
+    run_folder.drop_previous(output_dir)
     return summary
+
+
+AGAIN = "remove it, and the same dblocks train command makes it again"
+SUMMARY_SHAPE = {
+    **{
+        "method": str,
+        "recipe": str,
+        "seed": int,
+        "num_blocks": int,
+        "metrics": dict,
+        "layer_evaluations": (int, float),
+    },
+    **{"samples_seen": int, "block_steps": int, "wall_seconds": (int, float), "versions": {"torch": str}},
+    "peak_memory": {
+        **dict.fromkeys(("parameters", "gradients", "optimizer", "activations", "total"), int),
+        **{"how_measured": str, "device": str},
+    },
+    **{"warnings": list, "git_commit": (str, type(None))},
+}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """summary.json of a finished run. Raises UserError where there is none, or a damaged one."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        raise UserError(f"{folder} holds no finished run ({SUMMARY} is missing)")
+    found = files.read_json(path, SUMMARY_SHAPE, AGAIN)
+    for name, metric in found["metrics"].items():
+        shape = {"value": (int, float), "stderr": (int, float, type(None))}
+        if not isinstance(metric, dict) or files.misfit(metric, shape) is not None:
+            raise files.Damaged(path, f"the metric {name} has no value and standard error", AGAIN)
+    return found
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that is finished; None where it is not, or the summary is damaged and has to be made again."""
+    try:
+        return read_summary(folder) if (folder / SUMMARY).is_file() else None
+    except files.Damaged as error:
+        log.warning("%s: %s; it is made again", error.path, error.reason)
+        return None
 
 
 # What may differ from training when a finished run is evaluated or sampled.
@@ -170,10 +225,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
 
     Raises UserError when there is no run or its checkpoints are damaged.
     """
-    config = folder / "config.yaml"
-    if not config.is_file():
-        raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
-    recipe = build(yaml.safe_load(config.read_text()))
+    recipe = read_recipe(folder)
     overrides = list(overrides)
     if isinstance(recipe.task, RecurrentLM) and recipe.method == "shallow":
         for key in ("task.iterations", "task.curve"):
@@ -183,8 +235,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
     recipe = changed(recipe, overrides, LATER_KEYS)
-    summary = folder / "summary.json"
-    data = None if with_data else _absent(recipe, summary)
+    data = None if with_data else _absent(recipe, folder)
     run = prepare(recipe, None, data)
     if find_method(recipe.method).trains and not run.trainer.restore(folder):
         raise UserError(f"{folder} holds no usable checkpoint; train it first")
@@ -192,7 +243,21 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     return run
 
 
-def _absent(recipe: Recipe, summary: Path) -> Splits | None:
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of a run. Raises UserError where the folder holds none, or a damaged one."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(f"{folder} is not a run folder ({CONFIG} is missing); dblocks train makes one")
+    content = plain_yaml.parse(files.unsealed(files.read_text(path), path), str(path))
+    if not isinstance(content, dict):
+        raise files.Damaged(path, f"it holds a {type(content).__name__}, not a recipe")
+    try:
+        return build(content)
+    except UserError as error:
+        raise UserError(f"{path} is no recipe of this version: {error}") from None
+
+
+def _absent(recipe: Recipe, folder: Path) -> Splits | None:
     """Splits with nothing in them, for a model that is only to be run; None where the data must tell its classes."""
     train = for_method(recipe, recipe.method).train
     nothing = Unread(max(train.batch_size, train.own_batch))
@@ -203,21 +268,23 @@ def _absent(recipe: Recipe, summary: Path) -> Splits | None:
             nothing,
             load_tokenizer(recipe.data.tokenizer, _masked(recipe), recipe.data.trust_remote_code),
         )
-    names = json.loads(summary.read_text()).get("classes") if summary.is_file() else None
+    names = read_summary(folder).get("classes") if (folder / SUMMARY).is_file() else None
     return None if names is None else ImageSplits(nothing, nothing, nothing, names)
 
 
 def evaluate(folder: Path, overrides: Iterable[tuple[str, Any]] = ()) -> dict[str, Any]:
     """Evaluates a run's newest checkpoint on its test split; the run's own summary supplies costs and memory."""
     run = load_run(folder, overrides)
-    metrics = _measure(run)
-    summary_path = folder / "summary.json"
-    if summary_path.is_file():
-        own = json.loads(summary_path.read_text())
-        earlier = {name: metric for name, metric in own["metrics"].items() if name.endswith("_before")}
-        now = {"metrics": {**_as_dicts(metrics), **earlier}, "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
-        return {**own, **now, **_layers_per_token(run, run.trainer.progress)}
-    return _summary(run, run.trainer.progress, metrics, _throwaway_peak(run.recipe, run.data), [])
+    metrics, progress = _measure(run), run.trainer.progress
+    trains = find_method(run.recipe.method).trains
+    if not (folder / SUMMARY).is_file():
+        return _summary(run, progress, metrics, _throwaway_peak(run.recipe, run.data) if trains else NOTHING, [])
+    own = read_summary(folder)
+    if trains and not progress.finished:
+        log.warning("this evaluates an earlier checkpoint of %s, after %d block steps", folder, progress.block_steps)
+    earlier = {name: metric for name, metric in own["metrics"].items() if name.endswith("_before")}
+    now = {"metrics": {**_as_dicts(metrics), **earlier}, "evaluated_on": run.recipe.evaluate_on, **_sampled(run)}
+    return {**own, **now, **(_made(run, progress) if trains else {})}
 
 
 def _measure(run: Run) -> dict[str, Metric]:
@@ -234,7 +301,7 @@ def _measure(run: Run) -> dict[str, Metric]:
 
         with run.trainer.averaged():
             metrics |= of_samples(run, split)
-    return metrics
+    return check_finite(metrics)
 
 
 def export_block(folder: Path, block: int, output: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Path:
@@ -245,8 +312,8 @@ def export_block(folder: Path, block: int, output: Path | None, overrides: Itera
     run.trainer.use_averages()
     run.model.block(block)  # checks
     path = output or folder / f"block-{block:02d}.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    run.model.save_block(block, path)
+    with files.replacing(path) as partial:
+        run.model.save_block(block, partial)
     return path
 
 
@@ -264,13 +331,13 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
         )
     if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
-    with without_progress():
+    with without_progress(), files.replacing_folder(path) as partial:
         if isinstance(run.model, CausalBlocks):
-            _save_network(run, run.model, path)
+            _save_network(run, run.model, partial)
         else:
-            run.model.save_pretrained(path)
+            run.model.save_pretrained(partial)
             if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
-                run.data.tokenizer.save(path)
+                run.data.tokenizer.save(partial)
     return path
 
 
@@ -309,12 +376,14 @@ def _save_model(run: Run, output_dir: Path) -> None:
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel | LoopedNetwork)
     run.trainer.use_averages()
     with without_progress():
-        run.model.save_pretrained(output_dir / "model")
-        tokenizer = getattr(run.data, "tokenizer", None)
-        if isinstance(run.model, EndToEndModel) and isinstance(tokenizer, HuggingFace):
-            tokenizer.save(output_dir / "model")
+        with files.replacing_folder(output_dir / MODEL) as partial:
+            run.model.save_pretrained(partial)
+            tokenizer = getattr(run.data, "tokenizer", None)
+            if isinstance(run.model, EndToEndModel) and isinstance(tokenizer, HuggingFace):
+                tokenizer.save(partial)
         if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
-            _save_network(run, run.model, output_dir / DEPLOYED)
+            with files.replacing_folder(output_dir / DEPLOYED) as partial:
+                _save_network(run, run.model, partial)
     run.trainer.use_averages()  # back
 
 
@@ -353,16 +422,23 @@ def _summary(
         "metrics": _as_dicts(metrics),
         **_sampled(run),
         **({"classes": run.data.classes} if isinstance(run.data, ImageSplits) else {}),
-        "layer_evaluations": progress.layer_evaluations,
-        "samples_seen": progress.samples_seen,
-        **_layers_per_token(run, progress),
+        **_made(run, progress),
         "result": _result(run),
-        "block_steps": progress.block_steps,
-        "wall_seconds": round(progress.wall_seconds, 3),
         "peak_memory": memory.as_dict(),
         "versions": versions(),
         "git_commit": git_commit(),
         "warnings": messages,
+    }
+
+
+def _made(run: Run, progress: Progress) -> dict[str, Any]:
+    """What training took so far."""
+    return {
+        "layer_evaluations": progress.layer_evaluations,
+        "samples_seen": progress.samples_seen,
+        **_layers_per_token(run, progress),
+        "block_steps": progress.block_steps,
+        "wall_seconds": round(progress.wall_seconds, 3),
     }
 
 
@@ -419,34 +495,41 @@ def git_commit() -> str | None:
         return None
 
 
-def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
-    """Makes `folder` this recipe's. Raises UserError when another recipe owns it."""
-    path = folder / "config.yaml"
-    if path.is_file() and resume:
-        written = build(yaml.safe_load(path.read_text())).as_dict()  # with defaults for keys it did not know
-        difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
-        if difference:
-            raise UserError(
-                f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
-                "or --resume never to overwrite it"
-            )
+def _check_place(folder: Path) -> None:
+    """Raises UserError where a run must not be: nothing that this package did not make is ever overwritten or removed."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, where a folder is needed; choose another --output-dir")
+    if run_folder.is_empty(folder):
         return
-    if not resume:
-        for name in ("config.yaml", "metrics.jsonl", "summary.json", "before.json", adaptation.SAMPLES):
-            (folder / name).unlink(missing_ok=True)
-        for name in ("checkpoints", "model", DEPLOYED, "residency"):
-            shutil.rmtree(folder / name, ignore_errors=True)
-    elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
+    path = folder / CONFIG
+    if not path.is_file():
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    if not files.has_seal(path) and not _is_older_run(path):
+        raise UserError(f"{path} is no recipe of a run, so {folder} stays as it is; choose another --output-dir")
 
 
-def _unclaim(folder: Path) -> None:
-    """Leaves no folder behind for a recipe that cannot run."""
-    (folder / "config.yaml").unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+def _is_older_run(config: Path) -> bool:
+    """Whether a file without a seal is what earlier versions wrote for a run: all groups of a recipe."""
+    try:
+        content = plain_yaml.parse(files.read_text(config), str(config))
+    except UserError:
+        return False
+    return isinstance(content, dict) and {"method", "data", "model", "blocks", "task", "train"} <= content.keys()
+
+
+def _check_same(recipe: Recipe, folder: Path) -> None:
+    """Raises UserError when another recipe owns the folder."""
+    written = read_recipe(folder).as_dict()  # with defaults for keys it did not know
+    difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
+    if difference:
+        raise UserError(
+            f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
+            "or --resume never to overwrite it"
+        )
+
+
+def _write_config(recipe: Recipe, folder: Path) -> None:
+    files.write_text(folder / CONFIG, files.sealed(plain_yaml.dump(recipe.as_dict())))
 
 
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:
@@ -469,12 +552,6 @@ def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> s
             continue
         return f"{prefix}{key} is {a!r} there and {b!r} here"
     return ""
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class _collected_warnings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -10,22 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from diffusionblocks.baselines.methods import find_method
 from diffusionblocks.data.latents import Autoencoder
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.adaptation import SAMPLES
-from diffusionblocks.evaluation.compare import summarise
+from diffusionblocks.evaluation.adaptation import read_samples
+from diffusionblocks.evaluation.compare import read_comparison, summarise
 from diffusionblocks.evaluation.generation import generate, grid, to_pixels
-from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.evaluation.run import load_run, read_recipe, read_summary
 from diffusionblocks.evaluation.sample import predictions
 from diffusionblocks.evaluation.text import path, sample_texts
+from diffusionblocks.files import write_text
 from diffusionblocks.network import DiffusionBlocksModel
-from diffusionblocks.recipes import build
 from diffusionblocks.report import figures, table
+from diffusionblocks.run_folder import COMPARISON, SUMMARY
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
+from diffusionblocks.training.progress import read_journal
 
 PREDICTED = 16  # test samples with their predictions
 TEXTS = 6  # generated texts
@@ -43,14 +43,14 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     groups, runs = [], []
     singles: dict[str, list[dict[str, Any]]] = {}
     for folder in folders:
-        if (folder / "compare.json").is_file():
-            results = json.loads((folder / "compare.json").read_text())["results"]
+        if (folder / COMPARISON).is_file():
+            results = read_comparison(folder)
             first = _first_seeds(folder, results)
             groups.append(_group(f"Comparison on {results[0]['recipe']}", results))
             groups[-1]["continuations"] = _side_by_side({path.parent.name: path for path in first})
             runs += [_run(path) for path in first if find_method(path.parent.name).trains]
-        elif (folder / "summary.json").is_file():
-            summary = json.loads((folder / "summary.json").read_text())
+        elif (folder / SUMMARY).is_file():
+            summary = read_summary(folder)
             singles.setdefault(summary["recipe"], []).append(summarise([summary]))
             runs.append(_run(folder))
         else:
@@ -59,8 +59,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     template = jinja2.Template((resources.files(__package__) / "page.html").read_text(), autoescape=True)
     subtitle = "DiffusionBlocks: blocks trained alone, next to the same network trained in the usual ways"
     page = template.render(title=groups[0]["title"], subtitle=subtitle, groups=groups, runs=runs)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(page)
+    write_text(output, page)
     return output
 
 
@@ -70,9 +69,7 @@ def _first_seeds(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
 
 def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
     """How every method goes on from the same held-out texts."""
-    found = {
-        name: json.loads((path / SAMPLES).read_text()) for name, path in folders.items() if (path / SAMPLES).is_file()
-    }
+    found = {name: texts for name, path in folders.items() if (texts := read_samples(path))}
     if not found:
         return None
     texts = next(iter(found.values()))
@@ -85,9 +82,8 @@ def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
 
 def _before_and_after(folder: Path) -> dict[str, Any] | None:
     """How an adapted model goes on from held-out texts."""
-    if not (folder / SAMPLES).is_file():
+    if not (texts := read_samples(folder)):
         return None
-    texts = json.loads((folder / SAMPLES).read_text())
     earlier = ["before"] if all("before" in text for text in texts) else []
     rows = [
         [text["prompt"][-SHOWN:], text["real"], *(text[name] for name in earlier), text["written"]] for text in texts
@@ -121,17 +117,15 @@ def _shown(results: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _run(folder: Path) -> dict[str, Any]:
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = read_summary(folder)
     beside = _before_and_after(folder)
     # Loading a large pretrained network takes long; only what is drawn from one needs it.
     run = None if beside is not None and summary["method"] not in ("diffusionblocks", "mixed") else load_run(folder)
-    recipe = build(yaml.safe_load((folder / "config.yaml").read_text())) if run is None else run.recipe
+    recipe = read_recipe(folder) if run is None else run.recipe
     model = None if run is None else run.model
     ranges = [_range(model, b) for b in range(model.num_blocks)] if isinstance(model, DiffusionBlocksModel) else []
     curves: dict[str, tuple[list[float], list[float]]] = {}
-    journal = folder / "metrics.jsonl"
-    for line in journal.read_text().splitlines() if journal.is_file() else []:
-        entry = json.loads(line)
+    for entry in read_journal(folder):
         for block, loss in entry.get("loss", {}).items():
             x, y = curves.setdefault(block, ([], []))
             x.append(entry["layer_evaluations"])

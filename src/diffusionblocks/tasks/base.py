@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from diffusionblocks.errors import Failed
 from diffusionblocks.network import Batch, BlockModel
 from diffusionblocks.seeds import Draws
 
@@ -26,6 +28,17 @@ class Metric(NamedTuple):
 
     value: float
     stderr: float | None
+
+
+def check_finite(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """The metrics. Raises Failed at the first that is not a finite number: nobody should read on from there."""
+    for name, metric in metrics.items():
+        if not math.isfinite(metric.value) or not math.isfinite(metric.stderr or 0.0):
+            raise Failed(
+                f"the evaluation's {name} is {metric.value} (standard error {metric.stderr}), no finite number: the weights, or a sample "
+                "of the evaluated split, hold values that are not finite or far too large"
+            )
+    return metrics
 
 
 class Task(Protocol):

@@ -1,72 +1,98 @@
-"""Checkpoints that are valid at every moment: written aside, checked by size and hash, renamed into place.
+"""Checkpoints that are valid at every moment: finite, written aside, checked by size and hash, renamed into place.
 
 checkpoints/step-N/{shared,block-00,...}.safetensors   weights and moving averages
                    optimizer-{shared,block-00,...}.safetensors
-                   state.json                          step counts, configuration, size and hash of every file
+                   state.json                          step counts, progress, size and hash of every file and of itself
 """
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from diffusionblocks.errors import UserError
+from diffusionblocks import files
+from diffusionblocks.errors import DiskFull, UserError
+from diffusionblocks.run_folder import CHECKPOINTS
 from diffusionblocks.training.state import BlockState
 
 log = logging.getLogger("diffusionblocks")
 
 
+KINDS = {"model": "weight", "average": "average of", "optimizer": "optimizer state"}
+
+
+class NotFinite(UserError):
+    """What would be written holds NaN or infinity."""
+
+
 def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Mapping[str, Any], keep: int) -> Path:
     """Writes checkpoints/step-N below `folder` and removes all but the newest `keep`.
 
-    Raises UserError when the disk is full; older checkpoints stay as they are.
+    Raises NotFinite where a tensor is not finite and DiskFull when the disk is full; older checkpoints stay as they are.
     """
-    root = folder / "checkpoints"
+    root = folder / CHECKPOINTS
     final, partial = root / f"step-{step}", root / f".partial-{step}"
+    tensors = {name: state.tensors() for name, state in states.items()}
+    for name, found in tensors.items():
+        if (bad := not_finite(found)) is not None:
+            kind, _, own = bad.partition(".")
+            raise NotFinite(f"the {KINDS[kind]} {own} of {name} is not finite at step {step}")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        for name, state in states.items():
-            tensors = {key: tensor.contiguous() for key, tensor in state.tensors().items()}
-            optimizer = {key: tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
-            weights = {key: tensor for key, tensor in tensors.items() if key not in optimizer}
-            save_file(weights, str(partial / f"{name}.safetensors"))
+        for name, found in tensors.items():
+            optimizer = {key: t.contiguous() for key, t in found.items() if key.startswith("optimizer.")}
             save_file(optimizer, str(partial / f"optimizer-{name}.safetensors"))
-        files = {path.name: _fingerprint(path) for path in sorted(partial.iterdir())}
+            del optimizer
+            weights = {key: t.contiguous() for key, t in found.items() if not key.startswith("optimizer.")}
+            save_file(weights, str(partial / f"{name}.safetensors"))
+        written = {path.name: files.fingerprint(path) for path in sorted(partial.iterdir())}
         steps = {name: state.steps for name, state in states.items()}
-        (partial / "state.json").write_text(
-            json.dumps({"step": step, "steps": steps, **progress, "files": files}, indent=2)
-        )
+        files.write_json(partial / "state.json", {"step": step, "steps": steps, **progress, "files": written})
         for path in partial.iterdir():
-            _flush(path)
+            files.flush(path)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        _flush(root)
-    except Exception as error:
+        files.flush(root)
+    except BaseException as error:  # Ctrl-C too leaves nothing half written
         shutil.rmtree(partial, ignore_errors=True)
-        if _is_full_disk(error):
-            raise UserError(
+        better = files.explained(error)
+        if isinstance(better, DiskFull):
+            raise DiskFull(
                 f"the disk is full: no checkpoint written at step {step}; the last one stays valid in {root}. "
                 "Free some space and run the same command again"
             ) from None
+        if better is not None:
+            raise better from None
         raise
     for old in existing(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The first tensor that holds NaN or infinity; None where there is none. Waits for the device once."""
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.numel()}
+    ends: dict[torch.device, list[Tensor]] = {}  # NaN in a tensor is its least and its largest number
+    for tensor in numbers.values():
+        ends.setdefault(tensor.device, []).extend(end.float() for end in tensor.aminmax())
+    if all(bool(torch.stack(found).isfinite().all()) for found in ends.values()):
+        return None
+    return next((name for name, tensor in numbers.items() if not tensor.isfinite().all()), None)
+
+
 def existing(folder: Path) -> list[Path]:
     """Checkpoints below `folder`, oldest first; unchecked."""
-    found = (folder / "checkpoints").glob("step-*")
+    found = (path for path in (folder / CHECKPOINTS).glob("step-*") if re.fullmatch(r"step-[0-9]+", path.name))
     return sorted((path for path in found if path.is_dir()), key=lambda path: int(path.name.removeprefix("step-")))
 
 
@@ -80,50 +106,63 @@ def restore_latest(folder: Path, states: Mapping[str, BlockState]) -> dict[str, 
         if reason:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path.name, reason)
             continue
-        progress = json.loads((path / "state.json").read_text())
+        saved = read_state(path)
         for name, state in states.items():
-            state.steps = progress["steps"][name]
-            weights = load_file(str(path / f"{name}.safetensors"))
-            optimizer = load_file(str(path / f"optimizer-{name}.safetensors"))
-            known = state.tensors()
-            if unknown := [key for key in weights if key.startswith("model.") and key not in known]:
-                raise UserError(
-                    f"checkpoint {path} is of another network or version: there is no {unknown[0].removeprefix('model.')} now; "
-                    "train it again"
-                )
+            _check_names(path, name, state, saved)
+            state.steps = saved["steps"][name]
             # Copies: a mapped file would keep the checkpoint's folder alive after it is removed.
-            state.replace({key: tensor.clone() for key, tensor in {**weights, **optimizer}.items()})
-        return progress
+            for file in (f"{name}.safetensors", f"optimizer-{name}.safetensors"):
+                state.replace({key: tensor.clone() for key, tensor in load_file(str(path / file)).items()})
+        return saved
     return None
+
+
+def _check_names(path: Path, name: str, state: BlockState, saved: Mapping[str, Any]) -> None:
+    """Raises UserError where a checkpoint's weights are not those of the network."""
+    from safetensors import safe_open
+
+    def differs(what: str) -> UserError:
+        return UserError(f"checkpoint {path} is of another network or version: {what}; train it again")
+
+    if name not in saved["steps"] or f"{name}.safetensors" not in saved["files"]:
+        raise differs(f"it has no {name}")
+    known = {key: tensor for key, tensor in state.tensors().items() if key.startswith("model.")}
+    with safe_open(str(path / f"{name}.safetensors"), "pt") as stream:
+        shapes = {key: stream.get_slice(key).get_shape() for key in stream.keys() if key.startswith("model.")}  # noqa: SIM118
+    for key in (*shapes, *known):
+        if key not in known:
+            raise differs(f"there is no {key.removeprefix('model.')} now")
+        if key not in shapes:
+            raise differs(f"it has no {key.removeprefix('model.')}")
+        if shapes[key] != list(known[key].shape):
+            raise differs(f"{key.removeprefix('model.')} is {shapes[key]} there and {list(known[key].shape)} here")
+
+
+SHAPE = {"step": int, "steps": dict, "progress": dict, "files": dict}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises Damaged (a UserError) where it is not what was written."""
+    saved = files.read_json(path / "state.json", SHAPE)
+    unknown = saved.keys() - SHAPE.keys()
+    if unknown:
+        raise files.Damaged(path / "state.json", f"nobody wrote {min(unknown)}")
+    if not all(isinstance(steps, int) for steps in saved["steps"].values()):
+        raise files.Damaged(path / "state.json", "steps are not numbers")
+    return saved
 
 
 def damage(path: Path) -> str | None:
     """Why the checkpoint in `path` cannot be used; None when it is whole."""
     try:
-        files = json.loads((path / "state.json").read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        listed = read_state(path)["files"]
+    except files.Damaged as error:
+        return f"state.json: {error.reason}"
+    except OSError:
         return "state.json is missing or unreadable"
-    for name, expected in files.items():
+    for name, expected in listed.items():
         if not (path / name).is_file():
             return f"{name} is missing"
-        if _fingerprint(path / name) != expected:
+        if files.fingerprint(path / name) != expected:
             return f"{name} is truncated or changed"
     return None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as stream:
-        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(stream, "blake2b").hexdigest()[:32]}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _is_full_disk(error: BaseException) -> bool:
-    # safetensors wraps the system's error in its own type and keeps only the text.
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error) or "os error 28" in str(error)

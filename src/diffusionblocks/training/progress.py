@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import resource
@@ -14,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from diffusionblocks import files
 from diffusionblocks.devices import memory_in_use
 from diffusionblocks.errors import UserError
+from diffusionblocks.run_folder import JOURNAL
+from diffusionblocks.training import checkpoint
 
 if TYPE_CHECKING:
     from diffusionblocks.training.trainer import Progress
@@ -28,21 +32,24 @@ class Journal:
     """metrics.jsonl: one line per log interval with the mean loss of every block that trained in it.
 
     Args:
-        folder: run folder, None = keep nothing. length: bytes to keep of an existing file (resume). tensorboard: also write the
-            same numbers below folder/tensorboard.
+        folder: run folder, None = keep nothing. length, digest: bytes to keep of an existing file (resume), and what `digest` said of
+            them; of a damaged file the lines before the damage are kept. tensorboard: also write the same numbers below
+            folder/tensorboard.
 
     Raises UserError when TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: Path | None, length: int, tensorboard: bool = False) -> None:
-        self.path = None if folder is None else folder / "metrics.jsonl"
-        self.bytes = length
+    def __init__(self, folder: Path | None, length: int, digest: str = "", tensorboard: bool = False) -> None:
+        self.path = None if folder is None else folder / JOURNAL
         self._losses: dict[int, list[Tensor]] = {}
         self._rates: dict[int, float] = {}
+        kept = b""
         if self.path is not None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            kept = _kept(self.path, length, digest)
             with self.path.open("ab") as stream:
-                stream.truncate(length)
+                stream.truncate(len(kept))
+        self.bytes, self._hash = len(kept), hashlib.blake2b(kept, digest_size=16)
         self._board = _summary_writer(folder or Path(".")) if tensorboard else None
 
     def record(self, block: int, losses: list[Tensor], rate: float) -> None:
@@ -65,14 +72,88 @@ class Journal:
             for name, value in _flat(line).items():
                 self._board.add_scalar(name, value, line["block_steps"])
         if self.path is not None:
-            encoded = (json.dumps(line) + "\n").encode()
+            encoded = (files.to_json(line) + "\n").encode()
             with self.path.open("ab") as stream:
                 stream.write(encoded)
             self.bytes += len(encoded)
+            self._hash.update(encoded)
+
+    @property
+    def digest(self) -> str:
+        """Hash of all lines so far."""
+        return self._hash.hexdigest()
+
+    def sync(self) -> None:
+        """Waits until all lines are on the disk."""
+        if self.path is not None and self.path.is_file():
+            files.flush(self.path)
 
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
+
+
+def _kept(path: Path, length: int, digest: str) -> bytes:
+    """The first `length` bytes of a file, or of a damaged one the whole lines before the damage."""
+    found = path.read_bytes()[:length] if path.is_file() else b""
+    if len(found) == length and digest in ("", _digest(found)):
+        return found
+    good = b""
+    for line in found.splitlines(keepends=True):
+        if not line.endswith(b"\n") or _entry(line) is None:
+            break
+        good += line
+    log.warning("%s is damaged: it goes on after its first %d lines", path, good.count(b"\n"))
+    return good
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None where it is none."""
+    try:
+        entry = json.loads(line, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) and _is_entry(entry) else None
+
+
+def _is_entry(entry: dict[str, Any]) -> bool:
+    losses = entry.get("loss", {})
+    numbers = [entry.get("block_steps"), *([entry.get("layer_evaluations")] if losses else [])]
+    numbers += list(losses.values()) if isinstance(losses, dict) else [None]
+    return all(isinstance(number, int | float) for number in numbers) and all(name.isdecimal() for name in losses)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def read_journal(folder: Path, *, whole: bool = True) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; none where it has no such file.
+
+    whole: the run is finished. Else the lines that are complete so far.
+
+    Raises Damaged where a line of a finished run is none, or the file is another than the newest checkpoint knows.
+    """
+    path, found = folder / JOURNAL, list[dict[str, Any]]()
+    content = path.read_bytes() if path.is_file() else b""
+    fix = "remove it, and the report has no curve"
+    for number, line in enumerate(content.splitlines(keepends=True)):
+        entry = _entry(line) if line.endswith(b"\n") else None
+        if entry is not None:
+            found.append(entry)
+        elif whole:
+            raise files.Damaged(path, f"line {number + 1} is none that a run writes", fix)
+    known = checkpoint.existing(folder) if whole and content else []
+    if known and checkpoint.damage(known[-1]) is None:
+        progress = checkpoint.read_state(known[-1])["progress"]
+        length, digest = progress.get("journal_bytes", 0), progress.get("journal_hash", "")
+        if digest and digest != _digest(content[:length]):
+            raise files.Damaged(path, "its content is not what was written", fix)
+    return found
 
 
 def _summary_writer(folder: Path) -> Any:

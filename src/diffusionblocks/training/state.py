@@ -63,13 +63,14 @@ class BlockState:
         progress = max(0.0, (step + 1 - start) / max(1, self.life - start + 1))
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
-    def step(self, trust: float | Tensor = 1.0) -> None:
+    def step(self, trust: float | Tensor = 1.0) -> Tensor | None:
         """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head, a number or a scalar on the
-        device."""
+        device. Returns the norm of the gradients before clipping, a scalar on the device; None where nothing clips."""
         if self.optimizer is None:
-            return
+            return None
+        norm = None
         if self.config.max_grad_norm:
-            nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.config.max_grad_norm)
         rate = self.learning_rate()
         if self.config.optimizer in ON_HOST:  # these read it for every parameter
             trust = float(trust)
@@ -80,6 +81,7 @@ class BlockState:
         self.steps += 1
         if self.config.ema_decay:
             self._update_average()
+        return norm
 
     @torch.no_grad()
     def _update_average(self) -> None:

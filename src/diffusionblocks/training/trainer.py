@@ -8,13 +8,15 @@ written between visits.
 from __future__ import annotations
 
 import logging
+import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,13 +27,14 @@ from diffusionblocks.coordinate import BlockCoordinateModel, Passage
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.errors import RunStopped, UserError
+from diffusionblocks.interruption import Stop, Stopped, stop_on_signal
 from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
+from diffusionblocks.run_folder import RESIDENCY, drop_previous, held
 from diffusionblocks.seeds import Draws, derive
-from diffusionblocks.tasks.base import Metric, StepOutput, Task, on_device
+from diffusionblocks.tasks.base import Metric, StepOutput, Task, check_finite, on_device
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.interruption import stop_on_signal
 from diffusionblocks.training.order import (
     Visit,
     branch_steps,
@@ -68,6 +71,7 @@ class Progress:
     layer_evaluations: float = 0.0
     wall_seconds: float = 0.0
     journal_bytes: int = 0
+    journal_hash: str = ""
     recent: dict[str, float] = field(default_factory=dict)
     finished: bool = False
 
@@ -132,8 +136,10 @@ class Trainer:
         self.progress = Progress()
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
+        self._watched = False  # somebody looks at the norms
         self._check_heads()
-        self._unchecked: list[tuple[int, int, list[Tensor]]] = []  # block, its steps before, losses
+        self._unchecked: list[tuple[Visit, int, list[Tensor]]] = []  # a visit, its block's steps before, losses
+        self._norms: list[tuple[str, int, Tensor]] = []  # whose gradients, in which of its steps, their norm
         self._recent: dict[int, Tensor] = {}  # running mean of the loss of each block, where `trust` needs it
         self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
         self._first_step, self._passed = 0, dict[str, int]()
@@ -189,7 +195,7 @@ class Trainer:
         if self._residency is None:
             for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
                 layer.constants_to(self.device)
-            folder = None if self.output_dir is None else self.output_dir / "residency"
+            folder = None if self.output_dir is None else self.output_dir / RESIDENCY / str(os.getpid())
             kind, ahead = self.config.residency, self.config.prefetch
             self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
         return self._residency
@@ -240,8 +246,11 @@ class Trainer:
             total += loss.detach() / parts
             contexts.append(context)
             layers += self.model.layer_evaluations(index) if passed is None else passed
-        state.step(self._trust(index, total))
-        self.shared.step()
+        norms = state.step(self._trust(index, total)), self.shared.step()
+        if self._watched:
+            owners = (f"block {index}", state), ("the shared parts", self.shared)
+            pairs = zip(owners, norms, strict=True)
+            self._norms += [(name, own.steps, norm) for (name, own), norm in pairs if norm is not None]
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
         return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
 
@@ -336,59 +345,67 @@ class Trainer:
     def fit(self, *, resume: bool = True) -> Progress:
         """Trains to the end, from the newest whole checkpoint if there is one and `resume` allows it.
 
-        Raises RunStopped after Ctrl-C (a checkpoint is written first) and UserError when a loss is not finite, the disk is full, or
-        an earlier call failed while a batch was between blocks; earlier checkpoints stay valid.
+        Raises RunStopped after Ctrl-C or SIGTERM (a checkpoint is written first), UserError when a loss, gradient or weight is not
+        finite, an earlier call failed while a batch was between blocks, or another process works in the same folder, and DiskFull;
+        earlier checkpoints stay valid.
         """
+        with nullcontext() if self.output_dir is None else held(self.output_dir):
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> Progress:
         if resume and self.output_dir is not None and self._residency is None:  # else it goes on from where it is
             self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
-        total = total_steps(self.config, self.model.num_blocks)
         if self.config.precision != "fp32" and imitates_bf16(self.device):
             log.warning("this processor imitates bf16, which is much slower than --train.precision fp32")
-        journal = Journal(self.output_dir, self.progress.journal_bytes, self.config.tensorboard)
+        known = self.progress.journal_bytes, self.progress.journal_hash
+        journal = Journal(self.output_dir, *known, self.config.tensorboard)
+        try:
+            with self._everything_trains(), stop_on_signal() as stop:
+                self._make_visits(journal, stop)
+        finally:
+            journal.close()
+        return self.progress
+
+    def _make_visits(self, journal: Journal, stop: Stop) -> None:
+        """The visits that are left, with what is due between them."""
+        total = total_steps(self.config, self.model.num_blocks)
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed = self.progress.block_steps, {}
-        with (
-            self._everything_trains(),
-            stop_on_signal() as stop,
-            ProgressBar(total, self.progress.block_steps, self.device) as bar,
-        ):
+        with ProgressBar(total, self.progress.block_steps, self.device) as bar:
             for visit, losses in self._visits():
-                self._unchecked.append((visit.block, self.states[visit.block].steps - len(losses), losses))
+                self._unchecked.append((visit, self.states[visit.block].steps - len(losses), losses))
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
                 if self._due("log", self.config.log_every):
                     self._check_finite()
                     journal.flush(self.progress)
-                if visit.border and (stop.is_set() or self._due("checkpoint", self.config.checkpoint_every)):
-                    self._check_finite()
-                    journal.flush(self.progress)
-                    self._save(journal)
-                    if stop.is_set() and self.progress.block_steps < total:
-                        raise RunStopped(self._stopped_message())
-                due = visit.border and self._due("evaluate", self.config.evaluate_every)
-                if due and self.eval_data is not None:
-                    journal.write(
-                        {
-                            **self._position(),
-                            "validation": {k: v._asdict() for k, v in self.evaluate(self.eval_data).items()},
-                        }
-                    )
-            self._check_finite()
-            journal.flush(self.progress)
+                if not visit.border:
+                    continue
+                if stop or self._due("checkpoint", self.config.checkpoint_every):
+                    self._save(journal, stop)
+                if self._due("evaluate", self.config.evaluate_every) and self.eval_data is not None:
+                    try:
+                        with stop.at_once():
+                            found = {k: v._asdict() for k, v in self.evaluate(self.eval_data).items()}
+                        journal.write({**self._position(), "validation": found})
+                    except Stopped:
+                        self._save(journal, stop)
+                if stop and self.progress.block_steps < total:
+                    raise RunStopped(self._stopped_message(), stop.signal)
         self.progress.finished = True
-        self._save(journal)
-        journal.close()
-        return self.progress
+        self._save(journal, stop)
 
     @contextmanager
     def _everything_trains(self) -> Iterator[None]:
         """Steps that pass other blocks switch gradients off there; afterwards everything is as it was, and in one place."""
+        self._watched = True
         try:
             yield
         finally:
+            self._watched = False
             self.passages = []  # of a step that failed, like its gradients
             for index, state in enumerate(self.states):
                 self.model.block(index).settling = False
@@ -436,24 +453,46 @@ class Trainer:
         return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}
 
     def _check_finite(self) -> None:
-        """Looks at the losses since it last looked: at log intervals and before a checkpoint, since reading them waits for the device.
+        """Looks at the losses and the norms of gradients since it last looked: at log intervals and before a checkpoint, since reading
+        them waits for the device.
 
         Raises UserError at the first that is not finite.
         """
         visits, self._unchecked = self._unchecked, []
-        values = torch.stack([loss for _, _, losses in visits for loss in losses]) if visits else torch.zeros(0)
-        bad = (~torch.isfinite(values)).tolist()
-        if True not in bad:
+        norms, self._norms = self._norms, []
+        values = [loss.float() for _, _, losses in visits for loss in losses] + [norm.float() for _, _, norm in norms]
+        if not values or (read := torch.stack(values)).isfinite().all():
             return
-        first = bad.index(True)
-        steps = [(block, before + number) for block, before, losses in visits for number in range(1, len(losses) + 1)]
-        block, step = steps[first]
+        found = read.tolist()
+        steps = [(visit, made, place) for visit, made, losses in visits for place in range(len(losses))]
+        for (visit, made, place), value in zip(steps, found, strict=False):
+            if not math.isfinite(value):
+                self._diverged(
+                    f"the loss of block {visit.block} became {value} at its step {made + place + 1}", visit, place
+                )
+        for (name, step, _), value in zip(norms, found[len(steps) :], strict=True):
+            if not math.isfinite(value):
+                self._diverged(f"the gradient of {name} became {value} at its step {step}")
+
+    def _diverged(self, what: str, visit: Visit | None = None, place: int = 0) -> NoReturn:
+        """Raises UserError for what is not finite: the data's fault where the batch of the visit's step at `place` is not, else
+        probably the learning rate's."""
         kept = checkpoint.existing(self.output_dir) if self.output_dir else []
         left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        raise UserError(
-            f"the loss of block {block} became {values[first].item()} at its step {step}; training stopped, {left}. "
-            "Try a lower --train.learning-rate"
-        )
+        if visit is not None and (bad := self._bad_batch(visit, place)) is not None:
+            raise UserError(f"{what}; training stopped, {left}. {bad}")
+        again = " --resume never, which starts over" if self.output_dir else ""
+        rate = f"{min(self.config.learning_rate / 4, TrainingConfig.learning_rate):.2g}"
+        raise UserError(f"{what}; training stopped, {left}. Try --train.learning-rate {rate}{again}")
+
+    def _bad_batch(self, visit: Visit, place: int) -> str | None:
+        """Names the samples of a step's batch that are not finite; None where all are. The batch is loaded once more for it."""
+        stream, number = self.streams[visit.samples], visit.batches[place]
+        for index, sample in zip(stream.indices(number), _samples(next(stream.load([number]))), strict=True):
+            for name, tensor in sample.items():
+                if tensor.is_floating_point() and not tensor.isfinite().all():
+                    return f"Sample {index} of the training data (batch {number}) holds {name} that are not finite: mend or remove it"
+        return None
 
     def _stopped_message(self) -> str:
         if self.output_dir is None:
@@ -465,12 +504,15 @@ class Trainer:
 
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
         """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the device, again with
-        half of it."""
+        half of it.
+
+        Raises Failed for a metric that is not finite.
+        """
         at_once = max(self.config.batch_size, _at_once(data))
         with self.averaged():
             while True:
                 try:
-                    return self.task.evaluate(self.model, on_device(in_order(data, at_once), self.device))
+                    return check_finite(self.task.evaluate(self.model, on_device(in_order(data, at_once), self.device)))
                 except torch.OutOfMemoryError:
                     if at_once == 1:
                         raise
@@ -519,20 +561,29 @@ class Trainer:
     def _named_states(self) -> dict[str, BlockState]:
         return {"shared": self.shared} | {f"block-{i:02d}": state for i, state in enumerate(self.states)}
 
-    def _save(self, journal: Journal) -> None:
+    def _save(self, journal: Journal, stop: Stop) -> None:
+        """A checkpoint, if everything is finite."""
+        stop.saving()
+        self._check_finite()
+        journal.flush(self.progress)
         if self.output_dir is None:
             return
         if self._residency is not None:
             self._residency.settle()
-        self.progress.journal_bytes = journal.bytes
+        journal.sync()
+        self.progress.journal_bytes, self.progress.journal_hash = journal.bytes, journal.digest
         self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
-        checkpoint.save(
-            self.output_dir,
-            self.progress.block_steps,
-            self._named_states(),
-            {"progress": vars(self.progress)},
-            self.config.keep_checkpoints,
-        )
+        try:
+            checkpoint.save(
+                self.output_dir,
+                self.progress.block_steps,
+                self._named_states(),
+                {"progress": vars(self.progress)},
+                self.config.keep_checkpoints,
+            )
+        except checkpoint.NotFinite as error:
+            self._diverged(str(error))
+        drop_previous(self.output_dir)
 
     def restore(self, folder: Path) -> bool:
         """Loads the newest whole checkpoint below `folder`, before the first step. False when there is none."""
@@ -542,7 +593,12 @@ class Trainer:
         saved = checkpoint.restore_latest(folder, self._named_states())
         if saved is None:
             return False
-        self.progress = Progress(**saved["progress"])
+        try:
+            self.progress = Progress(**saved["progress"])
+        except TypeError:
+            raise UserError(
+                f"the checkpoints in {folder} are of a newer version of this package; train it again"
+            ) from None
         self._recent = {int(k): torch.tensor(v, device=self.device) for k, v in self.progress.recent.items()}
         if not self.progress.finished:
             log.info("resuming after %d block steps", self.progress.block_steps)
@@ -552,6 +608,11 @@ class Trainer:
 def _at_once(data: Dataset) -> int:
     """Samples that are evaluated together: fewer of long texts."""
     return max(1, min(128, EVALUATED_TOKENS // getattr(data, "length", 1)))
+
+
+def _samples(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    for index in range(len(next(iter(batch.values())))):
+        yield {name: tensor[index] for name, tensor in batch.items()}
 
 
 def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:

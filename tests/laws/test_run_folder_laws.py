@@ -1,0 +1,292 @@
+"""A run folder belongs to one process, loses nothing, and holds nothing that is not finite or not what was written."""
+
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import diffusionblocks as dblocks
+from diffusionblocks import files, run_folder
+from diffusionblocks.data.images import ImageData
+from diffusionblocks.errors import Failed
+from diffusionblocks.interruption import Stop, Stopped, Terminated, interruptible, stop_on_signal
+from diffusionblocks.tasks.base import Metric, check_finite
+from diffusionblocks.training import checkpoint
+from diffusionblocks.training.progress import read_journal
+from tests.conftest import config, make_data, make_vit, same, weights
+
+FEATURES = {"context": "features", "target_entry": "none"}
+
+
+def trainer(folder=None, data=None, **settings):
+    model = dblocks.convert(make_vit(), 3, **FEATURES)
+    return dblocks.Trainer(
+        model, dblocks.Classification(), data or make_data(), make_data(8), config(**settings), output_dir=folder
+    )
+
+
+# ---------------------------------------------------------------- finite
+
+
+class Poisoned(ImageData):
+    """The 8 x 8 images of make_data; those of one number are not finite."""
+
+    bad = 5
+
+    def __getitems__(self, indices):
+        batch = super().__getitems__(indices)
+        batch["pixel_values"][[index == self.bad for index in indices]] = float("nan")
+        return batch
+
+
+def test_a_batch_that_is_not_finite_is_named_and_the_rate_is_not_blamed(tmp_path):
+    plain = make_data()
+    with pytest.raises(dblocks.UserError, match=r"Sample 5 of the training data .* holds pixel_values") as error:
+        trainer(tmp_path, Poisoned(plain.images, plain.labels), steps=12).fit()
+    assert "learning-rate" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"max_grad_norm": 1.0}, {"max_grad_norm": 0.0}, {"ema_decay": 0.9}])
+def test_a_gradient_that_is_not_finite_in_the_last_step_ends_without_a_checkpoint_of_it(settings, tmp_path):
+    found = trainer(tmp_path, steps=6, checkpoint_every=3, **settings)
+    block, last = found.model.block(2), found.states[2]
+
+    def poison(gradient):
+        return gradient * float("inf") if last.steps == 5 else gradient
+
+    next(p for p in block.parameters() if p.requires_grad).register_hook(poison)
+    with pytest.raises(dblocks.UserError, match=r"not finite|became (nan|inf) at its step 6") as error:
+        found.fit()
+    kept = checkpoint.existing(tmp_path)[-1]
+    assert str(kept) in str(error.value)
+    assert "--resume never" in str(error.value)
+    again = trainer(tmp_path, steps=6, **settings)
+    assert again.restore(tmp_path)
+    assert all(tensor.isfinite().all() for state in again.states for tensor in state.tensors().values())
+
+
+def test_a_metric_that_is_not_finite_is_named():
+    good = {"accuracy": Metric(1.0, None)}
+    assert check_finite(good) is good
+    for value, error in ((float("nan"), None), (1.0, float("inf"))):
+        with pytest.raises(Failed, match="validation_loss"):
+            check_finite({**good, "validation_loss": Metric(value, error)})
+
+
+def test_json_is_valid_or_not_written(tmp_path):
+    with pytest.raises(Failed, match=r"metrics\.loss\[1\] is not a finite number"):
+        files.write_json(tmp_path / "a.json", {"metrics": {"loss": [1.0, float("nan")]}})
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------- one process
+
+
+HOLD = "import sys, time; from pathlib import Path; from diffusionblocks.run_folder import held\n"
+HOLD += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+
+
+def holder(folder):
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_folder_is_held_by_one_process_and_free_when_that_is_dead(tmp_path):
+    process = holder(tmp_path / "run")
+    try:
+        with pytest.raises(dblocks.UserError, match=f"in use by process {process.pid} on {platform.node()} since"):
+            trainer(tmp_path / "run").fit()
+        with pytest.raises(dblocks.UserError, match="in use"), run_folder.held(tmp_path / "run"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    trainer(tmp_path / "run").fit()
+
+
+def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+    with run_folder.held(tmp_path / "a" / "b"), run_folder.held(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / run_folder.OWNER).is_file()
+    assert not list(tmp_path.iterdir())
+
+
+def test_residency_files_are_those_of_one_process(tmp_path):
+    found = trainer(tmp_path, residency="disk")
+    found.fit()
+    assert {path.parent.name for path in tmp_path.rglob("resident-*")} == {str(os.getpid())}
+    with run_folder.tidied(tmp_path):
+        assert not (tmp_path / "residency").exists()
+
+
+# ---------------------------------------------------------------- what was written
+
+
+def test_the_run_before_is_kept_until_there_is_a_checkpoint(tmp_path):
+    trainer(tmp_path).fit()
+    (tmp_path / "config.yaml").write_text("x")
+    (tmp_path / "mine.txt").write_text("stays")
+    before = {path.name for path in tmp_path.iterdir()}
+    run_folder.set_aside(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {run_folder.PREVIOUS, "mine.txt", run_folder.LOCK}
+    (tmp_path / "config.yaml").write_text("y")
+    run_folder.set_aside(tmp_path)  # killed before it had a checkpoint, and begun again
+    run_folder.put_back(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert (tmp_path / "config.yaml").read_text() == "x"
+    run_folder.set_aside(tmp_path)
+    trainer(tmp_path).fit()
+    assert not (tmp_path / run_folder.PREVIOUS).exists()
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "missing", "garbage"])
+def test_a_damaged_journal_goes_on_after_its_good_lines(damage, tmp_path, caplog):
+    settings = dict(steps=6, log_every=3, checkpoint_every=9, keep_checkpoints=9)
+    whole = trainer(tmp_path, **settings)
+    whole.fit()
+    for later in checkpoint.existing(tmp_path)[1:]:
+        checkpoint.shutil.rmtree(later)
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    first = content.index(b"\n") + 1
+    damaged = {"short": content[: first + 10], "changed": content.replace(b'"seconds": 0', b'"seconds": 9', 1)}
+    damaged |= {"missing": b"", "garbage": content[:first] + b"\0" * 400}
+    path.write_bytes(damaged[damage])
+    trainer(tmp_path, **settings).fit()
+    assert "metrics.jsonl is damaged" in caplog.text
+    steps = [entry["block_steps"] for entry in read_journal(tmp_path)]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 18
+
+
+def test_a_report_reads_no_damaged_journal(tmp_path):
+    trainer(tmp_path, log_every=3).fit()
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_bytes()
+    for damaged in (content[:-5], content.replace(b"1", b"7", 1), b"[1]\n" + content, b'{"loss": 3}\n', b"\xff\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(dblocks.UserError, match="damaged"):
+            read_journal(tmp_path)
+
+
+def test_stray_folders_are_no_checkpoints(tmp_path):
+    whole = trainer(tmp_path)
+    whole.fit()
+    for name in ("step-30.bak", "step-", "step-x", "step-²"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    again = trainer(tmp_path)
+    assert again.restore(tmp_path)
+    assert same(weights(again.model), weights(whole.model))
+
+
+def test_a_sealed_file_tells_every_change(tmp_path):
+    path = tmp_path / "a.json"
+    content = {"text": "value", "number": 1.5, "list": [1, None, True]}
+    files.write_json(path, content)
+    assert files.read_json(path) == content
+    whole = path.read_bytes()
+    for place in range(len(whole) * 8):
+        changed = bytearray(whole)
+        changed[place // 8] ^= 1 << place % 8
+        path.write_bytes(changed)
+        try:
+            found = files.read_json(path, {"text": str, "number": float, "list": list})
+        except dblocks.UserError:
+            continue
+        assert {key: found[key] for key in content} == content
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("before")
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as partial:  # noqa: PT012
+        partial.write_text("half")
+        raise KeyboardInterrupt
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "mine").write_text("stays")
+    with pytest.raises(OSError, match="x"), files.replacing_folder(folder) as partial:  # noqa: PT012
+        (partial / "weights").write_text("half")
+        raise OSError("x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "folder", "mine"]
+    with files.replacing_folder(folder) as partial:
+        (partial / "weights").write_text("whole")
+    assert sorted(path.name for path in folder.iterdir()) == ["mine", "weights"]
+    assert path.read_text() == "before"
+
+
+# ---------------------------------------------------------------- signals
+
+
+def test_a_signal_ends_what_can_be_given_up_and_is_then_over():
+    with pytest.raises(Terminated), interruptible():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)  # nothing interrupts the cleaning up
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler repeats itself
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_sigterm_waits_for_a_visit_but_not_for_long(monkeypatch):
+    monkeypatch.setattr("diffusionblocks.interruption.GRACE", 0.1)
+    with pytest.raises(Terminated), stop_on_signal() as stop:  # noqa: PT012
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop
+        time.sleep(5)
+    with stop_on_signal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        stop.saving()
+        time.sleep(0.3)
+
+
+def test_evaluation_during_training_is_given_up_and_nothing_is_lost(tmp_path):
+    settings = dict(steps=6, evaluate_every=9, checkpoint_every=0)
+    found = trainer(tmp_path, **settings)
+
+    def slow(data):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    found.evaluate = slow
+    started = time.monotonic()
+    with pytest.raises(dblocks.RunStopped) as stopped:
+        found.fit()
+    assert time.monotonic() - started < 10
+    assert stopped.value.signal == signal.SIGTERM
+    finished = trainer(tmp_path, **settings)
+    finished.fit()
+    whole = trainer(**settings)
+    whole.fit()
+    assert same(weights(finished.model), weights(whole.model))
+
+
+def test_a_stop_within_what_can_be_given_up_does_not_begin_it():
+    stop = Stop()
+    stop.handle(signal.SIGINT, None)
+    with pytest.raises(Stopped), stop.at_once():
+        pytest.fail("it was begun")
+
+
+def test_signals_belong_to_the_main_thread():
+    seen = []
+
+    def run():
+        with interruptible(), stop_on_signal() as stop:
+            seen.append(bool(stop))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [False]
