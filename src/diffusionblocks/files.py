@@ -12,8 +12,9 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +45,20 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which takes the place of `path` when everything went well and is removed otherwise."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to write, which takes the place of `path` when everything went well and is removed otherwise.
+
+    Raises DiskFull or UserError where the system refuses.
+    """
     partial = path.with_name(f"{path.name}{PARTIAL}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
 
 @contextlib.contextmanager
@@ -60,24 +66,27 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     """A folder to fill, whose files take their place in `path` when everything went well; it is removed otherwise.
 
     Other files that `path` holds stay. Each file is whole or not there.
+
+    Raises DiskFull or UserError where the system refuses.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}{PARTIAL}")
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write the folder {path}: a file is there")
-    partial = path.with_name(f"{path.name}{PARTIAL}")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        if not path.exists():
-            os.replace(partial, path)
-            return
-        for file in sorted(file for file in partial.rglob("*") if file.is_file()):
-            target = path / file.relative_to(partial)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
-    finally:
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
+        try:
+            partial.mkdir()
+            yield partial
+            if not path.exists():
+                os.replace(partial, path)
+                return
+            for file in sorted(file for file in partial.rglob("*") if file.is_file()):
+                target = path / file.relative_to(partial)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
@@ -210,35 +219,35 @@ def fingerprint(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the system refuses
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_WRONG_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
 
 
-def explained(error: BaseException) -> Exception | None:
+def explained(error: BaseException, path: Path | None = None) -> Exception | None:
     """What to tell a user when the system refused to read or write: DiskFull, UserError, or None for any other error.
 
-    Libraries wrap the system's error in types of their own and keep only its text.
+    Libraries wrap the system's error in types of their own and keep only its text. path: what was to be written, where that is known.
     """
-    text = str(error)
-    if getattr(error, "errno", None) in _FULL or "No space left" in text or "os error 28" in text:
-        where = getattr(error, "filename", None)
-        return DiskFull(
-            f"the disk is full{f': cannot write {where}' if where else ''}; free some space and run it again"
-        )
-    if isinstance(error, OSError) and error.filename is not None:
-        other = f" ({error.filename2})" if error.filename2 else ""
-        return UserError(f"cannot use {error.filename}{other}: {error.strerror or type(error).__name__}")
-    for code in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-        if f"os error {code})" in text or getattr(error, "errno", None) == code:
-            return UserError(f"cannot write there: {' '.join(text.split())[:200]}")
-    return None
+    text, code = " ".join(str(error).split()), getattr(error, "errno", None)
+    found = re.search(r"\(os error (\d+)\)", text)
+    code = int(found.group(1)) if code is None and found else code
+    where = path or getattr(error, "filename", None)
+    if code in _FULL or "No space left" in text:
+        place = f": cannot write {where}" if where else ""
+        return DiskFull(f"the disk is full{place}; free some space and run the same command again")
+    if code is None or not (isinstance(error, OSError) or code in _WRONG_PLACE):
+        return None
+    reason = os.strerror(code)
+    return UserError(f"cannot {'write' if path else 'use'} {where}: {reason}" if where else f"{reason}: {text[:200]}")
 
 
-def told(function: Callable[[], Any]) -> Any:
-    """Calls a function; what the system refuses becomes DiskFull or UserError."""
+@contextlib.contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Where `path` is written: what the system refuses becomes DiskFull or UserError, naming the path."""
     try:
-        return function()
+        yield
     except (UserError, Failed):
         raise
     except Exception as error:
-        if (better := explained(error)) is None:
+        if (better := explained(error, path)) is None:
             raise
         raise better from error

@@ -69,7 +69,7 @@ class Stop:
     """What asked a training run to stop, if anything did. signal: its number, 0 = nothing."""
 
     def __init__(self) -> None:
-        self.signal, self._at_once, self._late = 0, False, False
+        self.signal, self._at_once, self._saving, self._late = 0, False, False, False
         self._timer: threading.Timer | None = None
 
     def __bool__(self) -> bool:
@@ -86,8 +86,18 @@ class Stop:
         finally:
             self._at_once = False
 
-    def saving(self) -> None:
-        """The visit ended in time: what is written now is waited for."""
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """For what is written when a visit ended: it is waited for."""
+        self._saving = True
+        self.close()
+        try:
+            yield
+        finally:
+            self._saving = False
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -103,7 +113,7 @@ class Stop:
             raise Stopped
         more = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
         _say(f"stopping after this visit{more}")
-        if number == signal.SIGTERM:
+        if number == signal.SIGTERM and not self._saving:
             self._timer = threading.Timer(GRACE, self._too_late)
             self._timer.daemon = True
             self._timer.start()
@@ -125,7 +135,7 @@ def stop_on_signal() -> Iterator[Stop]:
         with _handled(stop.handle):
             yield stop
     finally:
-        stop.saving()
+        stop.close()
 
 
 def _say(line: str) -> None:

@@ -29,7 +29,6 @@ LOCK, OWNER, PREVIOUS = ".lock", ".owner.json", ".previous"
 
 WAIT = "DIFFUSIONBLOCKS_WAIT_FOR_FOLDER"  # environment: seconds, of runs that a comparison starts again
 LETTING_GO = 10.0  # seconds in which what a killed process started ends, too
-UNFINISHED = (files.PARTIAL, ".new")
 
 
 _held = set[Path]()  # by this process
@@ -131,7 +130,7 @@ def _is_dead(host: str, pid: int) -> bool:
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a killed process may leave."""
     return not folder.is_dir() or all(
-        path.name in (LOCK, OWNER, RESIDENCY) or path.suffix in UNFINISHED for path in folder.iterdir()
+        path.name in (LOCK, OWNER, RESIDENCY) or path.suffix == files.PARTIAL for path in folder.iterdir()
     )
 
 

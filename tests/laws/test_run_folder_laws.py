@@ -247,7 +247,10 @@ def test_sigterm_waits_for_a_visit_but_not_for_long(monkeypatch):
         time.sleep(5)
     with stop_on_signal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        stop.saving()
+        with stop.saving():
+            time.sleep(0.3)
+    with stop_on_signal() as stop, stop.saving():
+        os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.3)
 
 

@@ -67,9 +67,10 @@ def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Ma
         shutil.rmtree(partial, ignore_errors=True)
         better = files.explained(error)
         if isinstance(better, DiskFull):
+            kept = existing(folder)
+            left = f"{kept[-1]} stays valid" if kept else "there is none yet"
             raise DiskFull(
-                f"the disk is full: no checkpoint written at step {step}; the last one stays valid in {root}. "
-                "Free some space and run the same command again"
+                f"the disk is full: no checkpoint written at step {step}; {left}. Free some space and run the same command again"
             ) from None
         if better is not None:
             raise better from None

@@ -73,7 +73,7 @@ class Journal:
                 self._board.add_scalar(name, value, line["block_steps"])
         if self.path is not None:
             encoded = (files.to_json(line) + "\n").encode()
-            with self.path.open("ab") as stream:
+            with files.told(self.path), self.path.open("ab") as stream:
                 stream.write(encoded)
             self.bytes += len(encoded)
             self._hash.update(encoded)

@@ -12,7 +12,6 @@ any residency: a step frees them.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionblocks.errors import UserError
+from diffusionblocks.files import replacing
 from diffusionblocks.training.flat import Arena, Buffers, Layout
 from diffusionblocks.training.lanes import Event, Lanes, lanes_of
 from diffusionblocks.training.state import BlockState
@@ -277,8 +277,8 @@ class Residency:
     def _to_disk(self, index: int, buffers: Buffers) -> Buffers:
         assert self.folder is not None
         path = self.folder / f"resident-{index:02d}.safetensors"
-        save_file({str(dtype): buffer for dtype, buffer in buffers.items()}, str(path.with_suffix(".new")))
-        os.replace(path.with_suffix(".new"), path)  # maps of the old file stay valid until they are dropped
+        with replacing(path) as partial:  # maps of the old file stay valid until they are dropped
+            save_file({str(dtype): buffer for dtype, buffer in buffers.items()}, str(partial))
         with torch.profiler.record_function(MAPPING):  # a profiler counts it as memory
             self._away[index] = {buffer.dtype: buffer for buffer in load_file(str(path)).values()}
         return self._away[index]

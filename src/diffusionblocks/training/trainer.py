@@ -397,6 +397,8 @@ class Trainer:
                     raise RunStopped(self._stopped_message(), stop.signal)
         self.progress.finished = True
         self._save(journal, stop)
+        if stop:
+            raise RunStopped(self._stopped_message(), stop.signal)
 
     @contextmanager
     def _everything_trains(self) -> Iterator[None]:
@@ -563,27 +565,22 @@ class Trainer:
 
     def _save(self, journal: Journal, stop: Stop) -> None:
         """A checkpoint, if everything is finite."""
-        stop.saving()
-        self._check_finite()
-        journal.flush(self.progress)
-        if self.output_dir is None:
-            return
-        if self._residency is not None:
-            self._residency.settle()
-        journal.sync()
-        self.progress.journal_bytes, self.progress.journal_hash = journal.bytes, journal.digest
-        self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
-        try:
-            checkpoint.save(
-                self.output_dir,
-                self.progress.block_steps,
-                self._named_states(),
-                {"progress": vars(self.progress)},
-                self.config.keep_checkpoints,
-            )
-        except checkpoint.NotFinite as error:
-            self._diverged(str(error))
-        drop_previous(self.output_dir)
+        with stop.saving():
+            self._check_finite()
+            journal.flush(self.progress)
+            if self.output_dir is None:
+                return
+            if self._residency is not None:
+                self._residency.settle()
+            journal.sync()
+            self.progress.journal_bytes, self.progress.journal_hash = journal.bytes, journal.digest
+            self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
+            step, progress = self.progress.block_steps, {"progress": vars(self.progress)}
+            try:
+                checkpoint.save(self.output_dir, step, self._named_states(), progress, self.config.keep_checkpoints)
+            except checkpoint.NotFinite as error:
+                self._diverged(str(error))
+            drop_previous(self.output_dir)
 
     def restore(self, folder: Path) -> bool:
         """Loads the newest whole checkpoint below `folder`, before the first step. False when there is none."""
