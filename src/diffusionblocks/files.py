@@ -115,6 +115,7 @@ def not_finite(content: Any, name: str = "") -> Iterator[str]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an object with its seal."""
+    content = json.loads(to_json(content))  # as it will be read: keys are text, and sorted as such in the seal
     write_text(path, to_json({**content, SEAL: _seal(content)}, indent=2) + "\n")
 
 
