@@ -14,13 +14,20 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
+import diffusionblocks as dblocks
 from diffusionblocks import files
 from diffusionblocks.data import sources
 from diffusionblocks.data.corpora import TextConfig, documents
 from diffusionblocks.data.images import DataConfig, load_images
 from diffusionblocks.data.text import load_text
+from diffusionblocks.data.tokenizers import load_tokenizer
 from diffusionblocks.errors import DiskFull, UserError
+from tests.conftest import make_autoencoder, make_dit, make_llama, make_vit
+from tests.language_models import make_pretrained
+from tests.unit.test_chat import write_gguf
+from tests.unit.test_text import make_tokenizer
 
 
 def refused(call, *words):
@@ -141,7 +148,7 @@ def test_flipped_bytes_of_an_image_give_a_picture_or_one_line(images):
     whole = picture.read_bytes()
     read, told = sources._Files([picture], {}, DataConfig(path=str(images), image_size=4)), []
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(some.integers(0, len(whole) - 1), some.integers(0, 255), some.booleans())
     def damaged(place, value, cut):
         picture.write_bytes(whole[:place] + bytes([value]) + (b"" if cut else whole[place + 1 :]))
@@ -451,7 +458,7 @@ def test_any_line_of_json_gives_a_document_or_one_line(tmp_path):
     )  # fmt: skip
     path, told = tmp_path / "rows.jsonl", []
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, database=None, derandomize=True)
     @given(values)
     def row(value):
         lines(path, json.dumps(value))
@@ -597,3 +604,352 @@ def test_what_killed_processes_left_is_removed_and_what_others_make_is_not(cache
     shutil.rmtree(folder)
     load_text(config)
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, *stays])
+
+
+def test_damaged_caches_of_latents_are_made_again(images, tmp_path, caplog):
+    from safetensors.torch import load_file, save_file
+
+    from diffusionblocks.data.cache import file_hash
+    from diffusionblocks.data.latents import load_data
+
+    vae = make_autoencoder(tmp_path / "vae")
+    config = DataConfig(path=str(images), vae=vae, cache_dir=str(tmp_path / "cache"), image_size=8)
+    before = load_data(config, device="cpu")
+    (index, *_) = sorted((tmp_path / "cache").rglob("index.json"), key=lambda path: path.stat().st_size)
+    shard = index.parent / "shard-00000.safetensors"
+    smaller = {"latents": load_file(str(shard))["latents"][:1].clone()}
+
+    def of_another_shape():
+        save_file(smaller, str(shard))
+        files.write_json(index, {**files.read_json(index), shard.name: file_hash(shard)})
+
+    wrong = [lambda text=text: index.write_text(text) for text in ("[]", "[[1, 2]]", '{"a": 5}', '"a"', "\0")]
+    for damage in (*wrong, of_another_shape, lambda: shard.unlink()):
+        damage()
+        caplog.clear()
+        after = load_data(config, device="cpu")
+        assert "damaged" in caplog.text
+        for one, other in zip(before[:3], after[:3], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one.shards, other.shards, strict=True))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if str(os.getpid()) in path.name]
+    (tmp_path / "file").touch()
+    config.cache_dir = str(tmp_path / "file" / "below")
+    refused(lambda: load_data(config, device="cpu"), "file/below", "--data.cache-dir FOLDER")
+
+
+def test_a_changed_weight_of_the_feature_network_is_found(images, tmp_path, caplog, monkeypatch):
+    from diffusionblocks.evaluation import features
+
+    monkeypatch.setattr(features, "STEPS", 3)
+    plain = load_images(DataConfig(path=str(images), image_size=4))
+    own = DataConfig(cache_dir=str(tmp_path / "features"))
+    first = features.small_network(plain.train, own, 2)
+    (path,) = (tmp_path / "features").iterdir()
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # one bit of a weight
+    path.write_bytes(content)
+    again = features.small_network(plain.train, own, 2)
+    assert "is damaged; it is trained again" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    (tmp_path / "file").touch()
+    nowhere = DataConfig(cache_dir=str(tmp_path / "file" / "below"))
+    refused(lambda: features.small_network(plain.train, nowhere, 2), "file/below", "--data.cache-dir FOLDER")
+
+
+# ---------------------------------------------------------------- saved models
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A model that was saved, and one of its blocks."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model = dblocks.convert(make_vit(num_labels=12), 3)  # more than ten: the names of classes have no order as text
+    model.save_pretrained(folder)
+    model.save_block(1, folder / "block.safetensors")
+    return folder
+
+
+@pytest.fixture
+def model(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path, count=40):
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+def old(model):
+    """As older versions saved it: no hashes, no seal."""
+    description = files.read_json(model / "diffusionblocks.json")
+    del description["files"]
+    (model / "diffusionblocks.json").write_text(json.dumps(description))
+    return description
+
+
+def test_any_changed_byte_of_a_saved_model_is_found(model):
+    for name in ("model.safetensors", "diffusionblocks.json"):
+        whole = (model / name).read_bytes()
+        for place in np.random.default_rng(0).integers(0, len(whole), 12):
+            flip(model / name, int(place))
+            message = refused(lambda: dblocks.load(model))
+            assert f"{model / name} is damaged" in message or "diffusionblocks.json" in message
+            (model / name).write_bytes(whole)
+        cut(model / name)
+        refused(lambda: dblocks.load(model), model / name, "is damaged")
+        (model / name).write_bytes(b"")
+        refused(lambda: dblocks.load(model), model / name, "is damaged")
+        (model / name).unlink()
+        refused(lambda: dblocks.load(model), model, "is missing")
+        (model / name).write_bytes(whole)
+    loaded = dblocks.load(model)
+    flip(model / "model.safetensors", -1)
+    refused(lambda: loaded.start_from(model), "model.safetensors is damaged")
+
+
+def test_models_and_blocks_that_were_saved_before_are_read(model):
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    whole = dblocks.load(model)
+    old(model)
+    loaded = dblocks.load(model)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), loaded.parameters(), strict=True))
+    with safe_open(str(model / "block.safetensors"), "pt") as stream:
+        facts = {name: fact for name, fact in stream.metadata().items() if name != "blake2b"}
+        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
+    save_file(tensors, str(model / "old.safetensors"), metadata=facts)
+    assert loaded.load_block(model / "old.safetensors") == 1
+    cut(model / "model.safetensors")
+    refused(lambda: dblocks.load(model), model / "model.safetensors", "is damaged")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda description: [],
+        lambda description: "a",
+        lambda description: {},
+        lambda description: {**description, "blocks": "three"},
+        lambda description: {**description, "source": []},
+        lambda description: {**description, "source": {}},
+        lambda description: {**description, "source": {"class": 5, "config": {}}},
+        lambda description: {**description, "files": "a"},
+        lambda description: {**description, "files": {"model.safetensors": 5}},
+        lambda description: {**description, "blocks": {**description["blocks"], "num_blocks": "a"}},
+        lambda description: {**description, "blocks": {**description["blocks"], "layers_per_block": {"a": []}}},
+        lambda description: {
+            **description,
+            "source": {**description["source"], "config": {**description["source"]["config"], "hidden_size": "a"}},
+        },
+    ],
+)
+def test_descriptions_of_a_wrong_shape(change, model):
+    (model / "diffusionblocks.json").write_text(json.dumps(change(old(model))))
+    refused(lambda: dblocks.load(model), model)
+
+
+def test_any_changed_byte_of_a_block_is_found(model):
+    loaded, path = dblocks.load(model), model / "block.safetensors"
+    before, whole = [parameter.clone() for parameter in loaded.parameters()], path.read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(whole), 30):
+        flip(path, int(place))
+        refused(lambda: loaded.load_block(path), f"{path} is damaged")
+        path.write_bytes(whole)
+    for damage in (cut, lambda path: path.write_bytes(b"")):
+        damage(path)
+        refused(lambda: loaded.load_block(path), f"{path} is damaged")
+    assert all(torch.equal(a, b) for a, b in zip(before, loaded.parameters(), strict=True))
+    path.write_bytes(whole)
+    assert loaded.load_block(path) == 1
+
+
+def test_a_full_disk_keeps_the_model_that_was_there(model, monkeypatch):
+    import safetensors.torch
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise safetensors.SafetensorError("I/O error: No space left on device (os error 28)")
+
+    loaded, before = dblocks.load(model), sorted(path.name for path in model.iterdir())
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    for save in (lambda: loaded.save_pretrained(model), lambda: loaded.save_block(1, model / "block.safetensors")):
+        with pytest.raises(DiskFull):
+            save()
+    assert sorted(path.name for path in model.iterdir()) == before
+    dblocks.load(model).load_block(model / "block.safetensors")
+
+
+def test_how_a_whole_network_is_called_is_sealed(tmp_path):
+    from diffusionblocks.adapters import take_apart
+    from diffusionblocks.denoisers import whole_network
+
+    whole_network(take_apart(make_dit()), dblocks.BlocksConfig(), 2).save_pretrained(tmp_path / "whole")
+    assert files.read_json(tmp_path / "whole" / "denoiser.json")["preconditioning"] == "edm"
+    flip(tmp_path / "whole" / "denoiser.json", 30)
+    refused(lambda: files.read_json(tmp_path / "whole" / "denoiser.json"), "is damaged")
+
+
+# ---------------------------------------------------------------- pretrained networks
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("networks")
+    for name, make in (("llama", make_llama), ("vit", make_vit), ("dit", make_dit)):
+        make().save_pretrained(folder / name)
+    return folder
+
+
+def weights_of(folder):
+    return next(folder.glob("*.safetensors"))
+
+
+def rewritten(change):
+    def write(folder):
+        from safetensors.torch import load_file, save_file
+
+        save_file(change(load_file(str(weights_of(folder)))), str(weights_of(folder)), metadata={"format": "pt"})
+
+    return write
+
+
+def with_config(**changes):
+    def write(folder):
+        path = folder / "config.json"
+        config = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({name: value for name, value in config.items() if value != "left out"}))
+
+    return write
+
+
+def as_pickle(folder):
+    path, name = weights_of(folder), "pytorch_model.bin"
+    torch.save({"a": torch.zeros(1)}, folder / (name if path.stem == "model" else f"diffusion_{name}"))
+    path.unlink()
+
+
+NETWORKS = {
+    "cut weights": (lambda folder: cut(weights_of(folder)), "damaged"),
+    "weights cut in the header": (lambda folder: weights_of(folder).write_bytes(b"\x50\0\0\0\0\0\0\0{"), "damaged"),
+    "empty weights": (lambda folder: weights_of(folder).write_bytes(b""), "damaged"),
+    "a flipped length": (lambda folder: flip(weights_of(folder), 7), "damaged"),
+    "a flipped header": (lambda folder: flip(weights_of(folder), 12), ""),
+    "no weights": (lambda folder: weights_of(folder).unlink(), "no weights as safetensors"),
+    "pickled weights": (as_pickle, "other files (.bin) are pickles"),
+    "weights of other names": (
+        rewritten(lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()}),
+        "not those of its config",
+    ),
+    "half of the weights": (
+        rewritten(lambda tensors: dict(sorted(tensors.items())[: len(tensors) // 2])),
+        "not those of its config",
+    ),
+    "weights of another shape": (
+        rewritten(lambda tensors: {name: tensor[:1].clone() for name, tensor in tensors.items()}),
+        "not those of its config",
+    ),
+    "more layers": (with_config(num_hidden_layers=9, num_layers=9), "not those of its config"),
+    "no layers": (with_config(num_hidden_layers=0, num_layers=0), "num_"),
+    "too many layers": (with_config(num_hidden_layers=10**9, num_layers=10**9), "num_"),
+    "layers that are a list": (with_config(num_hidden_layers=[1], num_layers=[1]), "num_"),
+    "a width that is text": (with_config(hidden_size="a", attention_head_dim="a"), ""),
+    "a negative width": (with_config(hidden_size=-5, attention_head_dim=-5), ""),
+    "another activation": (with_config(hidden_act="nope", activation_fn="nope"), ""),
+    "no type": (with_config(model_type="left out", _class_name="left out"), ""),
+    "types that are numbers": (with_config(model_type=5, _class_name=5, architectures=5), ""),
+    "a config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
+    "a config that is a list": (lambda folder: (folder / "config.json").write_text("[]"), ""),
+    "a config that is no text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "not valid JSON"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ""),
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "vit", "dit"])
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_damaged_pretrained_networks_are_one_line(kind, name, networks, tmp_path, monkeypatch):
+    from diffusionblocks.adapters import pretrained_config
+
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    folder = Path(shutil.copytree(networks / name, tmp_path / "network"))
+    damage, reason = NETWORKS[kind]
+    damage(folder)
+    message = refused(lambda: pretrained_config(str(folder)).load(str(folder)), reason)
+    assert str(folder) in message or "config of the" in message or "are not supported" in message
+
+
+def test_a_new_readout_is_no_damage(networks):
+    from diffusionblocks.adapters import pretrained_config
+
+    vit = pretrained_config(str(networks / "vit"))
+    vit.config.num_labels = 7
+    assert vit.load(str(networks / "vit")).classifier.out_features == 7
+    dit = pretrained_config(str(networks / "dit")).changed(num_embeds_ada_norm=7)
+    assert dit.load(str(networks / "dit")).config.num_embeds_ada_norm == 7
+
+
+def test_an_adapter_of_peft_is_no_network(networks, tmp_path):
+    from diffusionblocks.adapters import pretrained_config
+
+    (tmp_path / "adapter_config.json").write_text("{")
+    refused(lambda: pretrained_config(str(tmp_path)), tmp_path, "holds a peft adapter, no network")
+
+
+TOKENIZERS = {
+    "cut": lambda folder: cut(folder / "tokenizer.json", 100),
+    "empty": lambda folder: (folder / "tokenizer.json").write_text(""),
+    "a list": lambda folder: (folder / "tokenizer.json").write_text("[]"),
+    "no text": lambda folder: (folder / "tokenizer.json").write_bytes(b"\xff"),
+    "missing": lambda folder: (folder / "tokenizer.json").unlink(),
+    "a huge number of a token": lambda folder: vocabulary(folder).update(tree=10**9),
+    "a negative number of a token": lambda folder: vocabulary(folder).update(tree=-1),
+    "a config that is a list": lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
+    "a length that is text": lambda folder: (folder / "tokenizer_config.json").write_text(
+        json.dumps({**json.loads((folder / "tokenizer_config.json").read_text()), "model_max_length": "a"})
+    ),
+}
+
+
+class vocabulary:
+    """Changes the vocabulary in a tokenizer.json."""
+
+    def __init__(self, folder):
+        self.path = folder / "tokenizer.json"
+
+    def update(self, **tokens):
+        content = json.loads(self.path.read_text())
+        content["model"]["vocab"].update(tokens)
+        self.path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_damaged_tokenizers_are_one_line(kind, tmp_path):
+    make_tokenizer(tmp_path / "own")
+    TOKENIZERS[kind](tmp_path / "own")
+    refused(lambda: load_tokenizer(str(tmp_path / "own"), mask=False), tmp_path / "own")
+
+
+def test_a_gguf_file_that_is_cut(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    from diffusionblocks import pretrained
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_pretrained(tmp_path / "own", layers=1)
+    network, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "own"),
+        load_tokenizer(str(tmp_path / "own"), False),
+    )
+    write_gguf(tmp_path / "net.gguf", network, tokenizer.own)
+    whole = (tmp_path / "net.gguf").read_bytes()
+    for count in (30, len(whole) // 2, len(whole) - 100):
+        (tmp_path / "net.gguf").write_bytes(whole[:count])
+        refused(lambda: pretrained.local(str(tmp_path / "net.gguf")), tmp_path / "net.gguf", "cannot read the network")
+    assert not list((tmp_path / "cache" / "diffusionblocks").iterdir())
+    (tmp_path / "net.gguf").write_bytes(whole)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "net.gguf"))
+    refused(lambda: pretrained.local(str(tmp_path / "net.gguf")), "set XDG_CACHE_HOME")

@@ -41,7 +41,9 @@ def pretrained_config(name_or_path: str, trust_remote_code: bool = False) -> Net
     Raises UserError when it cannot be read or its class is not supported.
     """
     class_name, config, subfolder = read_config(name_or_path, trust_remote_code)
-    return NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
+    found = NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
+    _ = found.num_layers  # checks
+    return found
 
 
 def take_apart(model: nn.Module, target: str = "auto") -> Parts:
