@@ -883,6 +883,19 @@ def test_damaged_pretrained_networks_are_one_line(kind, name, networks, tmp_path
     assert str(folder) in message or "config of the" in message or "are not supported" in message
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["cut weights", "no weights", "pickled weights", "half of the weights", "a config that is a list", "a number"],
+)
+def test_damaged_autoencoders_are_one_line(kind, tmp_path, monkeypatch):
+    from diffusionblocks.data.latents import Autoencoder
+
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
+    vae = Path(make_autoencoder(tmp_path / "vae"))
+    (NETWORKS[kind][0] if kind in NETWORKS else with_config(block_out_channels=5))(vae)
+    refused(lambda: Autoencoder(DataConfig(vae=str(vae), image_size=8), "cpu"), vae)
+
+
 def test_a_new_readout_is_no_damage(networks):
     from diffusionblocks.adapters import pretrained_config
 

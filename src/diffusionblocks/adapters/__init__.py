@@ -103,11 +103,9 @@ def load(folder: str | Path) -> Any:
         else:
             parts = adapter.take_apart(network, config.target, copied=True)
             model = BLOCKS[parts.target](parts, config, source)
-    except UserError:
-        raise
-    except (
-        Exception
-    ) as error:  # values of a wrong kind or size; transformers and diffusers raise many kinds of errors for them
+    except UserError as error:
+        raise UserError(f"no network can be made of {folder}: {error}") from None
+    except Exception as error:  # values of a wrong kind or size: transformers and diffusers raise many kinds
         reason = f"no network can be made of its options: {first_line(error)}"
         raise Damaged(Path(folder) / DESCRIPTION, reason) from None
     load_weights(model, folder, checked=True)
