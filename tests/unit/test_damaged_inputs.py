@@ -132,6 +132,14 @@ def test_unreadable_permissions_are_named(images, monkeypatch):
     refused(lambda: load_images(DataConfig(path=str(images))), images / "a" / "3.png", "Permission denied")
 
 
+def test_folders_that_may_not_be_read_are_named(images, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    refused(lambda: load_images(DataConfig(path=str(images))), images, "Permission denied")
+
+
 def test_images_that_are_read_when_needed_are_checked_too(images, monkeypatch):
     monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
     os.mkfifo(images / "a" / "x.png")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusionblocks.data import sources
 from diffusionblocks.data.images import DataConfig, ImageData, _check_labels, load_images
 from diffusionblocks.data.sources import decode
 from diffusionblocks.data.stream import BatchStream
@@ -262,7 +263,7 @@ def test_damaged_exif_data_do_not_matter(tmp_path):
     assert shown(tmp_path / "a.jpg", 1)[0].max() == 9
 
 
-def test_transparency_is_said_once_with_its_count(tmp_path, caplog):
+def test_transparency_is_said_once_with_its_count(tmp_path, caplog, monkeypatch):
     for label in "ab":
         (tmp_path / label).mkdir()
         for number in range(10):
@@ -271,3 +272,9 @@ def test_transparency_is_said_once_with_its_count(tmp_path, caplog):
     splits = load_images(DataConfig(path=str(tmp_path), image_size=4))
     assert [record.message for record in caplog.records] == ["6 images with transparent places are shown on white"]
     assert sum(int((part.images == 255).flatten(1).all(1).sum()) for part in splits[:3]) == 6
+    caplog.clear()
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    for part in load_images(DataConfig(path=str(tmp_path), image_size=4))[:3]:
+        part.pixels(list(range(len(part))))
+    (record,) = caplog.records
+    assert "has transparent places, shown on white" in record.message

@@ -12,7 +12,8 @@ from typing import Any
 
 from diffusionblocks.data.chat import FORMATS, Conversation, columns_of, conversation, format_of
 from diffusionblocks.data.rows import LeftOut, say, text_of
-from diffusionblocks.errors import UserError, check_choices, first_line, nearest
+from diffusionblocks.errors import DiskFull, UserError, check_choices, first_line, nearest
+from diffusionblocks.files import explained
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 PIECE = 1 << 24  # bytes of a long file that are read at once
@@ -198,6 +199,8 @@ def _huggingface(config: TextConfig, left: LeftOut) -> Documents:
         iterator = iter(rows)
         first = next(iterator, None)
     except Exception as error:  # the library raises many kinds for the same few causes
+        if isinstance(full := explained(error), DiskFull):
+            raise full from None
         raise UserError(
             f"cannot load the dataset {config.path!r} ({type(error).__name__}: {first_line(error)}); "
             "without a network, pass a local folder with --data.path"

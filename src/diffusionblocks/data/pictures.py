@@ -102,10 +102,10 @@ def _seen_through(image: Image.Image) -> Image.Image | None:
         image = image.convert("RGBA")
     elif (key := image.info.get("transparency")) is None:
         return None
-    elif image.mode in SIXTEEN:
+    elif image.mode in (*SIXTEEN, "I"):
         wide = np.asarray(image)
         opaque = Image.fromarray(np.where(wide == key, 0, 255).astype(np.uint8))
-        image = Image.merge("LA", (_eight(wide), opaque))
+        image = Image.merge("LA", (_converted(image, "L"), opaque))
     elif image.mode in ("1", "L", "P", "RGB"):
         if image.mode == "RGB" and max(key) > 255:  # of 16 bits per channel, of which Pillow reads the upper 8
             image.info["transparency"] = tuple(value >> 8 for value in key)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diffusionblocks.data import pictures
 from diffusionblocks.data.config import DataConfig
-from diffusionblocks.errors import UserError, first_line, nearest
+from diffusionblocks.errors import DiskFull, UserError, first_line, nearest
+from diffusionblocks.files import explained
 
 log = logging.getLogger("diffusionblocks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -126,7 +127,7 @@ class _Decoder:
     """Decodes images by number, and counts those that had transparent places."""
 
     def __init__(self, config: DataConfig) -> None:
-        self.config, self.transparent = config, 0
+        self.config, self.transparent, self.says = config, 0, False
 
     def __call__(self, number: int) -> np.ndarray:
         try:
@@ -135,6 +136,9 @@ class _Decoder:
             reason = first_line(error)
             raise UserError(f"cannot read image {self.name(number)} ({reason}); {_REMEDY}") from None
         self.transparent += transparent
+        if transparent and self.says:
+            self.says = False
+            log.warning("image %s has transparent places, shown on white; others are not named", self.name(number))
         return array
 
     def read(self, number: int) -> tuple[np.ndarray, bool]:
@@ -188,6 +192,7 @@ def _read(decoder: _Decoder, labels: Tensor, identity: str, config: DataConfig) 
     """All images in memory, or a way to read them where they do not fit."""
     numbers = np.arange(len(labels))
     if len(labels) * config.channels * config.image_size**2 > MEMORY_LIMIT:
+        decoder.says = True  # the first that is met: nobody counts them
         return Labelled(LazyImages(decoder, numbers, identity), labels)
     images, kept, skipped = [], [], []
     with pictures.quietly():
@@ -265,6 +270,8 @@ def _huggingface(config: DataConfig) -> Source:
     try:
         loaded = datasets.load_dataset(config.path)
     except Exception as error:  # the library raises many kinds for the same few causes
+        if isinstance(full := explained(error), DiskFull):
+            raise full from None
         raise UserError(
             f"cannot load the dataset {config.path!r} ({type(error).__name__}: {first_line(error)}); "
             "without a network, pass a local folder with --data.path"
