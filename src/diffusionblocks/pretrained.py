@@ -136,8 +136,8 @@ def explained(what: str, name: str, error: Exception, offline: str) -> UserError
         and ("no file named" in text or "not appear" in text)
     ):
         return UserError(
-            f"cannot load the network {name!r}: it has no weights as safetensors, and nothing else is read: other files (.bin) are "
-            f"pickles, which can run code ({offline})"
+            f"cannot load the network {name!r}: it has no weights as safetensors, and nothing else is read: other files (.bin) may run "
+            f"code when they are loaded ({offline})"
         )
     kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
     return UserError(f"cannot load the {what} {name!r}: {kind}{_reason(error)} ({offline})")

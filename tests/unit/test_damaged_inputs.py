@@ -849,7 +849,7 @@ NETWORKS = {
     "a flipped length": (lambda folder: flip(weights_of(folder), 7), "damaged"),
     "a flipped header": (lambda folder: flip(weights_of(folder), 12), ""),
     "no weights": (lambda folder: weights_of(folder).unlink(), "no weights as safetensors"),
-    "pickled weights": (as_pickle, "other files (.bin) are pickles"),
+    "pickled weights": (as_pickle, "other files (.bin) may run code"),
     "weights of other names": (
         rewritten(lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()}),
         "not those of its config",
