@@ -40,6 +40,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of another library says first, or its kind where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else type(error).__name__
+
+
 def check_choices(group: str, options: object, choices: Mapping[str, tuple[str, ...]]) -> None:
     """Raises UserError at the first option of `options` whose value is not among its choices."""
     for name, known in choices.items():

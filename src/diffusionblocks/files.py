@@ -124,6 +124,7 @@ def not_finite(content: Any, name: str = "") -> Iterator[str]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes an object with its seal."""
+    content = json.loads(to_json(content))  # as it will be read: keys are text, and sorted as such in the seal
     write_text(path, to_json({**content, SEAL: _seal(content)}, indent=2) + "\n")
 
 
@@ -241,8 +242,8 @@ def explained(error: BaseException, path: Path | None = None) -> Exception | Non
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Where `path` is written: what the system refuses becomes DiskFull or UserError, naming the path."""
+def told(path: Path | None = None) -> Iterator[None]:
+    """What the system refuses becomes DiskFull or UserError. path: what is written there."""
     try:
         yield
     except (UserError, Failed):

@@ -22,10 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.attention import View, causally
 from diffusionblocks.config import BlocksConfig
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, first_line
+from diffusionblocks.files import Damaged
 from diffusionblocks.noise import LevelDistribution
 from diffusionblocks.partition import Partition, split_layers
-from diffusionblocks.saving import aligned, check_ties, load_weights, named_once, save_described
+from diffusionblocks.saving import (
+    aligned,
+    check_ties,
+    load_weights,
+    named_once,
+    read_tensors,
+    save_described,
+    save_tensors,
+)
 
 Batch = Mapping[str, Tensor]
 
@@ -370,8 +379,6 @@ class DiffusionBlocksModel(BlockModel):
 
     def save_block(self, index: int, path: str | Path) -> None:
         """Writes the weights of one block, as safetensors that say what they are; `load_block` reads them back."""
-        from safetensors.torch import save_file
-
         span, own = self.layers[index], self.partition.range(index)
         facts = {
             "format": "diffusionblocks block 1",
@@ -381,7 +388,7 @@ class DiffusionBlocksModel(BlockModel):
             "blocks": json.dumps(asdict(self.config)),
             "source": json.dumps(self._identity()),
         }
-        save_file(named_once(self.block(index).state_dict()), str(path), metadata=facts)
+        save_tensors(named_once(self.block(index).state_dict()), path, facts)
 
     def _identity(self) -> Any:
         """What the network was made from, as JSON reads it back, without what libraries note for themselves."""
@@ -393,26 +400,29 @@ class DiffusionBlocksModel(BlockModel):
 
         Raises UserError when the file is no exported block, or of another network or conversion.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(str(path), "pt") as stream:
-                facts = stream.metadata() or {}
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (not a dict)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"cannot read the block {path}: {error}") from None
+            tensors, facts = read_tensors(path)
+        except OSError as error:
+            raise UserError(f"cannot read the block {path}: {error.strerror or first_line(error)}") from None
         if not facts.get("format", "").startswith("diffusionblocks block"):
             raise UserError(f"{path} is no exported block; dblocks export writes one")
-        if (
-            _known(json.loads(facts["blocks"])) != asdict(self.config)
-            or json.loads(facts["source"]) != self._identity()
-        ):
+        try:
+            index, blocks, source = (json.loads(facts[name]) for name in ("block", "blocks", "source"))
+            known = _known(blocks)
+        except (KeyError, ValueError, TypeError) as error:
+            raise Damaged(Path(path), f"what it says of itself cannot be read: {first_line(error)}") from None
+        if known != asdict(self.config) or source != self._identity():
             raise UserError(f"{path} is a block of another network, or of one that was split in another way")
-        index = int(facts["block"])
+        if not isinstance(index, int) or not 0 <= index < self.num_blocks:
+            raise Damaged(Path(path), f"it says that it is block {index}")
         check_ties(self.block(index), tensors, path)
-        missing = self.block(index).load_state_dict(tensors, strict=False).missing_keys
         own = self.block(index).state_dict()
-        assert {own[name].data_ptr() for name in missing} <= {own[name].data_ptr() for name in tensors}
+        places = {own[name].data_ptr() for name in tensors if name in own}
+        lacks = [name for name in own if name not in tensors and own[name].data_ptr() not in places]
+        other = [name for name in tensors if name not in own or own[name].shape != tensors[name].shape]
+        if lacks or other:
+            raise Damaged(Path(path), f"its tensors are not those of the block: {(lacks + other)[0]}")
+        self.block(index).load_state_dict(tensors, strict=False)
         return index
 
 

@@ -15,13 +15,12 @@ import contextlib
 import hashlib
 import importlib.util
 import logging
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.errors import UserError, quiet_hub
+from diffusionblocks.errors import DiskFull, UserError, first_line, quiet_hub
+from diffusionblocks.files import explained as refused
 
 log = logging.getLogger("diffusionblocks")
 PACKAGE = "package:"
@@ -57,7 +56,7 @@ def _in_package(package: str) -> Path:
 
 def _converted(file: Path) -> Path:
     """The folder that a .gguf file became, made on first use."""
-    from diffusionblocks.data.cache import cache_folder, publish
+    from diffusionblocks.data.cache import cache_folder, making, publish
 
     if not file.is_file():
         raise UserError(f"the network {str(file)!r} does not exist")
@@ -65,13 +64,10 @@ def _converted(file: Path) -> Path:
     folder = cache_folder() / f"gguf-{hashlib.blake2b(facts.encode(), digest_size=12).hexdigest()}"
     if (folder / "config.json").is_file():
         return folder
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
-    try:
+    with making(folder, "set XDG_CACHE_HOME to keep caches elsewhere") as partial:
+        partial.mkdir()
         _convert(file, partial)
         publish(partial, folder, "config.json")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     log.info("converted %s to ordinary weights in %s", file.name, folder)
     return folder
 
@@ -101,8 +97,9 @@ def _convert(file: Path, folder: Path) -> None:
             network.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     except Exception as error:  # gguf and transformers raise many kinds for a file they cannot read
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot read the network {file}: {type(error).__name__}: {reason}") from None
+        if isinstance(full := refused(error), DiskFull):
+            raise full from None
+        raise UserError(f"cannot read the network {file}: {type(error).__name__}: {_reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -117,9 +114,9 @@ def without_progress() -> Iterator[None]:
         of_transformers.enable_progress_bar()
 
 
-def explained(what: str, name: str, error: Exception, offline: str) -> UserError:
-    """What to tell a user when transformers could not load something. what: `network` or `tokenizer`. offline: what can be passed
-    instead of a hub's name."""
+def explained(what: str, name: str, error: Exception, offline: str) -> UserError | DiskFull:
+    """What to tell a user when transformers or diffusers could not load something. what: `network` or `tokenizer`. offline: what can
+    be passed instead of a hub's name."""
     text = str(error)
     if "trust_remote_code" in text or "remote code" in text or "custom code" in text:
         return UserError(
@@ -130,8 +127,26 @@ def explained(what: str, name: str, error: Exception, offline: str) -> UserError
         return UserError(
             f"the {what} {name!r} is gated: accept its terms at https://huggingface.co/{name}, then log in with hf auth login"
         )
-    reason = (text.splitlines() or [type(error).__name__])[0]
-    return UserError(f"cannot load the {what} {name!r}: {reason} ({offline})")
+    if isinstance(full := refused(error), DiskFull):  # its download
+        return full
+    if (
+        what == "network"
+        and isinstance(error, OSError)
+        and ".safetensors" in text
+        and ("no file named" in text or "not appear" in text)
+    ):
+        return UserError(
+            f"cannot load the network {name!r}: it has no weights as safetensors, and nothing else is read: other files (.bin) may run "
+            f"code when they are loaded ({offline})"
+        )
+    kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
+    return UserError(f"cannot load the {what} {name!r}: {kind}{_reason(error)} ({offline})")
+
+
+def _reason(error: Exception) -> str:
+    """What an error says in one line: its first, or all of it where the first only announces the rest."""
+    first = first_line(error)
+    return " ".join(str(error).split())[:300] if first.endswith(":") else first
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
@@ -140,16 +155,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
     quiet_hub()
     try:
-        return AutoTokenizer.from_pretrained(local(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(local(name), trust_remote_code=trust_remote_code)
+        tokenizer("a", add_special_tokens=False)  # some damage shows only now
+        return tokenizer
     except UserError:
         raise
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds for what is damaged
         offline = "it is 'characters', 'bytes', or the name or folder of a Hugging Face tokenizer"
         raise explained("tokenizer", name, error, offline) from None
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A config of transformers, no weights. Raises OSError or ValueError as transformers does, and UserError for .gguf files."""
+    """A config of transformers, no weights. Raises what transformers raises (many kinds of errors), and UserError for .gguf files."""
     from transformers import AutoConfig
 
     quiet_hub()

@@ -1,27 +1,71 @@
-"""Models on disk: weights as safetensors, everything else as JSON. Nothing is ever unpickled."""
+"""Models on disk: weights as safetensors, everything else as JSON. Nothing is ever unpickled.
+
+The description of a model has the size and hash of its weights, so that a changed byte is found before it is used. A file that stands
+for itself (a block, say) carries the hash of its tensors in its own header. What older versions wrote has no hashes and is read as it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, first_line
+from diffusionblocks.files import Damaged, fingerprint, read_json, replacing, told, write_json
 
 WEIGHTS, DESCRIPTION = "model.safetensors", "diffusionblocks.json"
+HASH = "blake2b"  # in the header of a file of tensors
+CHANGED = "its content is not what was written"
 
 
 def save_described(model: nn.Module, folder: str | Path, description: Mapping[str, Any]) -> None:
-    """Writes the weights of `model` and what they are of."""
+    """Writes the weights of `model` and what they are of. Raises DiskFull or UserError where the system refuses."""
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(named_once(dict(sorted(model.state_dict().items()))), str(folder / WEIGHTS), metadata={"format": "pt"})
-    (folder / DESCRIPTION).write_text(json.dumps({"format": 1, **description}, indent=2) + "\n")
+    with ExitStack() as stack:  # both take their places when both are written
+        weights = stack.enter_context(replacing(Path(folder) / WEIGHTS))
+        about = stack.enter_context(replacing(Path(folder) / DESCRIPTION))
+        save_file(named_once(dict(sorted(model.state_dict().items()))), str(weights), metadata={"format": "pt"})
+        write_json(about, {"format": 1, **description, "files": {WEIGHTS: fingerprint(weights)}})
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, facts: Mapping[str, str]) -> None:
+    """Writes tensors and facts about them, with the hash of both. Raises DiskFull or UserError where the system refuses."""
+    from safetensors.torch import save_file
+
+    with replacing(Path(path)) as partial:
+        save_file(dict(tensors), str(partial), metadata={**facts, HASH: _hash(tensors, facts)})
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `save_tensors` wrote. Raises Damaged for another content than was written, and OSError where nothing can be read."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), "pt") as stream:
+            facts = dict(stream.metadata() or {})
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118  (not a dict)
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise Damaged(Path(path), first_line(error)) from None
+    expected = facts.pop(HASH, None)
+    if expected is not None and expected != _hash(tensors, facts):
+        raise Damaged(Path(path), CHANGED)
+    return tensors, facts
+
+
+def _hash(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
+    """Of facts, and of names, dtypes, shapes and bytes of tensors on the host."""
+    found = hashlib.blake2b(json.dumps(sorted(facts.items())).encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        found.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def named_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -37,28 +81,49 @@ def named_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_description(folder: str | Path) -> dict[str, Any]:
     """What the weights in a folder are of. Raises UserError where nothing was saved, or it is damaged."""
-    try:
-        found = json.loads((Path(folder) / DESCRIPTION).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({DESCRIPTION} is missing)") from None
-    except ValueError:
-        raise UserError(f"{Path(folder) / DESCRIPTION} is damaged: it is not valid JSON") from None
-    if not isinstance(found, dict) or not {"source", "blocks"} <= found.keys():
-        raise UserError(f"{Path(folder) / DESCRIPTION} is damaged: it does not say what the weights are of")
+    path = Path(folder) / DESCRIPTION
+    if not path.is_file():
+        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({DESCRIPTION} is missing)")
+    with told():
+        found = read_json(path, {"source": dict, "blocks": dict})
+    if not isinstance(found.get("files", {}), dict):
+        raise Damaged(path, f"files is a {type(found['files']).__name__}")
     return found
 
 
-def load_weights(model: nn.Module, folder: str | Path) -> None:
-    """Takes over the weights in a folder. Raises UserError when there are none, or of another kind of model."""
+def check_weights(folder: str | Path, description: Mapping[str, Any]) -> None:
+    """Raises UserError where the weights in a folder are missing or not those that were described."""
+    path, expected = Path(folder) / WEIGHTS, description.get("files", {}).get(WEIGHTS)
+    if not path.is_file():
+        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({WEIGHTS} is missing)")
+    if expected is None:
+        return
+    if not isinstance(expected, Mapping) or path.stat().st_size != expected.get("bytes"):
+        raise Damaged(path, "its size is not what was written")
+    with told():
+        found = fingerprint(path)
+    if found != expected:
+        raise Damaged(path, CHANGED)
+
+
+def load_weights(model: nn.Module, folder: str | Path, *, checked: bool = False) -> None:
+    """Takes over the weights in a folder. checked: `check_weights` has seen them.
+
+    Raises UserError when there are none, damaged ones, or those of another kind of model.
+    """
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_model
 
+    path = Path(folder) / WEIGHTS
+    if not checked:
+        check_weights(folder, read_description(folder) if (Path(folder) / DESCRIPTION).exists() else {})
     try:
-        with safe_open(str(Path(folder) / WEIGHTS), "pt") as stream:
-            check_ties(model, stream.keys(), Path(folder) / WEIGHTS)
-        load_model(model, str(Path(folder) / WEIGHTS))
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no saved DiffusionBlocks model ({WEIGHTS} is missing)") from None
+        with safe_open(str(path), "pt") as stream:
+            check_ties(model, stream.keys(), path)
+    except (SafetensorError, OSError) as error:
+        raise Damaged(path, first_line(error)) from None
+    try:
+        load_model(model, str(path))
     except (RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {folder} are of another network or conversion: {reason}") from None

@@ -386,7 +386,8 @@ def test_an_exported_block_fits_its_own_model_only(tmp_path):
     assert same(kept, {name: tensor for name, tensor in model.block(1).state_dict().items() if name in kept})
     with safe_open(str(path), "pt") as stream:
         twice = {**kept, "layers.0.layer.norm1.emb.class_embedder.embedding_table.weight": torch.zeros(5, 16)}
-        save_file(twice, str(tmp_path / "twice.safetensors"), metadata=stream.metadata())
+        facts = {name: fact for name, fact in stream.metadata().items() if name != "blake2b"}  # as older versions wrote
+        save_file(twice, str(tmp_path / "twice.safetensors"), metadata=facts)
     with pytest.raises(dblocks.UserError, match="apart in the file, are one tensor now"):
         other.load_block(tmp_path / "twice.safetensors")
     before = weights(other)

@@ -18,9 +18,10 @@ from diffusionblocks.config import BlocksConfig
 from diffusionblocks.denoisers import BLOCKS
 from diffusionblocks.denoisers.looped import KIND as LOOPED
 from diffusionblocks.denoisers.looped import LoopedNetwork
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, first_line
+from diffusionblocks.files import Damaged
 from diffusionblocks.network import DiffusionBlocksModel, Parts
-from diffusionblocks.saving import load_weights, read_description
+from diffusionblocks.saving import DESCRIPTION, check_weights, load_weights, read_description
 
 ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA, GPT2, GPT_NEOX)
 
@@ -40,7 +41,9 @@ def pretrained_config(name_or_path: str, trust_remote_code: bool = False) -> Net
     Raises UserError when it cannot be read or its class is not supported.
     """
     class_name, config, subfolder = read_config(name_or_path, trust_remote_code)
-    return NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
+    found = NetworkConfig(find_adapter(class_name), class_name, config, subfolder=subfolder)
+    _ = found.num_layers  # checks
+    return found
 
 
 def take_apart(model: nn.Module, target: str = "auto") -> Parts:
@@ -83,22 +86,30 @@ def load(folder: str | Path) -> Any:
 
     Raises UserError when there is nothing, or something damaged."""
     description = read_description(folder)
-    source = description["source"]
-    try:
-        config = BlocksConfig(**description["blocks"])
-    except TypeError:
+    check_weights(folder, description)
+    source, blocks = description["source"], description["blocks"]
+    if not isinstance(source.get("class"), str) or not isinstance(source.get("config"), dict):
+        raise Damaged(Path(folder) / DESCRIPTION, "it does not say what network the weights are of")
+    if unknown := sorted(blocks.keys() - BlocksConfig.__dataclass_fields__.keys()):
         raise UserError(
-            f"{folder} was saved by another version of this package: its options are not known here"
-        ) from None
-    network = build_network(source["class"], source["config"])
-    if description.get("kind") == LOOPED:
-        looped = LoopedNetwork(take_apart(network, "recurrent"), config)
-        load_weights(looped, folder)
-        return looped.eval()
-    parts = take_apart(network, config.target)
-    blocks = BLOCKS[parts.target](parts, config, source)
-    load_weights(blocks, folder)
-    return blocks.eval()
+            f"{folder} was saved by another version of this package: its option {unknown[0]} is not known here"
+        )
+    try:
+        config = BlocksConfig(**blocks)
+        network = build_network(source["class"], source["config"])
+        adapter = find_adapter(source["class"])
+        if description.get("kind") == LOOPED:
+            model: Any = LoopedNetwork(adapter.take_apart(network, "recurrent", copied=True), config)
+        else:
+            parts = adapter.take_apart(network, config.target, copied=True)
+            model = BLOCKS[parts.target](parts, config, source)
+    except UserError as error:
+        raise UserError(f"no network can be made of {folder}: {error}") from None
+    except Exception as error:  # values of a wrong kind or size: transformers and diffusers raise many kinds
+        reason = f"no network can be made of its options: {first_line(error)}"
+        raise Damaged(Path(folder) / DESCRIPTION, reason) from None
+    load_weights(model, folder, checked=True)
+    return model.eval()
 
 
 def build_network(class_name: str, config: dict[str, Any]) -> nn.Module:

@@ -1,10 +1,19 @@
-"""Where caches of data are, and how a file in them is known to be whole."""
+"""Where caches of data are, how they are made whole or not at all, and how a file in them is known to be whole."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import shutil
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+
+from diffusionblocks.errors import Failed, UserError
+from diffusionblocks.files import explained
+
+CHOOSE = "pass --data.cache-dir FOLDER to keep caches elsewhere"
 
 
 def cache_folder(chosen: str = "") -> Path:
@@ -12,6 +21,68 @@ def cache_folder(chosen: str = "") -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusionblocks"
+
+
+@contextlib.contextmanager
+def making(path: Path, remedy: str = CHOOSE) -> Iterator[Path]:
+    """A place beside `path`, of this process alone, to make it in, not there yet. It is removed
+    afterwards, as is what killed processes left. remedy: how to keep caches elsewhere.
+
+    Raises DiskFull or UserError where the system refuses to write.
+    """
+    host = socket.gethostname()
+    partial = path.with_name(f"{path.name}.{host}.{os.getpid()}")
+    try:
+        with writable(path.parent, remedy):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _clear_leftovers(path, host)
+            yield partial
+    finally:
+        _remove(partial)
+
+
+@contextlib.contextmanager
+def writable(folder: Path, remedy: str = CHOOSE) -> Iterator[None]:
+    """What the system refuses in a cache becomes DiskFull or UserError."""
+    try:
+        yield
+    except (UserError, Failed):
+        raise
+    except Exception as error:
+        better = explained(error)
+        if better is None and isinstance(error, OSError):
+            better = UserError(str(error))
+        if isinstance(better, UserError):
+            better = UserError(f"cannot write the cache in {folder} ({better}); {remedy}")
+        if better is None:
+            raise
+        raise better from None
+
+
+def _clear_leftovers(path: Path, host: str) -> None:
+    """Removes what processes of this machine that are no longer alive left of making `path`."""
+    for found in path.parent.glob(f"{path.name}.*"):
+        where, _, number = found.name.removeprefix(f"{path.name}.").rpartition(".")
+        if where in ("", host) and number.isdecimal() and not _alive(int(number)):
+            _remove(found)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # somebody else's
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def publish(partial: Path, folder: Path, proof: str) -> None:

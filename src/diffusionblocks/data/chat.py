@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from diffusionblocks.data.rows import text_of
 from diffusionblocks.data.tokenizers import HuggingFace, Tokenizer
 from diffusionblocks.errors import UserError
 
@@ -45,26 +46,32 @@ def columns_of(kind: str, text_key: str, messages_key: str) -> list[str]:
     return {"text": [text_key], "messages": [messages_key], "prompt": ["prompt", "completion"]}[kind]
 
 
-def conversation(row: Mapping[str, Any], kind: str, messages_key: str, where: str) -> Conversation:
-    """The messages of a row. Raises UserError for what is none."""
+def conversation(
+    row: Mapping[str, Any], kind: str, messages_key: str, where: str, errors: str = "strict"
+) -> Conversation:
+    """The messages of a row. errors: see `text_of`. Raises UserError for what is none."""
     if kind == "messages":
-        return _messages(row[messages_key], where)
+        return _messages(row[messages_key], where, errors)
     prompt, completion = row["prompt"], row["completion"]
-    first = _messages(prompt, where) if isinstance(prompt, list) else [{"role": "user", "content": str(prompt or "")}]
+    if isinstance(prompt, list):
+        first = _messages(prompt, where, errors)
+    else:
+        first = [{"role": "user", "content": text_of(prompt, "the prompt", where, errors)}]
     if isinstance(completion, list):
-        return [*first, *_messages(completion, where)]
-    return [*first, {"role": ASSISTANT, "content": str(completion or "")}]
+        return [*first, *_messages(completion, where, errors)]
+    return [*first, {"role": ASSISTANT, "content": text_of(completion, "the completion", where, errors)}]
 
 
-def _messages(found: Any, where: str) -> Conversation:
+def _messages(found: Any, where: str, errors: str) -> Conversation:
     if not isinstance(found, list) or not all(
         isinstance(one, Mapping) and {"role", "content"} <= set(one) for one in found
     ):
-        raise UserError(f"{where}: messages must be a list of {{role, content}}, got {str(found)[:60]!r}")
+        raise UserError(f"{where}: messages must be a list of {{role, content}}, got {ascii(found)[:60]}")
     for one in found:
-        if not isinstance(one["content"], str):
-            raise UserError(f"{where}: the content of a message must be text, got {str(one['content'])[:60]!r}")
-    return [{"role": str(one["role"]), "content": one["content"]} for one in found]
+        for name in ("role", "content"):
+            if not isinstance(one[name], str):
+                raise UserError(f"{where}: the {name} of a message must be text, got {ascii(one[name])[:60]}")
+    return [{name: text_of(one[name], f"the {name}", where, errors) for name in ("role", "content")} for one in found]
 
 
 def template_of(tokenizer: Tokenizer) -> Any:

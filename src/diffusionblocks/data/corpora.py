@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from diffusionblocks.data.chat import FORMATS, Conversation, columns_of, conversation, format_of
-from diffusionblocks.errors import UserError, check_choices, nearest
+from diffusionblocks.data.rows import LeftOut, say, text_of
+from diffusionblocks.errors import DiskFull, UserError, check_choices, first_line, nearest
+from diffusionblocks.files import explained
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 PIECE = 1 << 24  # bytes of a long file that are read at once
@@ -45,6 +48,7 @@ class TextConfig:
         general: a second text, evaluated beside the test text to see what adapting a network forgets: `pydocs`, `stdlib` or a path
             (`evaluated` windows of it); empty = none.
         encoding_errors: `strict` (invalid UTF-8 is an error that names the place) or `replace`.
+        skip_unreadable: leave out rows and files that cannot be read (of a long file what follows the damage) instead of stopping.
         cache_dir: where tokens are kept (empty = below the user's cache folder).
     """
 
@@ -68,6 +72,7 @@ class TextConfig:
     evaluated: int = 0
     general: str = ""
     encoding_errors: str = "strict"
+    skip_unreadable: bool = False
     cache_dir: str = ""
 
 
@@ -75,13 +80,13 @@ Document = str | Conversation
 Documents = Iterator[tuple[str, Document]]  # with a name; pieces of one text follow one another under the same name
 
 
-def _pydocs(config: TextConfig) -> Documents:
+def _pydocs(config: TextConfig, left: LeftOut) -> Documents:
     from pydoc_data.topics import topics
 
     yield from sorted(topics.items())
 
 
-def _stdlib(config: TextConfig) -> Documents:
+def _stdlib(config: TextConfig, left: LeftOut) -> Documents:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
@@ -89,61 +94,100 @@ def _stdlib(config: TextConfig) -> Documents:
             yield str(relative), path.read_text(encoding="utf-8", errors="replace")
 
 
-def _folder(config: TextConfig) -> Documents:
+def _folder(config: TextConfig, left: LeftOut) -> Documents:
     root = Path(config.path)
     if not config.path or not root.is_dir():
         raise UserError(f"data.path must be a folder with text files; {config.path!r} is not a folder")
     suffixes = tuple(config.suffixes) or SUFFIXES
-    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in suffixes and path.is_file()]
+    found = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in suffixes and not path.is_dir()]
     if not found:
         raise UserError(f"{root} holds no file ending in {', '.join(suffixes)} (see --data.suffixes)")
-    for path in found:
-        for piece in _pieces(path, config.encoding_errors):
+    for path in _readable(found, left):
+        for piece in _pieces(path, config.encoding_errors, left):
             yield str(path.relative_to(root)), piece
 
 
-def _file(config: TextConfig) -> Documents:
-    for piece in _pieces(_existing(config), config.encoding_errors):
+def _file(config: TextConfig, left: LeftOut) -> Documents:
+    for piece in _pieces(_existing(config), config.encoding_errors, left):
         yield config.path, piece
 
 
-def _jsonl(config: TextConfig) -> Documents:
-    for path in _files(config, "*.jsonl"):
+def _jsonl(config: TextConfig, left: LeftOut) -> Documents:
+    for path in _readable(_files(config, "*.jsonl"), left):
+        start = 0
+        for number, line in enumerate(_lines(path, left)):
+            where = f"{path}, line {number + 1}"
+            text = _decoded(line, path, start, config.encoding_errors, left)
+            start += len(line)
+            if text and text.strip() and (row := _json(text, where, left)) is not None:
+                yield from _documents_of(row, config, where, where, left)
+
+
+def _lines(path: Path, left: LeftOut) -> Iterator[bytes]:
+    try:
         with path.open("rb") as stream:
-            start = 0
-            for number, line in enumerate(stream):
-                text, where = _decoded(line, path, start, config.encoding_errors), f"{path}, line {number + 1}"
-                start += len(line)
-                if text.strip():
-                    yield where, _content_of(_json(text, path, number), config, where)
+            yield from stream
+    except OSError as error:
+        left(f"cannot read {path}: {error.strerror or first_line(error)}")
 
 
-def _json(text: str, path: Path, number: int) -> Any:
+def _json(text: str, where: str, left: LeftOut) -> dict[str, Any] | None:
+    """The object in a line, or None where it is left out."""
     try:
-        return json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{path}, line {number + 1} is not valid JSON: {error}") from None
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        left(f"{where} is not valid JSON: {first_line(error)}")
+        return None
+    if not isinstance(row, dict):
+        left(f"{where} is no object with columns but a {type(row).__name__}: {ascii(row)[:60]}")
+        return None
+    return row
 
 
-def _parquet(config: TextConfig) -> Documents:
+def _parquet(config: TextConfig, left: LeftOut) -> Documents:
     try:
+        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError:
         raise UserError("Parquet files are read with pyarrow: pip install 'diffusionblocks[text]'") from None
-    for path in _files(config, "*.parquet"):
+    damaged = (OSError, ValueError, pyarrow.ArrowException)
+    for path in _readable(_files(config, "*.parquet"), left):
         try:
-            file = parquet.ParquetFile(path)
-        except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
-            raise UserError(f"cannot read {path}: {str(error).splitlines()[0]}") from None
-        columns = columns_of(_format(config, file.schema_arrow.names, str(path)), config.text_key, config.messages_key)
+            file = parquet.ParquetFile(path, page_checksum_verification=True)
+            names = file.schema_arrow.names
+        except damaged as error:
+            left(f"cannot read {path}: {first_line(error)}")
+            continue
+        columns = columns_of(_format(config, names, str(path)), config.text_key, config.messages_key)
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path} {number}", _content_of(row, config, f"{path}, row {number}")
+        for group in range(file.num_row_groups):
+            after = number + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=256, row_groups=[group], columns=columns):
+                    for row in _rows(batch):
+                        number += 1
+                        where = f"{path}, row {number}"
+                        yield from _documents_of(row, config, f"{path} {number}", where, left)
+            except damaged as error:
+                if isinstance(error, UserError):
+                    raise
+                left(f"cannot read {path} from row {number + 1} to {after}: {first_line(error)}")
+            number = after
 
 
-def _huggingface(config: TextConfig) -> Documents:
+def _rows(batch: Any) -> list[dict[str, Any]]:
+    """Rows of a batch of pyarrow; texts that are not UTF-8 as bytes."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        import pyarrow
+
+        plain = (pyarrow.string(), pyarrow.large_string())
+        fields = [field.with_type(pyarrow.binary()) if field.type in plain else field for field in batch.schema]
+        return batch.cast(pyarrow.schema(fields)).to_pylist()
+
+
+def _huggingface(config: TextConfig, left: LeftOut) -> Documents:
     try:
         import datasets
     except ImportError:
@@ -155,20 +199,40 @@ def _huggingface(config: TextConfig) -> Documents:
         iterator = iter(rows)
         first = next(iterator, None)
     except Exception as error:  # the library raises many kinds for the same few causes
+        if isinstance(full := explained(error), DiskFull):
+            raise full from None
         raise UserError(
-            f"cannot load the dataset {config.path!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"cannot load the dataset {config.path!r} ({type(error).__name__}: {first_line(error)}); "
             "without a network, pass a local folder with --data.path"
         ) from None
     number = 0
     while first is not None:
         number += 1
-        yield f"row {number}", _content_of(first, config, f"{config.path}, row {number}")
-        first = next(iterator, None)
+        where = f"{config.path}, row {number}"
+        yield from _documents_of(first, config, f"row {number}", where, left)
+        try:
+            first = next(iterator, None)
+        except Exception as error:  # as above
+            left(f"cannot read {config.path} after row {number}: {first_line(error)}")
+            return
 
 
-def _content_of(row: Any, config: TextConfig, where: str) -> Document:
-    kind = _format(config, list(row) if isinstance(row, dict) else [], where)
-    return str(row[config.text_key] or "") if kind == "text" else conversation(row, kind, config.messages_key, where)
+def _documents_of(row: Any, config: TextConfig, name: str, where: str, left: LeftOut) -> Documents:
+    """The document of a row, or none where it is left out."""
+    kind = ""
+    try:
+        kind = _format(config, list(row), where)
+        if kind == "text":
+            what = f"column {config.text_key!r}"
+            document: Document = text_of(row[config.text_key], what, where, config.encoding_errors)
+        else:
+            document = conversation(row, kind, config.messages_key, where, config.encoding_errors)
+    except UserError as error:
+        if not kind and not left.skip:  # rather an option to set than a row to leave out
+            raise
+        left(str(error))
+        return
+    yield name, document
 
 
 def _format(config: TextConfig, names: list[str], where: str) -> str:
@@ -185,7 +249,24 @@ def _format(config: TextConfig, names: list[str], where: str) -> str:
 
 def _files(config: TextConfig, pattern: str) -> list[Path]:
     root = Path(config.path)
-    return sorted(root.rglob(pattern)) if config.path and root.is_dir() else [_existing(config)]
+    if config.path and root.is_dir():
+        return [path for path in sorted(root.rglob(pattern)) if not path.is_dir()]
+    return [_existing(config)]
+
+
+def _readable(paths: list[Path], left: LeftOut) -> Iterator[Path]:
+    """Those that are files: a pipe or a device is never opened, reading it may not end."""
+    for path in paths:
+        try:
+            regular = stat.S_ISREG(path.stat().st_mode)
+        except OSError as error:
+            gone = path.is_symlink() and isinstance(error, FileNotFoundError)
+            left(f"cannot read {path}: {'it is a link to a file that does not exist' if gone else error.strerror}")
+            continue
+        if regular:
+            yield path
+        else:
+            left(f"cannot read {path}: it is no file but a pipe, socket or device")
 
 
 def _existing(config: TextConfig) -> Path:
@@ -199,31 +280,38 @@ def _existing(config: TextConfig) -> Path:
     return path
 
 
-def _pieces(path: Path, errors: str) -> Iterator[str]:
-    """The text of a file, a long one in pieces that end at white space."""
-    with path.open("rb") as stream:
-        start, rest = 0, b""
-        while read := stream.read(PIECE):
-            piece = rest + read
-            cut = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1 if len(read) == PIECE else len(piece)
-            while cut == 0 or (cut < len(piece) and piece[cut] & 0xC0 == 0x80):  # no white space: between characters
-                cut = cut - 1 if cut else len(piece) - 4
-            yield _decoded(piece[:cut], path, start, errors)
-            start, rest = start + cut, piece[cut:]
-        if rest:
-            yield _decoded(rest, path, start, errors)
+def _pieces(path: Path, errors: str, left: LeftOut) -> Iterator[str]:
+    """The text of a file, a long one in pieces that end at white space; up to what cannot be read where that is left out."""
+    try:
+        with path.open("rb") as stream:
+            start, rest = 0, b""
+            while read := stream.read(PIECE):
+                piece = rest + read
+                cut = max(piece.rfind(b" "), piece.rfind(b"\n")) + 1 if len(read) == PIECE else len(piece)
+                while cut == 0 or (
+                    cut < len(piece) and piece[cut] & 0xC0 == 0x80
+                ):  # no white space: between characters
+                    cut = cut - 1 if cut else len(piece) - 4
+                if (text := _decoded(piece[:cut], path, start, errors, left)) is None:
+                    return
+                yield text
+                start, rest = start + cut, piece[cut:]
+            if rest and (text := _decoded(rest, path, start, errors, left)) is not None:
+                yield text
+    except OSError as error:
+        left(f"cannot read {path}: {error.strerror or first_line(error)}")
 
 
-def _decoded(content: bytes, path: Path, start: int, errors: str) -> str:
+def _decoded(content: bytes, path: Path, start: int, errors: str, left: LeftOut) -> str | None:
+    """Text, or None where it is left out."""
     try:
         return content.decode("utf-8", errors=errors)
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not valid UTF-8 at byte {start + error.start}; repair it, or pass --data.encoding-errors replace"
-        ) from None
+        left(f"{path} is not valid UTF-8 at byte {start + error.start}", "pass --data.encoding-errors replace")
+        return None
 
 
-SOURCES: dict[str, Callable[[TextConfig], Documents]] = {
+SOURCES: dict[str, Callable[[TextConfig, LeftOut], Documents]] = {
     "pydocs": _pydocs,
     "stdlib": _stdlib,
     "folder": _folder,
@@ -249,29 +337,35 @@ def source_of(config: TextConfig) -> str:
     return {".jsonl": "jsonl", ".parquet": "parquet"}.get(path.suffix, "file")
 
 
-def documents(config: TextConfig) -> Documents:
-    """Names and texts of a source, in a fixed order. Raises UserError for what cannot be read."""
+def documents(config: TextConfig, left: LeftOut | None = None) -> Documents:
+    """Names and texts of a source, in a fixed order. left: counts what is left out, for a caller who says it; else this does.
+
+    Raises UserError for what cannot be read.
+    """
     if config.encoding_errors not in ("strict", "replace"):
         raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
     check_choices("data", config, {"format": FORMATS})
     if config.max_documents < 0:
         raise UserError(f"data.max_documents must be at least 0 (all), got {config.max_documents}")
+    own = LeftOut(config.skip_unreadable) if left is None else left
     count, last = 0, None
-    for name, text in SOURCES[source_of(config)](config):
+    for name, text in SOURCES[source_of(config)](config, own):
         if name != last:
             count, last = count + 1, name
             if config.max_documents and count > config.max_documents:
-                return
+                break
         yield name, text
+    if left is None and own.count:
+        say({"count": own.count, "first": own.first})
 
 
 def identity(config: TextConfig) -> str:
     """Tells sources apart that give different documents, without reading them all."""
     source, path = source_of(config), Path(config.path)
     facts = [source, config.text_key, config.subset, config.max_documents, config.encoding_errors]
-    facts += [config.format, config.messages_key]
+    facts += [config.format, config.messages_key, *(["skip_unreadable"] if config.skip_unreadable else [])]
     if source == "pydocs":
-        facts += [len(text) for _, text in _pydocs(config)]
+        facts += [len(text) for _, text in _pydocs(config, LeftOut(False))]
     elif source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
         facts += [f"{path} {path.stat().st_size}" for path in sorted(root.rglob("*.py"))]

@@ -18,6 +18,7 @@ from diffusionblocks.data.augment import Augmentation
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.sources import SOURCES, Images, Labelled, LazyImages, class_folders
 from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.files import told
 from diffusionblocks.seeds import derive
 
 __all__ = ["DataConfig", "ImageData", "ImageSplits", "count_classes", "load_images"]
@@ -81,7 +82,8 @@ def load_images(config: DataConfig, seed: int = 0) -> ImageSplits:
         raise UserError(f"data.channels must be 1 (grey) or 3 (colour), got {config.channels}")
     if config.image_size < 1:
         raise UserError(f"data.image_size must be at least 1 pixel, got {config.image_size}")
-    train, test, classes = SOURCES[source](config)
+    with told():
+        train, test, classes = SOURCES[source](config)
     for part in filter(None, (train, test)):
         _check_labels(part.labels, len(classes))
     if test is None:

@@ -10,7 +10,6 @@ Shapes: n images, v versions (1, or 2 with the mirror image), c channels, s = si
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from pathlib import Path
@@ -20,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.cache import cache_folder, file_hash
+from diffusionblocks.data.cache import cache_folder, file_hash, making
 from diffusionblocks.data.images import DataConfig, ImageData, ImageSplits, load_images
 from diffusionblocks.devices import find_device
-from diffusionblocks.errors import UserError, quiet_hub
+from diffusionblocks.errors import UserError, first_line, quiet_hub
+from diffusionblocks.files import Damaged, read_json, write_json
 from diffusionblocks.precondition import SIGMA_DATA
 from diffusionblocks.seeds import derive
 
@@ -45,9 +45,14 @@ class Autoencoder:
         latent_shape(config)  # checks
         self.device = find_device(device)
         try:
-            self.network: Any = AutoencoderKL.from_pretrained(config.vae).to(self.device).eval()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot load the autoencoder {config.vae!r}: {str(error).splitlines()[0]}") from None
+            network, found = AutoencoderKL.from_pretrained(config.vae, use_safetensors=True, output_loading_info=True)
+            self.network: Any = network.to(self.device).eval()
+        except UserError:
+            raise
+        except Exception as error:  # diffusers, safetensors and torch raise many kinds for what is damaged
+            raise UserError(f"cannot load the autoencoder {config.vae!r}: {first_line(error)}") from None
+        if missing := found["missing_keys"]:
+            raise UserError(f"the weights of the autoencoder {config.vae!r} lack {', '.join(sorted(missing)[:3])}")
         self.shift = float(self.network.config.get("shift_factor") or 0.0)
         self.scale = config.latent_scale or float(self.network.config.scaling_factor)
 
@@ -80,13 +85,17 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
     quiet_hub()
     try:
         own = AutoencoderKL.load_config(config.vae)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # diffusers raises many kinds for what is damaged
         raise UserError(
-            f"cannot load the autoencoder {config.vae!r}: {reason} (offline, pass a local folder)"
+            f"cannot load the autoencoder {config.vae!r}: {first_line(error)} (offline, pass a local folder)"
         ) from None
-    if own.get("_class_name") != "AutoencoderKL":
-        raise UserError(f"data.vae must be an AutoencoderKL of diffusers; {config.vae} is {own.get('_class_name')}")
+    kind = own.get("_class_name") if isinstance(own, dict) else None
+    if kind != "AutoencoderKL":
+        raise UserError(f"data.vae must be an AutoencoderKL of diffusers; {config.vae} is {kind}")
+    needed: dict[str, Any] = {"block_out_channels": (list, tuple), "in_channels": int, "latent_channels": int}
+    for key, types in needed.items():
+        if not isinstance(own.get(key), types) or not own[key]:
+            raise UserError(f"the config of the autoencoder {config.vae!r} is damaged: {key} is {own.get(key)!r}")
     factor = 2 ** (len(own["block_out_channels"]) - 1)
     if config.image_size % factor:
         raise UserError(
@@ -154,32 +163,47 @@ def _cached(
     part: ImageData, config: DataConfig, encoder: list[Autoencoder], device: str, *, mirror: bool
 ) -> list[Tensor]:
     """The shards of one split, encoded where they are missing or damaged."""
-    from safetensors.torch import load_file
-
     folder = cache_folder(config.cache_dir) / f"latents-{_key(part, config, mirror)}"
-    folder.mkdir(parents=True, exist_ok=True)
+    channels, size = latent_shape(config)
     index_path = folder / "index.json"
     index = _read_index(index_path)
     starts = range(0, len(part), SHARD)
-    missing = []
-    for start in starts:
-        name = f"shard-{start // SHARD:05d}.safetensors"
-        if name in index and file_hash(folder / name) == index[name]:
-            continue
-        if name in index:
-            log.warning("the latent cache %s is damaged; it is encoded again", folder / name)
-        missing.append((start, name))
-    for number, (start, name) in enumerate(missing):
+    shapes = [(min(SHARD, len(part) - start), 1 + mirror, 2, channels, size, size) for start in starts]
+    paths = [folder / f"shard-{start // SHARD:05d}.safetensors" for start in starts]
+    shards = [_read_shard(path, index, shape) for path, shape in zip(paths, shapes, strict=True)]
+    missing = [number for number, shard in enumerate(shards) if shard is None]
+    for count, number in enumerate(missing):
         if not encoder:
             encoder.append(Autoencoder(config, device))
-        log.info("encoding images to latents: shard %d of %d", number + 1, len(missing))
-        rows = list(range(start, min(start + SHARD, len(part))))
-        _write(folder / name, _encode(encoder[0], part.pixels(rows), mirror, config))
-        index[name] = file_hash(folder / name)
-        partial = index_path.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(index, indent=2) + "\n")
-        partial.replace(index_path)
-    return [load_file(str(folder / f"shard-{start // SHARD:05d}.safetensors"))["latents"] for start in starts]
+        log.info("encoding images to latents: shard %d of %d", count + 1, len(missing))
+        rows = list(range(starts[number], min(starts[number] + SHARD, len(part))))
+        _write(paths[number], _encode(encoder[0], part.pixels(rows), mirror, config))
+        index[paths[number].name] = file_hash(paths[number])
+        with making(index_path) as partial:
+            write_json(partial, index)
+            os.replace(partial, index_path)
+        shards[number] = _read_shard(paths[number], index, shapes[number])
+    if any(shard is None for shard in shards):
+        raise UserError(f"the latent cache {folder} does not keep what is written: pass --data.cache-dir FOLDER")
+    return [shard for shard in shards if shard is not None]
+
+
+def _read_shard(path: Path, index: dict[str, str], shape: tuple[int, ...]) -> Tensor | None:
+    """Means and deviations of a shard [n, v, 2, c, s, s]; None when it is not there, or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if path.name not in index:
+        return None
+    try:
+        if file_hash(path) == index[path.name]:
+            latents = load_file(str(path))["latents"]
+            if latents.shape == shape and latents.dtype == torch.float16:
+                return latents
+    except (OSError, KeyError, SafetensorError):
+        pass
+    log.warning("the latent cache %s is damaged; it is encoded again", path)
+    return None
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -187,10 +211,13 @@ def _read_index(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError):
-        log.warning("the index of the latent cache %s is damaged; the images are encoded again", path.parent)
-        return {}
+        found = read_json(path)
+        if all(isinstance(value, str) for value in found.values()):
+            return found
+    except (Damaged, OSError):
+        pass
+    log.warning("the index of the latent cache %s is damaged; the images are encoded again", path.parent)
+    return {}
 
 
 def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConfig) -> Tensor:
@@ -208,9 +235,9 @@ def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConf
 def _write(path: Path, latents: Tensor) -> None:
     from safetensors.torch import save_file
 
-    partial = path.with_suffix(f".{os.getpid()}")  # other processes may encode the same images
-    save_file({"latents": latents.contiguous()}, str(partial))
-    os.replace(partial, path)
+    with making(path) as partial:  # other processes may encode the same images
+        save_file({"latents": latents.contiguous()}, str(partial))
+        os.replace(partial, path)
 
 
 def _key(part: ImageData, config: DataConfig, mirror: bool) -> str:

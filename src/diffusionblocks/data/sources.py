@@ -7,7 +7,7 @@ or, where they would not fit, decoded one by one when they are needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusionblocks.data import pictures
 from diffusionblocks.data.config import DataConfig
-from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.errors import DiskFull, UserError, first_line, nearest
+from diffusionblocks.files import explained
 
 log = logging.getLogger("diffusionblocks")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 MEMORY_LIMIT = 8 << 30  # bytes of decoded images; larger sets are decoded when they are read
+READING = "upright, 16 bits scaled, on white"  # part of a set's identity: how pictures become pixels
+MOST_CLASSES = 1000  # that a data set may have without an image of each, where it does not name them
 
 
 class LazyImages:
@@ -37,7 +41,8 @@ class LazyImages:
         return len(self.numbers)
 
     def __getitem__(self, rows: Any) -> Tensor:
-        return torch.from_numpy(np.stack([self.decode(int(number)) for number in self.numbers[rows]]))
+        with pictures.quietly():
+            return torch.from_numpy(np.stack([self.decode(int(number)) for number in self.numbers[rows]]))
 
     def take(self, rows: np.ndarray) -> LazyImages:
         return LazyImages(self.decode, self.numbers[rows], self.identity)
@@ -118,18 +123,45 @@ def class_folders(root: Path) -> tuple[Path, list[str], Path | None]:
     return train_root, classes, test_root
 
 
-class _Files:
-    """Decodes image files by number."""
+class _Decoder:
+    """Decodes images by number, and counts those that had transparent places."""
 
-    def __init__(self, paths: Sequence[Path], config: DataConfig) -> None:
-        self.paths, self.config = paths, config
+    def __init__(self, config: DataConfig) -> None:
+        self.config, self.transparent, self.says = config, 0, False
 
     def __call__(self, number: int) -> np.ndarray:
-        path = self.paths[number]
         try:
-            return decode(path, self.config)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"cannot read image {path} ({error}); {_REMEDY}") from None
+            array, transparent = self.read(number)
+        except Exception as error:  # Pillow raises many kinds for damaged images
+            reason = first_line(error)
+            raise UserError(f"cannot read image {self.name(number)} ({reason}); {_REMEDY}") from None
+        self.transparent += transparent
+        if transparent and self.says:
+            self.says = False
+            log.warning("image %s has transparent places, shown on white; others are not named", self.name(number))
+        return array
+
+    def read(self, number: int) -> tuple[np.ndarray, bool]:
+        raise NotImplementedError
+
+    def name(self, number: int) -> str:
+        raise NotImplementedError
+
+
+class _Files(_Decoder):
+    """Images in files. wrong: why files that were found cannot be opened, by number."""
+
+    def __init__(self, paths: Sequence[Path], wrong: Mapping[int, str], config: DataConfig) -> None:
+        super().__init__(config)
+        self.paths, self.wrong = paths, wrong
+
+    def read(self, number: int) -> tuple[np.ndarray, bool]:
+        if number in self.wrong:
+            raise ValueError(self.wrong[number])
+        return decode(self.paths[number], self.config, pictures.FILES)
+
+    def name(self, number: int) -> str:
+        return str(self.paths[number])
 
 
 _REMEDY = "repair or remove it, or pass --data.skip-unreadable (where the images fit memory)"
@@ -141,64 +173,85 @@ def _read_folder(root: Path, classes: Sequence[str], config: DataConfig) -> Labe
         for label, name in enumerate(classes)
         for path in sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     ]
-    paths = [path for path, _ in found]
-    facts = "".join(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n" for path in paths)
-    made = _read(_Files(paths, config), torch.tensor([label for _, label in found]), facts, config)
+    facts, wrong = [READING], dict[int, str]()
+    for number, (path, _) in enumerate(found):
+        try:
+            file = pictures.checked(path)
+            facts.append(f"{path} {file.st_size} {file.st_mtime_ns}\n")
+        except ValueError as error:
+            wrong[number] = str(error)
+    decoder = _Files([path for path, _ in found], wrong, config)
+    made = _read(decoder, torch.tensor([label for _, label in found], dtype=torch.int64), "".join(facts), config)
     for label, name in enumerate(classes):
         if label not in made.labels:
             raise UserError(f"{root / name} holds no readable PNG or JPEG image")
     return made
 
 
-def _read(decoder: Callable[[int], np.ndarray], labels: Tensor, identity: str, config: DataConfig) -> Labelled:
+def _read(decoder: _Decoder, labels: Tensor, identity: str, config: DataConfig) -> Labelled:
     """All images in memory, or a way to read them where they do not fit."""
     numbers = np.arange(len(labels))
     if len(labels) * config.channels * config.image_size**2 > MEMORY_LIMIT:
+        decoder.says = True  # the first that is met: nobody counts them
         return Labelled(LazyImages(decoder, numbers, identity), labels)
     images, kept, skipped = [], [], []
-    for number in numbers.tolist():
-        try:
-            images.append(decoder(number))
-            kept.append(number)
-        except UserError as error:
-            if not config.skip_unreadable:
-                raise
-            skipped.append(error)
+    with pictures.quietly():
+        for number in numbers.tolist():
+            try:
+                images.append(decoder(number))
+                kept.append(number)
+            except UserError as error:
+                if not config.skip_unreadable:
+                    raise
+                skipped.append(error)
     if skipped:
         log.warning(
             "skipped %d unreadable images; the first: %s", len(skipped), str(skipped[0]).removesuffix(f"; {_REMEDY}")
         )
+    if decoder.transparent:
+        log.warning("%d images with transparent places are shown on white", decoder.transparent)
     return Labelled(torch.from_numpy(np.stack(images)) if images else torch.empty(0), labels[kept])
 
 
-def decode(source: Any, config: DataConfig) -> np.ndarray:
-    """A path, or a PIL image -> uint8 [channels, size, size]. The short side is scaled, the long one cropped at its middle,
-    as in the protocol of ADM (Dhariwal & Nichol 2021)."""
+def decode(source: Any, config: DataConfig, formats: tuple[str, ...] = pictures.ROWS) -> tuple[np.ndarray, bool]:
+    """A path, bytes or a PIL image -> uint8 [channels, size, size], and whether it had transparent places (now white). The short
+    side is scaled, the long one cropped at its middle, as in the protocol of ADM (Dhariwal & Nichol 2021)."""
     from PIL import Image, ImageOps
 
-    image = source if isinstance(source, Image.Image) else Image.open(source)
-    image = image.convert("L" if config.channels == 1 else "RGB")
+    image, transparent = pictures.read(source, "L" if config.channels == 1 else "RGB", formats)
     size = (config.image_size, config.image_size)
     if image.size != size:
         image = ImageOps.fit(image, size, Image.Resampling.BILINEAR)
     array = np.asarray(image)
-    return array[None] if config.channels == 1 else array.transpose(2, 0, 1).copy()
+    return (array[None] if config.channels == 1 else array.transpose(2, 0, 1).copy()), transparent
 
 
 # ---------------------------------------------------------------- Hugging Face
 
 
-class _Rows:
-    """Decodes rows of a Hugging Face dataset by number."""
+class _Rows(_Decoder):
+    """Images in rows of a Hugging Face dataset, which hands over bytes or paths and decodes nothing itself."""
 
     def __init__(self, rows: Any, config: DataConfig) -> None:
-        self.rows, self.config = rows, config
+        super().__init__(config)
+        self.rows = rows
 
-    def __call__(self, number: int) -> np.ndarray:
+    def read(self, number: int) -> tuple[np.ndarray, bool]:
+        found = self.rows[number][self.config.image_key]
+        if found is None:
+            raise ValueError("there is none")
+        if found["bytes"] is not None:
+            return decode(found["bytes"], self.config)
+        if found["path"] is None:
+            raise ValueError("it has neither bytes nor a path")
         try:
-            return decode(self.rows[number][self.config.image_key], self.config)
-        except (OSError, SyntaxError, ValueError, AttributeError) as error:
-            raise UserError(f"cannot read image {number} of {self.config.path} ({error}); {_REMEDY}") from None
+            pictures.checked(found["path"])
+        except ValueError as error:
+            raise ValueError(f"{found['path']}: {error}") from None
+        return decode(found["path"], self.config)
+
+    def name(self, number: int) -> str:
+        return f"{number} of {self.config.path}"
 
 
 def _huggingface(config: DataConfig) -> Source:
@@ -217,8 +270,10 @@ def _huggingface(config: DataConfig) -> Source:
     try:
         loaded = datasets.load_dataset(config.path)
     except Exception as error:  # the library raises many kinds for the same few causes
+        if isinstance(full := explained(error), DiskFull):
+            raise full from None
         raise UserError(
-            f"cannot load the dataset {config.path!r} ({type(error).__name__}: {str(error).splitlines()[0]}); "
+            f"cannot load the dataset {config.path!r} ({type(error).__name__}: {first_line(error)}); "
             "without a network, pass a local folder with --data.path"
         ) from None
     if "train" not in loaded:
@@ -226,24 +281,42 @@ def _huggingface(config: DataConfig) -> Source:
     for key in (config.image_key, config.label_key):
         if key not in loaded["train"].column_names:
             raise UserError(f"the dataset has no column {key!r}{nearest(key, loaded['train'].column_names)}")
-    image = loaded["train"].features[config.image_key]
-    if not isinstance(image, datasets.Image):  # bytes or paths, as other libraries write them
-        loaded = loaded.cast_column(config.image_key, datasets.Image())
-    label = loaded["train"].features[config.label_key]
-    if getattr(label, "dtype", None) == "string":
+    if getattr(loaded["train"].features[config.label_key], "dtype", None) in ("string", "large_string"):
         loaded = loaded.class_encode_column(config.label_key)
-        label = loaded["train"].features[config.label_key]
-    train = _read_rows(loaded["train"], config)
-    classes = getattr(label, "names", None) or [str(v) for v in range(int(train.labels.max()) + 1)]
+    names = getattr(loaded["train"].features[config.label_key], "names", None)
+    train = _read_rows(loaded["train"], "train", names, config)
+    classes = names or [str(v) for v in range(int(train.labels.max()) + 1)]
     for name in ("test", "validation", "valid"):
         # Some test splits keep their labels to themselves (all -1).
-        if name in loaded and max(loaded[name][config.label_key]) >= 0:
-            return train, _read_rows(loaded[name], config), list(classes)
+        if name in loaded and any(value not in (None, -1) for value in loaded[name][config.label_key]):
+            return train, _read_rows(loaded[name], name, classes, config), list(classes)
     return train, None, list(classes)
 
 
-def _read_rows(rows: Any, config: DataConfig) -> Labelled:
-    return _read(_Rows(rows, config), torch.tensor(rows[config.label_key]), rows._fingerprint, config)
+def _read_rows(rows: Any, split: str, names: Sequence[str] | None, config: DataConfig) -> Labelled:
+    """Images and labels of a split. names: of its classes, where they are known."""
+    import datasets
+
+    labels = _labels(list(rows[config.label_key]), split, names, config)
+    identity = f"{READING} {rows._fingerprint}"
+    try:  # whatever the column holds (images, or bytes and paths as other libraries write them), as bytes or a path
+        rows = rows.cast_column(config.image_key, datasets.Image(decode=False))
+    except Exception as error:  # of pyarrow: many kinds
+        raise UserError(f"column {config.image_key!r} of {config.path} holds no images: {first_line(error)}") from None
+    return _read(_Rows(rows, config), labels, identity, config)
+
+
+def _labels(values: Sequence[Any], split: str, names: Sequence[str] | None, config: DataConfig) -> Tensor:
+    """Labels int64 [n]. Raises UserError for the first value that is no number of a class, with its column and row."""
+    limit = len(names) if names else max(MOST_CLASSES, len(values))
+    for row, value in enumerate(values):
+        if not isinstance(value, int) or not 0 <= value < limit:
+            needed = f"a whole number from 0 to {limit - 1}" + ("" if names else ", one for each class")
+            raise UserError(
+                f"column {config.label_key!r} of {config.path}, row {row} of the split {split!r}: a label must be {needed}; "
+                f"got {str(value)[:60]!s}" + ("" if isinstance(value, int) else f" ({type(value).__name__})")
+            )
+    return torch.tensor(values, dtype=torch.int64)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {

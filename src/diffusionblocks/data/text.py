@@ -1,7 +1,8 @@
 """Documents as windows of tokens: tokenised once into a file that is mapped, never loaded, and split by document.
 
-The cache is a folder with tokens.npy (all documents, one after the other) and index.json (where each ends, and a hash of the
-tokens). Its name is a hash of the source and the tokenizer; a damaged cache is made again.
+The cache is a folder with tokens.npy (all documents, one after the other), ends.npy (where each ends), of conversations
+answers.npy (which tokens are answers), and index.json with their hashes. Its name is a hash of the source and the tokenizer; a
+damaged cache is made again.
 
 Shapes: N batch, T positions.
 """
@@ -11,9 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,11 +23,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.cache import cache_folder, file_hash, publish
-from diffusionblocks.data.chat import encode
+from diffusionblocks.data.cache import cache_folder, file_hash, making, publish, writable
+from diffusionblocks.data.chat import Conversation, Encoded, encode, template_of
 from diffusionblocks.data.corpora import TextConfig, documents, identity
+from diffusionblocks.data.rows import LeftOut, say
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.files import Damaged, read_json, write_json
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.seeds import derive
 
@@ -317,83 +318,137 @@ def _tokens(config: TextConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     """All tokens, mapped from the cache; where each document ends; and, of conversations, which tokens are answers."""
     key = hashlib.blake2b(f"{identity(config)} {tokenizer.identity()}".encode(), digest_size=12).hexdigest()
     folder = cache_folder(config.cache_dir) / f"text-{key}"
-    while (index := _read_index(folder)) is None:
+    while (found := _cached(folder)) is None:
         _tokenise(config, tokenizer, folder)
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
-    answers = np.load(folder / "answers.npy", mmap_mode="r") if index.get("conversations") else None
-    return tokens, np.asarray(index["ends"], dtype=np.int64), answers
+    left, tokens, ends, answers = found
+    if left:
+        say(left)
+    return tokens, ends, answers
 
 
-def _read_index(folder: Path) -> dict[str, Any] | None:
-    """None when there is no cache, or a damaged one."""
+def _cached(folder: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray | None] | None:
+    """What was left out, tokens, ends and answers in a cache; None when there is none, or a damaged one."""
     if not (folder / "index.json").is_file():
         return None
     try:
-        index = json.loads((folder / "index.json").read_text())
+        index = read_json(folder / "index.json")
         path = folder / "tokens.npy"
         # Untouched since it was written, or else of the same content.
-        whole = index["written"] == path.stat().st_mtime_ns or index["hash"] == file_hash(path)
-        if whole and (not index.get("conversations") or index["answers"] == file_hash(folder / "answers.npy")):
-            return index
-    except (OSError, ValueError, KeyError, TypeError):
+        if index["written"] != path.stat().st_mtime_ns and index["hash"] != file_hash(path):
+            raise Damaged(path, "its content is not what was written")
+        tokens = np.load(path, mmap_mode="r")
+        if isinstance(index["ends"], list):  # as older versions wrote it
+            ends = np.asarray(index["ends"], dtype=np.int64)
+        else:
+            ends = _checked(folder / "ends.npy", index["ends"])
+        answers = _checked(folder / "answers.npy", index["answers"], "r") if index.get("conversations") else None
+        whole = tokens.ndim == ends.ndim == 1 and len(ends) > 0 and int(ends[0]) >= 0 and int(ends[-1]) == len(tokens)
+        if whole and (np.diff(ends) >= 0).all() and (answers is None or answers.shape == tokens.shape):
+            return index.get("left_out") or {}, tokens, ends, answers
+    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError):
         pass
     log.warning("the text cache %s is damaged; the text is tokenised again", folder)
-    shutil.rmtree(folder, ignore_errors=True)
+    with writable(folder):
+        shutil.rmtree(folder)
     return None
+
+
+def _checked(path: Path, expected: str, mode: Any = None) -> np.ndarray:
+    """An array in a file. Raises Damaged where it is not what was written."""
+    if file_hash(path) != expected:
+        raise Damaged(path, "its content is not what was written")
+    return np.load(path, mmap_mode=mode)
 
 
 def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes the cache beside its place and moves it there: other processes may make the same one."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    left = LeftOut(config.skip_unreadable)
+    with making(folder) as partial:
+        partial.mkdir()
+        path = partial / "tokens.npy"
+        ends, answers = _write_tokens(config, tokenizer, path, left)
+        _write_array(partial / "ends.npy", ends)
+        index: dict[str, Any] = {"format": 2, "hash": file_hash(path), "written": path.stat().st_mtime_ns}
+        index["ends"] = file_hash(partial / "ends.npy")
+        if answers is not None:
+            _write_array(partial / "answers.npy", answers)
+            index |= {"conversations": True, "answers": file_hash(partial / "answers.npy")}
+        if left.count:
+            index["left_out"] = {"count": left.count, "first": left.first}
+        write_json(partial / "index.json", index)
+        publish(partial, folder, "index.json")
+    log.info("tokenised %d documents, %d tokens", len(ends), int(ends[-1]))
+
+
+def _write_tokens(
+    config: TextConfig, tokenizer: Tokenizer, path: Path, left: LeftOut
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Writes all tokens of a source as an array [tokens]. Returns where documents end, and which tokens of conversations are answers."""
     kind, end = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32), np.array([tokenizer.separator])
     total, ends, last = 0, list[int](), None
     answers: list[np.ndarray] = []
-    try:
-        with (partial / "raw").open("wb") as stream:
-            for name, text in documents(config):
-                if not isinstance(text, str):  # its chat template says how it ends
-                    found = encode(text, tokenizer, name)
-                    stream.write(found.ids.astype(kind).tobytes())
-                    answers.append(found.answers)
-                    total += len(found.ids)
-                    ends.append(total)
+    with path.open("wb") as stream:
+        start = _write_header(stream, kind, 0)
+        for name, text in documents(config, left):
+            if not isinstance(text, str):  # its chat template says how it ends
+                if (found := _encoded(text, tokenizer, name, left)) is None:
                     continue
-                if last is not None and name != last:
-                    stream.write(end.astype(kind).tobytes())
-                    total += 1
-                    ends.append(total)
-                ids, begun = tokenizer.encode(text), total > (ends[-1] if ends else 0)
-                if begun and len(ids):
-                    ids = np.concatenate([tokenizer.between, ids])
-                stream.write(ids.astype(kind).tobytes())
-                total, last = total + len(ids), name
-            if last is not None:
+                stream.write(found.ids.astype(kind).tobytes())
+                answers.append(found.answers)
+                total += len(found.ids)
+                ends.append(total)
+                continue
+            if last is not None and name != last:
                 stream.write(end.astype(kind).tobytes())
-                ends.append(total + 1)
                 total += 1
-        if answers and last is not None:
-            raise UserError(f"{config.path} mixes texts and conversations: set data.format to text, messages or prompt")
-        if total < (2 if answers else config.length):
-            raise UserError(
-                f"the text has {total} tokens, less than one window of {config.length}: give it more text, or a smaller "
-                "--data.length"
-            )
-        raw = np.memmap(partial / "raw", dtype=kind, mode="r")
-        np.save(partial / "tokens.npy", raw)
-        del raw
-        (partial / "raw").unlink()
-        path = partial / "tokens.npy"
-        index: dict[str, Any] = {"ends": ends, "hash": file_hash(path), "written": path.stat().st_mtime_ns}
-        if answers:
-            np.save(partial / "answers.npy", np.concatenate(answers))
-            index |= {"conversations": True, "answers": file_hash(partial / "answers.npy")}
-        (partial / "index.json").write_text(json.dumps(index) + "\n")
-        publish(partial, folder, "index.json")
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    log.info("tokenised %d documents, %d tokens", len(ends), total)
+                ends.append(total)
+            ids, begun = tokenizer.encode(text), total > (ends[-1] if ends else 0)
+            if begun and len(ids):
+                ids = np.concatenate([tokenizer.between, ids])
+            stream.write(ids.astype(kind).tobytes())
+            total, last = total + len(ids), name
+        if last is not None:
+            stream.write(end.astype(kind).tobytes())
+            ends.append(total + 1)
+            total += 1
+        stream.seek(0)
+        assert _write_header(stream, kind, total) == start  # numpy leaves room for any length
+    if answers and last is not None:
+        raise UserError(f"{config.path} mixes texts and conversations: set data.format to text, messages or prompt")
+    if not ends and left.count:
+        raise UserError(f"no row or file of the text can be read; the first: {left.first}")
+    if total < (2 if answers else config.length):
+        raise UserError(
+            f"the text has {total} tokens, less than one window of {config.length}: give it more text, or a smaller "
+            "--data.length"
+        )
+    return np.asarray(ends, dtype=np.int64), np.concatenate(answers) if answers else None
+
+
+def _write_header(stream: Any, kind: np.dtype, length: int) -> int:
+    """The header of a .npy file with a vector of numbers. Returns where these begin."""
+    facts = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(stream, facts)
+    return int(stream.tell())
+
+
+def _write_array(path: Path, array: np.ndarray) -> None:
+    """As np.save does, which does not tell a full disk from other errors."""
+    with path.open("wb") as stream:
+        _write_header(stream, array.dtype, len(array))
+        stream.write(array.tobytes())
+
+
+def _encoded(messages: Conversation, tokenizer: Tokenizer, name: str, left: LeftOut) -> Encoded | None:
+    """A conversation as tokens, or None where its chat template refuses it and it is left out."""
+    template_of(tokenizer)  # without one every conversation would be left out
+    try:
+        return encode(messages, tokenizer, name)
+    except UserError as error:
+        if not left.skip:
+            raise
+        left(str(error))
+        return None
 
 
 class Units(NamedTuple):

@@ -17,6 +17,7 @@ from diffusionblocks.errors import UserError
 
 log = logging.getLogger("diffusionblocks")
 BLANK = "_"  # how a masked token is shown
+MOST_GAPS = 4  # numbers of tokens per token: more are a mistake
 
 
 class Tokenizer(Protocol):
@@ -114,7 +115,12 @@ class HuggingFace:
             log.info(
                 "the tokenizer %s has no mask token; added <mask> as token %d", name_or_path, self.own.mask_token_id
             )
-        self.size, self.mask_id = len(self.own), int(self.own.mask_token_id) if mask else None
+        self.size = 1 + max(self.own.get_vocab().values(), default=-1)  # of some, ids have gaps
+        if not 0 < self.size <= MOST_GAPS * len(self.own):
+            raise UserError(
+                f"the tokenizer {name_or_path!r} is damaged: it has {len(self.own)} tokens with numbers up to {self.size - 1}"
+            )
+        self.mask_id = int(self.own.mask_token_id) if mask else None
         ends = (self.own.eos_token_id, self.own.sep_token_id, self.own.bos_token_id)
         found = next((int(end) for end in ends if end is not None), None)
         if found is None:

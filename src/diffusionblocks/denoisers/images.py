@@ -9,7 +9,6 @@ Shapes: N batch, image [channels, height, width].
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
+from diffusionblocks.files import write_json
 from diffusionblocks.network import (
     Batch,
     Block,
@@ -144,7 +144,7 @@ class ImageNetwork(WholeDenoiser):
             "timestep": "1000 * log(sigma / 0.002) / log(80 / 0.002)",
             "null_class": self.num_classes,
         }
-        (Path(folder) / "denoiser.json").write_text(json.dumps(use, indent=2) + "\n")
+        write_json(Path(folder) / "denoiser.json", use)
 
 
 class _Whole:

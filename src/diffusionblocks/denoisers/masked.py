@@ -14,7 +14,6 @@ Shapes: N batch, T positions, D width, V tokens.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +26,7 @@ from diffusionblocks.attention import both_ways
 from diffusionblocks.conditioning import ConditionedLayer, LevelEmbedding
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.errors import UserError
+from diffusionblocks.files import write_json
 from diffusionblocks.network import (
     Batch,
     Block,
@@ -38,6 +38,7 @@ from diffusionblocks.network import (
 )
 from diffusionblocks.noise import MaskingSchedule
 from diffusionblocks.readout import IGNORED, TokenReadout, without
+from diffusionblocks.saving import save_tensors
 from diffusionblocks.seeds import uniform
 
 
@@ -267,17 +268,15 @@ class MaskedNetwork(WholeDenoiser):
 
         Layers that see the level have their modulation and its embedding in conditioning.safetensors.
         """
-        from safetensors.torch import save_file
-
         super().save_pretrained(folder)
         block = self.block(0)
         extra = {
-            name: tensor.contiguous()
+            name: tensor.contiguous().cpu()
             for name, tensor in block.state_dict().items()
             if ".modulation." in name or name.startswith("level.")
         }
         if extra:
-            save_file(extra, str(Path(folder) / "conditioning.safetensors"))
+            save_tensors(extra, Path(folder) / "conditioning.safetensors", {"format": "pt"})
         levels = self.partition.levels
         assert isinstance(levels, MaskingSchedule)
         use = {
@@ -287,7 +286,7 @@ class MaskedNetwork(WholeDenoiser):
             "schedule": levels.kind,
             "conditioned": bool(extra),
         }
-        (Path(folder) / "denoiser.json").write_text(json.dumps(use, indent=2) + "\n")
+        write_json(Path(folder) / "denoiser.json", use)
 
     def _weights(self, network: Any) -> dict[str, Tensor] | None:
         """Under the names that the network had before its norms were wrapped."""

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from diffusionblocks.data.cache import cache_folder
+from diffusionblocks.data.cache import cache_folder, making, writable
 from diffusionblocks.data.images import DataConfig, ImageData
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
+from diffusionblocks.files import Damaged
+from diffusionblocks.saving import read_tensors, save_tensors
 from diffusionblocks.tasks.base import Metric
 
 log = logging.getLogger("diffusionblocks")
@@ -93,9 +95,6 @@ class Inception(Features):
 
 def small_network(train: ImageData, config: DataConfig, num_classes: int) -> SmallNetwork:
     """The feature network of a data set: trained once with a fixed seed on the CPU, kept in the cache folder."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_model
-
     facts = repr((train.identity(), config.channels, num_classes, SIDE, WIDTH, STEPS, BATCH, RATE))
     path = (
         cache_folder(config.cache_dir)
@@ -104,27 +103,32 @@ def small_network(train: ImageData, config: DataConfig, num_classes: int) -> Sma
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = SmallNetwork(config.channels, num_classes)
-        try:
-            load_model(network, str(path))
-        except FileNotFoundError:
-            log.info("training the feature network on the recipe's own images (once)")
-            _fit_and_keep(network, train, path)
-        except (SafetensorError, RuntimeError):
+        if path.exists() and not _take(network, path):
             log.warning("the feature network %s is damaged; it is trained again", path)
-            path.unlink()
+            with writable(path.parent):
+                path.unlink()
+        if not path.exists():
+            log.info("training the feature network on the recipe's own images (once)")
             _fit_and_keep(network, train, path)
     return network.eval()
 
 
-def _fit_and_keep(network: SmallNetwork, train: ImageData, path: Path) -> None:
-    from safetensors.torch import load_model, save_model
+def _take(network: SmallNetwork, path: Path) -> bool:
+    """Takes over weights that were kept; False for damaged ones."""
+    try:
+        network.load_state_dict(read_tensors(path)[0])
+    except (Damaged, OSError, RuntimeError):
+        return False
+    return True
 
-    _fit(network, train)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_suffix(f".{os.getpid()}")
-    save_model(network, str(own))
-    _first_wins(own, path)
-    load_model(network, str(path))
+
+def _fit_and_keep(network: SmallNetwork, train: ImageData, path: Path) -> None:
+    with making(path) as own:  # a folder that cannot be written is said before the training
+        _fit(network, train)
+        save_tensors(network.state_dict(), own, {"format": "pt"})
+        _first_wins(own, path)
+    if not _take(network, path):
+        raise UserError(f"the feature network {path} does not keep what is written: pass --data.cache-dir FOLDER")
 
 
 def _first_wins(own: Path, path: Path) -> None:
@@ -135,7 +139,6 @@ def _first_wins(own: Path, path: Path) -> None:
         pass
     except OSError:  # a file system without links
         os.replace(own, path)
-    own.unlink(missing_ok=True)
 
 
 @torch.enable_grad()

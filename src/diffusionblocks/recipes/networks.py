@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.latents import latent_shape
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError
+from diffusionblocks.files import read_json
 from diffusionblocks.pretrained import local
 from diffusionblocks.recipes import TARGETS, ModelConfig, Recipe
 
@@ -177,7 +177,7 @@ def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig,
             "own"
         )
     use = Path(local(name)) / "denoiser.json"
-    if use.is_file() and json.loads(use.read_text()).get("conditioned"):
+    if use.is_file() and read_json(use).get("conditioned"):
         raise UserError(
             f"{name} was trained with layers that see the level (blocks.condition_width), and would lose that: only networks "
             "trained with condition_width 0 can be started from"
