@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -38,13 +38,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if match:
         return f"; did you mean {match[0]!r}?"
     return f"; known: {', '.join(known)}" if known else ""
-
-
-def check_choices(group: str, options: object, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises UserError at the first option of `options` whose value is not among its choices."""
-    for name, known in choices.items():
-        if getattr(options, name) not in known:
-            raise UserError(f"{group}.{name} must be one of {', '.join(known)}; got {getattr(options, name)!r}")
 
 
 def quiet_hub() -> None:

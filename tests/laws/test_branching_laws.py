@@ -133,7 +133,7 @@ def test_levels_of_several_blocks_are_those_of_their_joint_range():
     ("changes", "message"),
     [
         ({"branch_at": [0.5]}, "one for each of the 2 borders between 3 blocks; got 1"),
-        ({"branch_at": [0.5, 1.0]}, r"share of the budget in \[0, 1\)"),
+        ({"branch_at": [0.5, 1.0]}, r"at least 0 and below 1"),
         ({"order": "random"}, "set train.order to cyclic"),
         ({"own_batch": 0}, "need train.own_batch"),
         ({"own_batch": 7}, "2 blocks that are one network have 14 samples in a step, more than train.batch_size 12"),

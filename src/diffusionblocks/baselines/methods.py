@@ -82,7 +82,8 @@ def _with_preset(name: str) -> Callable[[Recipe], Recipe]:
         # All methods of a comparison draw their samples alike.
         kept = {"image-generation": ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")}
         content = merge(content, {"task": {key: getattr(recipe.task, key) for key in kept.get(recipe.task.kind, ())}})
-        return _blocks(build(merge(content, recipe.methods.get(f"diffusionblocks-{name}", {}))))
+        changed = merge(content, recipe.methods.get(f"diffusionblocks-{name}", {}))
+        return _blocks(build(changed, consented=recipe))
 
     return prepare
 
@@ -203,7 +204,7 @@ def for_method(recipe: Recipe, name: str) -> Recipe:
     if recipe.model.start or recipe.model.pretrained:  # such blocks do not branch, whatever is best for new ones
         kept = {key: value for key, value in own.get("train", {}).items() if key not in BRANCHING}
         own = {**own, "train": kept}
-    recipe = build(merge(recipe.as_dict(), own)) if own else recipe
+    recipe = build(merge(recipe.as_dict(), own), consented=recipe) if own else recipe
     return method.prepare(dataclasses.replace(recipe, method=name))
 
 

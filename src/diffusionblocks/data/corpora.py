@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusionblocks.data.chat import FORMATS, Conversation, columns_of, conversation, format_of
-from diffusionblocks.errors import UserError, check_choices, nearest
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.options import check_options, option
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 PIECE = 1 << 24  # bytes of a long file that are read at once
@@ -51,23 +52,23 @@ class TextConfig:
     source: str = "pydocs"
     path: str = ""
     text_key: str = "text"
-    format: str = "auto"
+    format: str = option("auto", choices=FORMATS)
     messages_key: str = "messages"
     subset: str = ""
-    suffixes: list[str] = field(default_factory=list)
+    suffixes: list[str] = option([])
     tokenizer: str = "characters"
     trust_remote_code: bool = False
-    length: int = 128
-    packing: str = "stream"
-    too_long: str = "auto"
-    split: str = "documents"
-    validation_share: float = 0.1
-    test_share: float = 0.1
+    length: int = option(128, least=2)
+    packing: str = option("stream", choices=("stream", "documents", "padded", "auto"))
+    too_long: str = option("auto", choices=("auto", "split", "truncate", "skip"))
+    split: str = option("documents", choices=("documents", "contiguous"))
+    validation_share: float = option(0.1, above=0, below=1)
+    test_share: float = option(0.1, above=0, below=1)
     split_seed: int = 0
-    max_documents: int = 0
-    evaluated: int = 0
+    max_documents: int = option(0, least=0)
+    evaluated: int = option(0, least=0)
     general: str = ""
-    encoding_errors: str = "strict"
+    encoding_errors: str = option("strict", choices=("strict", "replace"))
     cache_dir: str = ""
 
 
@@ -251,11 +252,7 @@ def source_of(config: TextConfig) -> str:
 
 def documents(config: TextConfig) -> Documents:
     """Names and texts of a source, in a fixed order. Raises UserError for what cannot be read."""
-    if config.encoding_errors not in ("strict", "replace"):
-        raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
-    check_choices("data", config, {"format": FORMATS})
-    if config.max_documents < 0:
-        raise UserError(f"data.max_documents must be at least 0 (all), got {config.max_documents}")
+    check_options("data", config)
     count, last = 0, None
     for name, text in SOURCES[source_of(config)](config):
         if name != last:

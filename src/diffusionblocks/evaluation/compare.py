@@ -22,12 +22,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffusionblocks import plain_yaml
 from diffusionblocks.baselines.methods import find_method, for_method, steps_for_budget
 from diffusionblocks.errors import RunStopped, UserError
+from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM
+from diffusionblocks.trust import trusted
 
 log = logging.getLogger("diffusionblocks")
 SPEAK_SECONDS = 30.0
@@ -39,6 +40,7 @@ class _Job:
     seed: int
     folder: Path
     config: Path
+    flags: tuple[str, ...] = ()
 
 
 def compare(
@@ -60,10 +62,12 @@ def compare(
 
     Raises UserError when a run fails and RunStopped after Ctrl-C.
     """
-    if seeds < 1 or jobs < 1:
-        raise UserError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
+    check_value("--seeds", seeds, int, Range(least=1, most=10_000))
+    check_value("--jobs", jobs, int, Range(least=1, most=1024))
     if not methods:
         raise UserError("--methods is empty")
+    if twice := [name for index, name in enumerate(methods) if name in methods[:index]]:
+        raise UserError(f"--methods names {twice[0]!r} twice: one run would count as two (--seeds 2 makes two)")
     if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
         recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
@@ -84,8 +88,20 @@ def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) 
     folder = output_dir / method / f"seed-{seed}"
     config = output_dir / method / f"seed-{seed}.yaml"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text(yaml.safe_dump(own.as_dict(), sort_keys=False))
-    return _Job(method, seed, folder, config)
+    config.write_text(plain_yaml.dump(own.as_dict()), encoding="utf-8")
+    return _Job(method, seed, folder, config, _consent(own))
+
+
+def _consent(recipe: Recipe) -> tuple[str, ...]:
+    """Flags with which a process of its own may run what this one may."""
+    flags = ["--trust-inception"] if trusted().inception or getattr(recipe.task, "inception", False) else []
+    groups: dict[str, Any] = {"model": recipe.model, "data": recipe.data}
+    wanted = {name: group.trust_remote_code for name, group in groups.items() if hasattr(group, "trust_remote_code")}
+    if trusted().remote_code or any(wanted.values()):
+        # The flag sets both options, which may be one here.
+        each = [f"--{name}.trust-remote-code={str(value).lower()}" for name, value in wanted.items()]
+        flags += ["--trust-remote-code", *each]
+    return tuple(flags)
 
 
 def _run_all(todo: list[_Job], jobs: int) -> None:
@@ -127,7 +143,9 @@ def _run_all(todo: list[_Job], jobs: int) -> None:
 
 
 def _start(job: _Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "diffusionblocks.cli", "train", str(job.config), "--output-dir", str(job.folder)]
+    # -P: a module that lies in the current folder is not imported.
+    command = [sys.executable, "-P", "-m", "diffusionblocks.cli", "train", str(job.config)]
+    command += ["--output-dir", str(job.folder), *job.flags]
     with (job.folder.parent / f"seed-{job.seed}.log").open("wb") as stream:
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stream, env=environment)
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 
-from diffusionblocks import __version__
+from diffusionblocks import __version__, plain_yaml
 from diffusionblocks.baselines.methods import find_method, for_method
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.data.images import ImageSplits
@@ -173,7 +172,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     config = folder / "config.yaml"
     if not config.is_file():
         raise UserError(f"{folder} is not a run folder (config.yaml is missing); dblocks train makes one")
-    recipe = build(yaml.safe_load(config.read_text()))
+    recipe = build(plain_yaml.parse(config.read_text(), str(config)))
     overrides = list(overrides)
     if isinstance(recipe.task, RecurrentLM) and recipe.method == "shallow":
         for key in ("task.iterations", "task.curve"):
@@ -423,7 +422,9 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
     """Makes `folder` this recipe's. Raises UserError when another recipe owns it."""
     path = folder / "config.yaml"
     if path.is_file() and resume:
-        written = build(yaml.safe_load(path.read_text())).as_dict()  # with defaults for keys it did not know
+        written = build(
+            plain_yaml.parse(path.read_text(), str(path))
+        ).as_dict()  # with defaults for keys it did not know
         difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
         if difference:
             raise UserError(
@@ -439,7 +440,7 @@ def _claim(recipe: Recipe, folder: Path, resume: bool) -> None:
     elif folder.is_dir() and any(path.suffix != ".partial" for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no run; choose another --output-dir")
     folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(path, yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    _write_atomically(path, plain_yaml.dump(recipe.as_dict()))
 
 
 def _unclaim(folder: Path) -> None:

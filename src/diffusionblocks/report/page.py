@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
+from diffusionblocks import plain_yaml
 from diffusionblocks.baselines.methods import find_method
 from diffusionblocks.data.latents import Autoencoder
 from diffusionblocks.errors import UserError
@@ -125,7 +125,11 @@ def _run(folder: Path) -> dict[str, Any]:
     beside = _before_and_after(folder)
     # Loading a large pretrained network takes long; only what is drawn from one needs it.
     run = None if beside is not None and summary["method"] not in ("diffusionblocks", "mixed") else load_run(folder)
-    recipe = build(yaml.safe_load((folder / "config.yaml").read_text())) if run is None else run.recipe
+    recipe = (
+        build(plain_yaml.parse((folder / "config.yaml").read_text(), str(folder / "config.yaml")))
+        if run is None
+        else run.recipe
+    )
     model = None if run is None else run.model
     ranges = [_range(model, b) for b in range(model.num_blocks)] if isinstance(model, DiffusionBlocksModel) else []
     curves: dict[str, tuple[list[float], list[float]]] = {}
