@@ -146,7 +146,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         return AutoTokenizer.from_pretrained(local(name), trust_remote_code=trust_remote_code)
     except UserError:
         raise
-    except Exception as error:  # transformers, and code that a tokenizer brings, raise many kinds for a file they cannot read
+    except Exception as error:  # transformers and a tokenizer's own code raise many kinds
         offline = "it is 'characters', 'bytes', or the name or folder of a Hugging Face tokenizer"
         raise explained("tokenizer", name, error, offline) from None
 

@@ -5,10 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffusionblocks as dblocks
+from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.options import LARGEST, Range, check_options, check_value, option
 from diffusionblocks.recipes import (
     DATA,
@@ -85,6 +86,7 @@ def test_what_is_inside_passes_and_lists_are_not_shared():
     assert second.pair == [0.1, 0.2]
 
 
+@settings(deadline=None)
 @given(
     st.one_of(
         st.none(),
@@ -103,6 +105,7 @@ def test_every_value_passes_or_is_one_line(value):
         assert line == "" or (line.startswith(f"g.{field.name} must ") and "\n" not in line and len(line) < 250)
 
 
+@settings(deadline=None)
 @given(st.integers() | st.floats(allow_nan=False), st.integers(-5, 5), st.integers(-5, 5))
 def test_a_range_holds_what_its_words_say(value, low, high):
     limits = Range(least=low, below=high)
@@ -183,6 +186,11 @@ def test_python_callers_are_checked_too():
         dblocks.TrainingConfig(steps="100").check()
     with pytest.raises(dblocks.UserError, match=r"task\.label_smoothing"):
         dblocks.Classification(label_smoothing=5)
+    recipe = load_recipe("digits")
+    for name, changes in {"model": {"patch_size": 0}, "data": {"test_share": 2}, "lora": {"rank": 0}}.items():
+        group = dataclasses.replace(getattr(recipe, name), **changes)
+        with pytest.raises(dblocks.UserError, match=rf"^{name}\."):
+            for_method(dataclasses.replace(recipe, **{name: group}), "shallow")
     with pytest.raises(dblocks.UserError, match=r"blocks\.overlap"):
         dblocks.BlocksConfig(overlap=math.nan).check()
 

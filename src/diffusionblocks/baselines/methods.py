@@ -16,7 +16,7 @@ from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, merge, preset
+from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, check_groups, merge, preset
 from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
@@ -196,6 +196,7 @@ def find_method(name: str) -> Method:
 def for_method(recipe: Recipe, name: str) -> Recipe:
     """The recipe as method `name` runs it: with the recipe's own changes for that method, then the method's."""
     method = find_method(name)
+    check_groups(recipe)
     if method.adapts and not recipe.model.pretrained:
         raise UserError(f"the method {name} adapts a pretrained network: set model.pretrained to its name or folder")
     if isinstance(recipe.task, RecurrentLM) and name not in LOOPED:

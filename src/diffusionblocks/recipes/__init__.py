@@ -343,6 +343,12 @@ def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Rec
     return recipe
 
 
+def check_groups(recipe: Recipe) -> None:
+    """Raises UserError for an option of the network, the data or adaptation that is outside of its range: of a recipe that Python made."""
+    for name in ("model", "data", "lora", "in_context"):
+        check_options(name, getattr(recipe, name))
+
+
 def _check_file_name(key: str, name: str) -> None:
     """Raises UserError for a name that a run folder cannot have: it becomes a part of its path."""
     fine = (
@@ -369,12 +375,17 @@ def _check_trust(recipe: Recipe, agreed: Recipe) -> None:
     inception = getattr(recipe.task, "inception", "")
     if inception and not given.inception and inception != getattr(agreed.task, "inception", ""):
         raise UserError(
-            _untrusted("task.inception", f"the TorchScript file {inception}, which is code", "--trust-inception")
+            _untrusted(
+                "task.inception",
+                f"the TorchScript file {inception}, which is code",
+                "--trust-inception",
+                "see that you know where it is from",
+            )
         )
 
 
-def _untrusted(key: str, what: str, flag: str) -> str:
-    return f"{key} asks to run {what}: read it first, then pass {flag} to this command (docs/security.md)"
+def _untrusted(key: str, what: str, flag: str, first: str = "read it first") -> str:
+    return f"{key} asks to run {what}: {first}, then pass {flag} to this command (docs/security.md)"
 
 
 def _with_tokenizer(recipe: Recipe) -> Recipe:
