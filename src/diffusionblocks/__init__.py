@@ -37,6 +37,7 @@ _EXPORTS = {
     "load_images": "diffusionblocks.data.images",
     "TextConfig": "diffusionblocks.data.corpora",
     "load_text": "diffusionblocks.data.text",
+    "trusting": "diffusionblocks.trust",
     "UserError": "diffusionblocks.errors",
     "RunStopped": "diffusionblocks.errors",
 }

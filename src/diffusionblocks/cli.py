@@ -7,8 +7,9 @@ terminated (SIGTERM).
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
+import math
+import re
 import signal
 import sys
 import warnings
@@ -16,12 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusionblocks import __version__
 from diffusionblocks.errors import Failed, OutOfMemory, RunStopped, UserError, nearest
 from diffusionblocks.files import explained, to_json
 from diffusionblocks.interruption import Terminated, code_of, end_with_parent, ignore, interruptible
+from diffusionblocks.options import Range, check_value, shown
 
 log = logging.getLogger("diffusionblocks")
 
@@ -42,11 +42,13 @@ def _recipe(arguments: argparse.Namespace, rest: list[str]) -> Any:
     overrides = _overrides(rest)
     if getattr(arguments, "preset", None):
         overrides.append(("preset", arguments.preset))
-    return load_recipe(arguments.recipe, overrides)
+    return load_recipe(arguments.recipe, overrides, trust_remote_code=arguments.trust_remote_code)
 
 
 def _overrides(tokens: list[str]) -> list[tuple[str, Any]]:
-    """--key.sub value, --key.sub=value and bare --flag -> (key.sub, value), values read as YAML."""
+    """--key.sub value, --key.sub=value and bare --flag -> (key.sub, value), values read as YAML where they are not text."""
+    from diffusionblocks.recipes import read_value
+
     pairs: list[tuple[str, Any]] = []
     index = 0
     while index < len(tokens):
@@ -60,15 +62,8 @@ def _overrides(tokens: list[str]) -> list[tuple[str, Any]]:
                 text = tokens[index]
             else:
                 text = "true"
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            value = text
-        # YAML 1.1 reads 1e-3 as text; everyone else reads it as a number.
-        if isinstance(value, str):
-            with contextlib.suppress(ValueError):
-                value = float(value)
-        pairs.append((key.replace("-", "_"), value))
+        key = key.replace("-", "_")
+        pairs.append((key, read_value(key, text)))
         index += 1
     return pairs
 
@@ -133,6 +128,11 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import evaluate, load_run
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
+    check_value("--harness-limit", arguments.harness_limit, int | None, Range(least=1))
+    if not arguments.harness and (arguments.harness_limit is not None or arguments.harness_path is not None):
+        raise UserError(
+            "--harness-limit and --harness-path are for tasks of the harness: name them with --harness TASK,..."
+        )
     if arguments.harness:
         from diffusionblocks.evaluation.harness import evaluate_tasks
 
@@ -188,7 +188,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     else:
         if arguments.preset:
             overrides.append(("preset", arguments.preset))
-        recipe = load_recipe(arguments.recipe, overrides)
+        recipe = load_recipe(arguments.recipe, overrides, trust_remote_code=arguments.trust_remote_code)
         recipe.train.check()
         work, train = from_recipe(recipe, arguments.recipe, overrides), recipe.train
     default = [1] if isinstance(work.task, RecurrentLM) else default_counts(work.num_layers)
@@ -220,16 +220,19 @@ def _card(device: str) -> tuple[int | None, int | None]:
 
 
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--num-blocks takes numbers separated by commas, such as 2,3,4; got {text!r}") from None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(_WHOLE.fullmatch(part) for part in parts):
+        raise UserError(f"--num-blocks takes numbers separated by commas, such as 2,3,4; got {shown(text)}")
+    for part in parts:
+        check_value("--num-blocks", int(part), int, Range(least=1))
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def _export(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.evaluation.run import export_block
 
     output = Path(arguments.output) if arguments.output else None
+    check_value("--block", arguments.block, int | None, Range(least=0))
     if arguments.block is None:
         from diffusionblocks.evaluation.run import export_network
 
@@ -278,6 +281,27 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace, list[str]], Any], str]] 
 }
 
 
+_WHOLE = re.compile(r"[-+]?(?:0|[1-9][0-9]{0,18})")  # int() also takes 012, 1_000 and digits of other scripts
+
+
+def whole_number(text: str) -> int:
+    """The type of an argument."""
+    if not _WHOLE.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"it must be a whole number, got {shown(text)}")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """The type of an argument."""
+    try:
+        value = float(text) if text.isascii() and "_" not in text else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"it must be a finite number, got {shown(text)}")
+    return value
+
+
 def _joined(argv: list[str], commands: dict[str, argparse.ArgumentParser]) -> list[str]:
     """Settings that the command's parser does not know, as --key=value: it would take their values for positional ones."""
     known = commands[argv[0]]._option_string_actions if argv[0] in commands else {}
@@ -310,14 +334,23 @@ def _build_parser(settings: str) -> _Parser:
             "--preset", help="a preset: paper (next-token models: information, features), or one of the recipe"
         )
         added[name].formatter_class, added[name].epilog = argparse.RawDescriptionHelpFormatter, settings
+    for name in ("train", "adapt", "compare", "plan", "evaluate", "sample", "export", "report"):
+        added[name].add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run Python code that a model or tokenizer brings (read it first)",
+        )
+        added[name].add_argument(
+            "--trust-inception", action="store_true", help="run the TorchScript file of task.inception, which is code"
+        )
     for name in ("train", "adapt"):
         added[name].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")
     added["compare"].add_argument("--methods", default="end-to-end,shallow,diffusionblocks", help="separated by commas")
     added["adapt"].add_argument("--methods", help="compare these, separated by commas, instead of training one")
     for name in ("adapt", "compare"):
-        added[name].add_argument("--seeds", type=int, default=1, help="how many seeds (default 1)")
+        added[name].add_argument("--seeds", type=whole_number, default=1, help="how many seeds (default 1)")
         added[name].add_argument("--budget", default="layer-evaluations", help="equal 'layer-evaluations' or 'samples'")
-        added[name].add_argument("--jobs", type=int, default=1, help="runs at once; they share the CPU cores")
+        added[name].add_argument("--jobs", type=whole_number, default=1, help="runs at once; they share the CPU cores")
     added["plan"].add_argument("recipe", metavar="RECIPE_OR_YAML", nargs="?", help="a built-in recipe or a YAML file")
     added["plan"].add_argument("--model", metavar="NAME_OR_PATH", help="a Hugging Face model instead of a recipe")
     added["plan"].add_argument(
@@ -327,31 +360,35 @@ def _build_parser(settings: str) -> _Parser:
     added["plan"].add_argument(
         "--preset", help="a preset: paper (next-token models: information, features), or one of the recipe"
     )
-    added["export"].add_argument("--block", type=int, help="only the weights of this block, as safetensors")
+    added["export"].add_argument("--block", type=whole_number, help="only the weights of this block, as safetensors")
     for name in ("evaluate", "sample", "export"):
         added[name].add_argument("run_dir", metavar="RUN_DIR")
     added["evaluate"].add_argument("--harness", metavar="TASK,...", help="tasks of lm-evaluation-harness instead")
     added["evaluate"].add_argument(
         "--harness-path", metavar="FOLDER", help="with more tasks, as YAML files on local data"
     )
-    added["evaluate"].add_argument("--harness-limit", type=int, metavar="N", help="examples per task (default: all)")
+    added["evaluate"].add_argument(
+        "--harness-limit", type=whole_number, metavar="N", help="examples per task (default: all)"
+    )
     sampling = added["sample"]
-    sampling.add_argument("--num", type=int, default=16, help="how many images, texts or test samples (default 16)")
+    sampling.add_argument(
+        "--num", type=whole_number, default=16, help="how many images, texts or test samples (default 16)"
+    )
     sampling.add_argument(
         "--class", metavar="CLASS,...", help="classes to generate, by number or name (default: all in turn)"
     )
-    sampling.add_argument("--guidance", type=float, help="scale of classifier-free guidance (default: the recipe's)")
-    sampling.add_argument("--steps", type=int, help="sampling steps (default: the recipe's)")
+    sampling.add_argument("--guidance", type=number, help="scale of classifier-free guidance (default: the recipe's)")
+    sampling.add_argument("--steps", type=whole_number, help="sampling steps (default: the recipe's)")
     sampling.add_argument(
         "--sampler",
         help="images: euler, heun, dpm-solver++ or churn; text: ancestral or confidence (default: the recipe's)",
     )
     sampling.add_argument(
-        "--iterations", type=int, help="looped networks: iterations of the core (default: the recipe's)"
+        "--iterations", type=whole_number, help="looped networks: iterations of the core (default: the recipe's)"
     )
     sampling.add_argument(
         "--early-exit",
-        type=float,
+        type=number,
         help="looped networks: stop iterating when a prediction changes by at most this (KL, nats)",
     )
     sampling.add_argument("--grid", help="rho or equal-mass (default: the recipe's)")
@@ -363,18 +400,22 @@ def _build_parser(settings: str) -> _Parser:
         help="text: the prompt is a question, put in the model's chat template",
     )
     sampling.add_argument(
-        "--length", type=int, help="text: tokens in all (default: the window, or a prompt with blanks)"
+        "--length", type=whole_number, help="text: tokens in all (default: the window, or a prompt with blanks)"
     )
-    sampling.add_argument("--temperature", type=float, help="text: 0 = the likeliest tokens (default: the recipe's)")
-    sampling.add_argument("--top-p", type=float, help="text: share of probability to draw from (default: the recipe's)")
-    sampling.add_argument("--top-k", type=int, help="text: draw from so many likeliest tokens (default: the recipe's)")
+    sampling.add_argument("--temperature", type=number, help="text: 0 = the likeliest tokens (default: the recipe's)")
+    sampling.add_argument(
+        "--top-p", type=number, help="text: share of probability to draw from (default: the recipe's)"
+    )
+    sampling.add_argument(
+        "--top-k", type=whole_number, help="text: draw from so many likeliest tokens (default: the recipe's)"
+    )
     sampling.add_argument(
         "--stop", action="append", help="text: end before this string; \\n is a line break (may be given several times)"
     )
     sampling.add_argument(
         "--stream", action="store_const", const=True, help="text: print one text as it is written (--num 1)"
     )
-    sampling.add_argument("--seed", type=int, help="of the noise (default 0)")
+    sampling.add_argument("--seed", type=whole_number, help="of the noise (default 0)")
     for name in ("sample", "report", "export"):
         added[name].add_argument("--output", metavar="FILE")
     added["report"].add_argument("run_dirs", metavar="RUN_DIR", nargs="+")
@@ -402,8 +443,12 @@ def _settings_help() -> str:
 def _run(arguments: argparse.Namespace, rest: list[str]) -> Any:
     import torch
 
+    from diffusionblocks.trust import trusting
+
+    code, script = (getattr(arguments, name, False) for name in ("trust_remote_code", "trust_inception"))
     try:
-        return COMMANDS[arguments.command][0](arguments, rest)
+        with trusting(remote_code=code, inception=script):
+            return COMMANDS[arguments.command][0](arguments, rest)
     except torch.OutOfMemoryError as error:  # `train` says what would fit; here it is evaluation or sampling
         said = str(error).split(". ")[0]
         raise OutOfMemory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.files import to_json, write_text
+from diffusionblocks.options import Range, check_value
 
 WRITING = ("prompt", "chat", "length", "temperature", "top_p", "top_k", "seed")
 SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler", "iterations", "early_exit")
@@ -23,6 +25,7 @@ def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> A
     from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
     folder = Path(arguments.run_dir)
+    _check(arguments)
     run = load_run(folder, overrides, with_data=False)
     if run.recipe.method in in_context.METHODS:
         raise UserError(
@@ -48,6 +51,42 @@ def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> A
     return _sample_labels(arguments, load_run(folder, overrides))
 
 
+LIMITS = {
+    "num": Range(least=1, most=1_000_000),
+    "guidance": Range(least=0),
+    "steps": Range(least=1),
+    "iterations": Range(least=1),
+    "early_exit": Range(least=0),
+    "length": Range(least=2),
+    "temperature": Range(least=0),
+    "top_p": Range(above=0, most=1),
+    "top_k": Range(least=0),
+    "seed": Range(),
+}
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises UserError for a number outside of its range, before a model is loaded."""
+    for name, limits in LIMITS.items():
+        check_value(f"--{name.replace('_', '-')}", getattr(arguments, name), float | None, limits)
+    _stops(arguments.stop or [])
+
+
+def _stops(texts: Sequence[str]) -> list[str]:
+    """Strings that end a text, as they were meant: \\n is a line break. Raises UserError for an escape that means nothing."""
+    found = []
+    for text in texts:
+        try:
+            found.append(text.encode("latin-1", "backslashreplace").decode("unicode_escape"))
+        except UnicodeDecodeError:
+            raise UserError(
+                f"--stop {text!r} has a backslash that begins no character: write \\\\ for a backslash"
+            ) from None
+        if not text:
+            raise UserError("--stop is empty: every text would end before it began")
+    return found
+
+
 def _only(arguments: argparse.Namespace, makes: str, known: Sequence[str]) -> None:
     """Raises UserError for an option of sampling that has no meaning for what the run makes."""
     for name in SAMPLING:
@@ -69,7 +108,7 @@ def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
         chat=bool(arguments.chat),
         length=arguments.length or 0,
         seed=arguments.seed or 0,
-        stop=[text.encode("latin-1", "backslashreplace").decode("unicode_escape") for text in arguments.stop or []],
+        stop=_stops(arguments.stop or []),
         stream=(lambda piece: print(piece, end="", flush=True)) if arguments.stream and not arguments.json else None,
         **settings,
     )
@@ -102,11 +141,14 @@ def _sample_images(arguments: argparse.Namespace, run: Any) -> Any:
     return found
 
 
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+
+
 def _classes(text: str, names: Sequence[str]) -> list[int]:
     """`3`, `cat` or `3,cat` -> numbers of classes. A name that looks like a number is a number."""
     found = []
     for part in text.split(","):
-        if part.strip().lstrip("-").isdigit():
+        if _NUMBER.fullmatch(part.strip()):
             found.append(int(part))
         elif part.strip() in names:
             found.append(names.index(part.strip()))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
-from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.errors import UserError
 from diffusionblocks.noise import Information, LevelDistribution, LogNormal, MaskingSchedule
+from diffusionblocks.options import check_options, option
 
 
 @dataclass(kw_only=True)
@@ -47,43 +48,31 @@ class BlocksConfig:
         prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
     """
 
-    num_blocks: int = 3
-    layers_per_block: list[int] = field(default_factory=list)
-    context: str = "input"
-    target_entry: str = "none"
-    readout: str = "bayes"
-    target_table: str = "fixed"
-    shared: str = "copies"
-    target: str = "auto"
-    levels: str = "auto"
-    schedule: str = "linear"
-    borders: str = "equal-mass"
+    num_blocks: int = option(3, least=1)
+    layers_per_block: list[int] = option([], least=1)
+    context: str = option("input", choices=("input", "features"))
+    target_entry: str = option("none", choices=("replace", "add", "none"))
+    readout: str = option("bayes", choices=("bayes", "linear"))
+    target_table: str = option("fixed", choices=("fixed", "trained"))
+    shared: str = option("copies", choices=("trained", "frozen", "copies"))
+    target: str = option("auto", choices=("auto", "label", "image", "masked", "causal", "recurrent"))
+    levels: str = option("auto", choices=("auto", "information", "log-normal"))
+    schedule: str = option("linear", choices=("linear", "cosine"))
+    borders: str = option("equal-mass", choices=("equal-mass", "uniform"))
     p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    least_hidden: float = 0.65
-    overlap: float = 0.05
-    condition_width: int = 0
-    head_layers: int = 0
-    head_start: str = "fresh"
+    p_std: float = option(1.2, above=0)
+    sigma_min: float = option(0.002, above=0)
+    sigma_max: float = option(80.0, above=0)
+    least_hidden: float = option(0.65, least=0, below=1)
+    overlap: float = option(0.05, least=0, most=1)
+    condition_width: int = option(0, least=0)
+    head_layers: int = option(0, least=0)
+    head_start: str = option("fresh", choices=("fresh", "last"))
     distill: bool = False
-    ordinary: float = 0.0
-    prelude: int = 0
-    coda: int = 0
+    ordinary: float = option(0.0, least=0)
+    prelude: int = option(0, least=0)
+    coda: int = option(0, least=0)
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "context": ("input", "features"),
-        "target_entry": ("replace", "add", "none"),
-        "readout": ("bayes", "linear"),
-        "target_table": ("fixed", "trained"),
-        "shared": ("trained", "frozen", "copies"),
-        "target": ("auto", "label", "image", "masked", "causal", "recurrent"),
-        "levels": ("auto", "information", "log-normal"),
-        "schedule": ("linear", "cosine"),
-        "borders": ("equal-mass", "uniform"),
-        "head_start": ("fresh", "last"),
-    }
     # What only makes sense where a label is the target and the network reads something else (masked tokens: with the level).
     LABEL_ONLY: ClassVar[tuple[str, ...]] = (
         "target_entry",
@@ -100,7 +89,7 @@ class BlocksConfig:
 
     def check(self, target: str = "label") -> None:
         """Raises UserError for an unknown choice or a combination that has no meaning for what is denoised."""
-        check_choices("blocks", self, self.CHOICES)
+        check_options("blocks", self)
         if target in ("image", "masked"):
             what = "images" if target == "image" else "masked tokens"
             for name in self.LABEL_ONLY:
@@ -123,8 +112,6 @@ class BlocksConfig:
             raise UserError(
                 "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
             )
-        if self.head_layers < 0 or self.condition_width < 0:
-            raise UserError("blocks.head_layers and blocks.condition_width must not be negative")
         if self.readout == "linear" and not self.condition_width:
             raise UserError(
                 "blocks.readout linear needs the noise level: set blocks.condition_width (64 is a good value)"
@@ -135,8 +122,6 @@ class BlocksConfig:
             )
 
     def _check_causal(self) -> None:
-        if self.ordinary < 0:
-            raise UserError(f"blocks.ordinary must be at least 0, got {self.ordinary}")
         if (self.ordinary or self.distill) and (self.context != "features" or self.target_entry != "none"):
             raise UserError(
                 "blocks.ordinary and blocks.distill need blocks.context features and blocks.target_entry none"
@@ -167,8 +152,6 @@ class BlocksConfig:
             raise UserError(
                 "blocks.layers_per_block is for networks that are split; a looped one has blocks.prelude and blocks.coda"
             )
-        if self.prelude < 0 or self.coda < 0:
-            raise UserError(f"blocks.prelude and blocks.coda must not be negative, got {self.prelude} and {self.coda}")
         if self.target_entry != "none" or self.context != "input":
             raise UserError(
                 "the state of a looped network is the noisy target: blocks.target_entry and blocks.context do not apply"

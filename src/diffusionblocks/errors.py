@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -44,13 +44,6 @@ def first_line(error: BaseException) -> str:
     """What an error of another library says first, or its kind where it says nothing."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0][:300] if lines else type(error).__name__
-
-
-def check_choices(group: str, options: object, choices: Mapping[str, tuple[str, ...]]) -> None:
-    """Raises UserError at the first option of `options` whose value is not among its choices."""
-    for name, known in choices.items():
-        if getattr(options, name) not in known:
-            raise UserError(f"{group}.{name} must be one of {', '.join(known)}; got {getattr(options, name)!r}")
 
 
 def quiet_hub() -> None:

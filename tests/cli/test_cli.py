@@ -297,6 +297,40 @@ def test_a_parquet_dataset_trains(images, capsys, tmp_path):
         (["evaluate", "/nowhere"], "not a run folder"),
         (["report", "/nowhere"], "no finished run"),
         (["train", "images", "--data.path", "/nowhere"], "not a folder"),
+        (["train", "digits", "--steps", "012"], "012 begins with a zero: write 12"),
+        (["train", "digits", "--steps", "null"], "train.steps must be a whole number"),
+        (["train", "digits", "--train.betas", "0.9"], "train.betas must have 2 elements"),
+        (["train", "digits", "--train.warmup", "nan"], "train.warmup must be a number"),
+        (["train", "digits", "--train.warmup", ".nan"], "train.warmup must be a finite number"),
+        (["train", "digits", "--train.compile", "yes"], "must be true or false, got 'yes'"),
+        (["train", "digits", "--name", "../elsewhere"], "name must be a plain file name"),
+        (["train", "digits", "--steps.x", "5"], "steps is a value, not a group of keys"),
+        (["train", "."], "is no file: a recipe is a YAML file"),
+        (["train", "/dev/null"], "is no file"),
+        (["train", "a" * 5000], "unknown recipe"),
+        (["train", "a\0b"], "unknown recipe"),
+        (["compare", "digits", "--methods", "shallow,shallow"], "names 'shallow' twice"),
+        (["compare", "digits", "--seeds", "0"], "--seeds must be at least 1"),
+        (["compare", "digits", "--seeds", "012"], "--seeds: it must be a whole number, got '012'"),
+        (["compare", "digits", "--jobs", "-1"], "--jobs must be at least 1"),
+        (["plan", "digits", "--num-blocks", "0"], "--num-blocks must be at least 1, got 0"),
+        (["plan", "digits", "--num-blocks", "²"], "numbers separated by commas"),
+        (["evaluate", "/nowhere", "--harness", "x", "--harness-limit", "-1"], "--harness-limit must be at least 1"),
+        (["evaluate", "/nowhere", "--harness-limit", "5"], "name them with --harness"),
+        (["export", "/nowhere", "--block", "-1"], "--block must be at least 0"),
+        *(
+            (["sample", "/nowhere", f"--{name}", value], f"--{name} must be at least")
+            for name, value in (
+                *(("num", "0"), ("num", "-1"), ("length", "-1"), ("length", "0"), ("top-k", "-1"), ("guidance", "-1")),
+                *(("steps", "0"), ("iterations", "0"), ("early-exit", "-1"), ("temperature", "-0.1")),
+            )
+        ),
+        (["sample", "/nowhere", "--guidance", "nan"], "--guidance: it must be a finite number, got 'nan'"),
+        (["sample", "/nowhere", "--temperature", "inf"], "must be a finite number"),
+        (["sample", "/nowhere", "--top-p", "0"], "--top-p must be above 0"),
+        (["sample", "/nowhere", "--num", "²"], "must be a whole number"),
+        (["sample", "/nowhere", "--stop", "\\"], r"write \\ for a backslash"),
+        (["sample", "/nowhere", "--stop", ""], "--stop is empty"),
     ],
 )
 def test_mistakes_get_one_clear_line(capsys, tmp_path, arguments, words):
@@ -305,6 +339,45 @@ def test_mistakes_get_one_clear_line(capsys, tmp_path, arguments, words):
     if arguments[0] in ("train", "compare"):
         arguments = [*arguments, "--output-dir", str(tmp_path / "run")]
     assert words in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\xff\xfe", "is not valid UTF-8 at byte 0: save it as UTF-8"),
+        (b"methods: null", "methods must be a group of keys, got null"),
+        (b"preset: 5", "preset must be text, got 5"),
+        (b"name: ../../elsewhere", "name must be a plain file name"),
+        (b"train: {steps: 1}\ntrain: {seed: 1}", "line 2: the key 'train' stands there twice"),
+        (b"a: &x [1]\nb: *x", "anchors (&x) are not read"),
+        (b"train: {steps: 012}", "begins with a zero"),
+        (b"5: 6", "a key must be text"),
+        (b"", "must hold keys and values"),
+        (b"#" * 5_000_000, "is not read"),
+    ],
+)
+def test_recipe_files_that_cannot_be_read(capsys, tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    for command in ("train", "compare", "plan"):
+        assert words in fails(capsys, command, "recipe.yaml")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_file_that_may_not_be_read_or_is_a_pipe(capsys, tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    assert "is no file" in fails(capsys, "train", tmp_path / "pipe.yaml")
+    path = tmp_path / "closed.yaml"
+    path.write_text("name: x")
+    real = Path.open
+
+    def refuse(self, *arguments, **options):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "cannot read the recipe file" in fails(capsys, "train", path)
 
 
 def test_bad_image_folders(images, capsys, tmp_path):

@@ -181,9 +181,9 @@ def test_blocks_that_are_not_named_stay_as_they_are():
 
 
 def test_blocks_take_turns_each_with_batches_of_its_own():
-    from diffusionblocks.training.order import plan
+    from diffusionblocks.training.order import Plan
 
-    visits = list(plan(config(steps=5, order="cyclic", visit_steps=2), 3))
+    visits = list(Plan(config(steps=5, order="cyclic", visit_steps=2), 3))
     assert [visit.block for visit in visits] == [0, 1, 2] * 3
     numbers = [number for visit in visits for number in visit.batches]
     assert numbers == list(range(15)) and not any(visit.carried for visit in visits)

@@ -10,7 +10,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.coordinate import WithoutWeights, layer_evaluations, stored
 from diffusionblocks.memory import measure_peak, profiled_peak
-from diffusionblocks.training.order import plan
+from diffusionblocks.training.order import Plan
 from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights
 from tests.laws.test_residency_laws import Elsewhere
@@ -174,7 +174,7 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(tmp_path):
 
 
 def test_a_batch_visits_every_block_once_and_its_layers_are_counted():
-    visits = list(plan(settings(order="backward", steps=2), 3))
+    visits = list(Plan(settings(order="backward", steps=2), 3))
     assert [visit.block for visit in visits] == [2, 1, 0] * 2
     assert [visit.carried for visit in visits] == [False, True, True] * 2
     assert [visit.border for visit in visits] == [False, False, True] * 2

@@ -523,7 +523,7 @@ def test_both_kinds_survive_the_disk_and_do_not_take_each_other(tmp_path):
         ({"iterations": 0}, "at least 1"),
         ({"curve": [4, 0]}, "at least 1"),
         ({"mean_iterations": 4, "truncation": 8}, "longer than task.mean_iterations"),
-        ({"early_exit": -1.0}, "must not be negative"),
+        ({"early_exit": -1.0}, "must be at least 0"),
         ({"draw": "poisson"}, "draw"),
     ],
 )
@@ -536,7 +536,7 @@ def test_settings_that_mean_nothing_are_refused(settings, message):
     ("options", "message"),
     [
         ({"prelude": 4, "coda": 2}, "leave no layer"),
-        ({"prelude": -1}, "must not be negative"),
+        ({"prelude": -1}, "must be at least 0"),
         ({"context": "features"}, "state of a looped network"),
         ({"readout": "linear", "condition_width": 0}, "needs the noise level"),
     ],

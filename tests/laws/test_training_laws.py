@@ -14,7 +14,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.adapters import take_apart
 from diffusionblocks.errors import DiskFull
 from diffusionblocks.training import checkpoint
-from diffusionblocks.training.order import plan, steps_in_a_life, total_steps
+from diffusionblocks.training.order import Plan, steps_in_a_life, total_steps
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import CONVERSIONS, config, make_data, make_vit, same, weights
@@ -35,7 +35,7 @@ def train(conversion, output_dir=None, **changes):
 @pytest.mark.parametrize("branch_at", [0.0, 0.5])
 def test_every_order_spends_the_whole_budget(order, visit_steps, branch_at):
     settings = config(steps=8, order=order, visit_steps=visit_steps, branch_at=branch_at)
-    visits = list(plan(settings, 3))
+    visits = list(Plan(settings, 3))
     assert sum(len(visit.batches) for visit in visits) == 24
     counts = [sum(len(v.batches) for v in visits if v.block == b and len(v.ranges) == 1) for b in range(3)]
     if order != "random":
@@ -46,9 +46,9 @@ def test_every_order_spends_the_whole_budget(order, visit_steps, branch_at):
 
 
 def test_sweep_shows_one_batch_to_all_blocks_and_sequential_finishes_one_first():
-    sweep = [(v.block, list(v.batches)) for v in plan(config(steps=2, order="sweep"), 2)]
+    sweep = [(v.block, list(v.batches)) for v in Plan(config(steps=2, order="sweep"), 2)]
     assert sweep == [(0, [0]), (1, [0]), (0, [1]), (1, [1])]
-    sequential = [(v.block, list(v.batches)) for v in plan(config(steps=2, order="sequential"), 2)]
+    sequential = [(v.block, list(v.batches)) for v in Plan(config(steps=2, order="sequential"), 2)]
     assert sequential == [(0, [0]), (0, [1]), (1, [0]), (1, [1])]
 
 

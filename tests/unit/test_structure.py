@@ -11,7 +11,7 @@ from diffusionblocks.seeds import derive
 ROOT = Path(diffusionblocks.__file__).parent
 # A module may import from its own level or a lower one (docs/architecture.md).
 LEVELS = [
-    {"errors", "seeds", "devices", "files", "interruption", "options", "plain_yaml", "run_folder"},
+    {"errors", "seeds", "devices", "files", "interruption", "options", "plain_yaml", "run_folder", "trust"},
     {"noise", "partition", "precondition"},
     {"conditioning", "config", "targets", "attention", "evidence", "readout"},
     {"network", "coordinate", "saving"},

@@ -148,9 +148,9 @@ def test_invalid_text_names_file_and_place(folder, tmp_path):
         ({"path": "/nowhere"}, "there is no file or folder"),
         ({"source": "folder", "path": "/nowhere"}, "not a folder"),
         ({"source": "pydoc"}, "'pydocs'"),
-        ({"length": 1}, "at least 2 tokens"),
-        ({"test_share": 0.0}, "must be positive"),
-        ({"validation_share": 0.6, "test_share": 0.4}, "leave something to train on"),
+        ({"length": 1}, "at least 2"),
+        ({"test_share": 0.0}, "must be above 0 and below 1"),
+        ({"validation_share": 0.6, "test_share": 0.4}, "leave nothing to train on"),
         ({"packing": "tight"}, "packing"),
         ({"length": 4_000_000}, "less than one window of 4000000"),
         ({"length": 100_000}, "less than one window of 100000"),
@@ -317,13 +317,21 @@ def test_prompts_with_blanks():
         ("abc", 9, "--length 9 exceeds"),
         ("abcdef", 4, "less than the 6 tokens"),
         ("abcdefgh", 0, "leaves nothing to write"),
-        ("{100000000000}", 0, "100000000000 tokens and exceeds"),
+        ("{100000000000}", 0, "the blank {100000000000} of the prompt exceeds"),
         ("???", 0, "no token of"),
     ],
 )
 def test_prompts_that_do_not_fit(prompt, length, words):
     with pytest.raises(dblocks.UserError, match=words):
         start_of(prompt, Characters(), 8, length)
+
+
+@pytest.mark.parametrize("blank", ["9", "9" * 30, "9" * 10_000, "0" * 50 + "9"])
+def test_a_huge_blank_is_compared_with_the_window(blank):
+    with pytest.raises(dblocks.UserError, match="exceeds the network's window of 8 tokens") as found:
+        start_of(f"a {{{blank}}}", Characters(), 8)
+    assert len(str(found.value)) < 150
+    assert len(start_of("{" + "0" * 50 + "5}", Characters(), 8)) == 5
 
 
 def test_measures_of_texts():

@@ -16,7 +16,7 @@ from diffusionblocks.denoisers import whole_network
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.network import BlockModel, Parts
 from diffusionblocks.partition import split_layers
-from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, merge, preset
+from diffusionblocks.recipes import BRANCHING, PRESETS, TARGETS, Recipe, build, check_groups, merge, preset
 from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.training.order import branch_steps, resolve_branch
 
@@ -82,7 +82,8 @@ def _with_preset(name: str) -> Callable[[Recipe], Recipe]:
         # All methods of a comparison draw their samples alike.
         kept = {"image-generation": ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")}
         content = merge(content, {"task": {key: getattr(recipe.task, key) for key in kept.get(recipe.task.kind, ())}})
-        return _blocks(build(merge(content, recipe.methods.get(f"diffusionblocks-{name}", {}))))
+        changed = merge(content, recipe.methods.get(f"diffusionblocks-{name}", {}))
+        return _blocks(build(changed, consented=recipe))
 
     return prepare
 
@@ -195,6 +196,7 @@ def find_method(name: str) -> Method:
 def for_method(recipe: Recipe, name: str) -> Recipe:
     """The recipe as method `name` runs it: with the recipe's own changes for that method, then the method's."""
     method = find_method(name)
+    check_groups(recipe)
     if method.adapts and not recipe.model.pretrained:
         raise UserError(f"the method {name} adapts a pretrained network: set model.pretrained to its name or folder")
     if isinstance(recipe.task, RecurrentLM) and name not in LOOPED:
@@ -203,7 +205,7 @@ def for_method(recipe: Recipe, name: str) -> Recipe:
     if recipe.model.start or recipe.model.pretrained:  # such blocks do not branch, whatever is best for new ones
         kept = {key: value for key, value in own.get("train", {}).items() if key not in BRANCHING}
         own = {**own, "train": kept}
-    recipe = build(merge(recipe.as_dict(), own)) if own else recipe
+    recipe = build(merge(recipe.as_dict(), own), consented=recipe) if own else recipe
     return method.prepare(dataclasses.replace(recipe, method=name))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+
+from diffusionblocks.options import option
 
 
 @dataclass(kw_only=True)
@@ -26,15 +28,15 @@ class DataConfig:
 
     source: str = "digits"
     path: str = ""
-    image_size: int = 8
-    channels: int = 1
+    image_size: int = option(8, least=1, most=65536)
+    channels: int = option(1, least=1)
     image_key: str = "image"
     label_key: str = "label"
-    validation_share: float = 0.1
-    test_share: float = 0.3
+    validation_share: float = option(0.1, above=0, below=1)
+    test_share: float = option(0.3, above=0, below=1)
     split_seed: int = 0
     vae: str = ""
-    latent_scale: float = 0.0
+    latent_scale: float = option(0.0, least=0)
     cache_dir: str = ""
-    augment: list[str] = field(default_factory=list)
+    augment: list[str] = option([])
     skip_unreadable: bool = False

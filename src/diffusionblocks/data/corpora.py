@@ -6,14 +6,15 @@ import json
 import stat
 import sysconfig
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusionblocks.data.chat import FORMATS, Conversation, columns_of, conversation, format_of
 from diffusionblocks.data.rows import LeftOut, say, text_of
-from diffusionblocks.errors import DiskFull, UserError, check_choices, first_line, nearest
+from diffusionblocks.errors import DiskFull, UserError, first_line, nearest
 from diffusionblocks.files import explained
+from diffusionblocks.options import check_options, option
 
 SUFFIXES = (".txt", ".md", ".rst", ".py")
 PIECE = 1 << 24  # bytes of a long file that are read at once
@@ -55,23 +56,23 @@ class TextConfig:
     source: str = "pydocs"
     path: str = ""
     text_key: str = "text"
-    format: str = "auto"
+    format: str = option("auto", choices=FORMATS)
     messages_key: str = "messages"
     subset: str = ""
-    suffixes: list[str] = field(default_factory=list)
+    suffixes: list[str] = option([])
     tokenizer: str = "characters"
     trust_remote_code: bool = False
-    length: int = 128
-    packing: str = "stream"
-    too_long: str = "auto"
-    split: str = "documents"
-    validation_share: float = 0.1
-    test_share: float = 0.1
+    length: int = option(128, least=2)
+    packing: str = option("stream", choices=("stream", "documents", "padded", "auto"))
+    too_long: str = option("auto", choices=("auto", "split", "truncate", "skip"))
+    split: str = option("documents", choices=("documents", "contiguous"))
+    validation_share: float = option(0.1, above=0, below=1)
+    test_share: float = option(0.1, above=0, below=1)
     split_seed: int = 0
-    max_documents: int = 0
-    evaluated: int = 0
+    max_documents: int = option(0, least=0)
+    evaluated: int = option(0, least=0)
     general: str = ""
-    encoding_errors: str = "strict"
+    encoding_errors: str = option("strict", choices=("strict", "replace"))
     skip_unreadable: bool = False
     cache_dir: str = ""
 
@@ -342,11 +343,7 @@ def documents(config: TextConfig, left: LeftOut | None = None) -> Documents:
 
     Raises UserError for what cannot be read.
     """
-    if config.encoding_errors not in ("strict", "replace"):
-        raise UserError(f"data.encoding_errors must be strict or replace, got {config.encoding_errors!r}")
-    check_choices("data", config, {"format": FORMATS})
-    if config.max_documents < 0:
-        raise UserError(f"data.max_documents must be at least 0 (all), got {config.max_documents}")
+    check_options("data", config)
     own = LeftOut(config.skip_unreadable) if left is None else left
     count, last = 0, None
     for name, text in SOURCES[source_of(config)](config, own):

@@ -28,17 +28,13 @@ from diffusionblocks.data.chat import Conversation, Encoded, encode, template_of
 from diffusionblocks.data.corpora import TextConfig, documents, identity
 from diffusionblocks.data.rows import LeftOut, say
 from diffusionblocks.data.tokenizers import Tokenizer, load_tokenizer
-from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.errors import UserError
 from diffusionblocks.files import Damaged, read_json, write_json
+from diffusionblocks.options import check_options
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.seeds import derive
 
 log = logging.getLogger("diffusionblocks")
-CHOICES = {
-    "packing": ("stream", "documents", "padded", "auto"),
-    "split": ("documents", "contiguous"),
-    "too_long": ("auto", "split", "truncate", "skip"),
-}
 COUNTED = 1 << 21  # tokens that are decoded to count their characters
 
 
@@ -187,13 +183,10 @@ def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSp
 
     Raises UserError for anything wrong with the data.
     """
-    check_choices("data", config, CHOICES)
-    if config.length < 2:
-        raise UserError(f"data.length must be at least 2 tokens, got {config.length}")
-    if config.validation_share <= 0 or config.test_share <= 0 or config.validation_share + config.test_share >= 1:
+    check_options("data", config)
+    if config.validation_share + config.test_share >= 1:
         raise UserError(
-            f"data.validation_share {config.validation_share} and data.test_share {config.test_share} must be positive and "
-            "leave something to train on"
+            f"data.validation_share {config.validation_share} and data.test_share {config.test_share} leave nothing to train on"
         )
     tokenizer = load_tokenizer(config.tokenizer, mask, config.trust_remote_code)
     tokens, ends, answers = _tokens(config, tokenizer)

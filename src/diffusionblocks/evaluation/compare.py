@@ -28,9 +28,11 @@ from diffusionblocks.baselines.methods import find_method, for_method, steps_for
 from diffusionblocks.errors import Failed, RunStopped, UserError
 from diffusionblocks.evaluation.run import SUMMARY_SHAPE, read_summary
 from diffusionblocks.interruption import PARENT, Terminated
+from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM
 from diffusionblocks.training.progress import read_journal
+from diffusionblocks.trust import trusted
 
 log = logging.getLogger("diffusionblocks")
 SPEAK_SECONDS = 30.0
@@ -43,6 +45,7 @@ class _Job:
     seed: int
     folder: Path
     config: Path
+    flags: tuple[str, ...] = ()
 
 
 def compare(
@@ -64,10 +67,12 @@ def compare(
 
     Raises UserError or Failed when a run fails, as it did, and RunStopped after Ctrl-C or SIGTERM.
     """
-    if seeds < 1 or jobs < 1:
-        raise UserError(f"--seeds and --jobs must be at least 1, got {seeds} and {jobs}")
+    check_value("--seeds", seeds, int, Range(least=1, most=10_000))
+    check_value("--jobs", jobs, int, Range(least=1, most=1024))
     if not methods:
         raise UserError("--methods is empty")
+    if twice := [name for index, name in enumerate(methods) if name in methods[:index]]:
+        raise UserError(f"--methods names {twice[0]!r} twice: one run would count as two (--seeds 2 makes two)")
     if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
         recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
@@ -106,7 +111,19 @@ def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) 
     # The preset is already in the values; named again in the file, it would be laid over them once more.
     own = dataclasses.replace(recipe, method=method, train=train, preset="")
     folder = output_dir / method / f"seed-{seed}"
-    return _Job(method, seed, folder, output_dir / method / f"seed-{seed}.yaml"), own
+    return _Job(method, seed, folder, output_dir / method / f"seed-{seed}.yaml", _consent(own)), own
+
+
+def _consent(recipe: Recipe) -> tuple[str, ...]:
+    """Flags with which a process of its own may run what this one may."""
+    flags = ["--trust-inception"] if trusted().inception or getattr(recipe.task, "inception", False) else []
+    groups: dict[str, Any] = {"model": recipe.model, "data": recipe.data}
+    wanted = {name: group.trust_remote_code for name, group in groups.items() if hasattr(group, "trust_remote_code")}
+    if trusted().remote_code or any(wanted.values()):
+        # The flag sets both options, which may be one here.
+        each = [f"--{name}.trust-remote-code={str(value).lower()}" for name, value in wanted.items()]
+        flags += ["--trust-remote-code", *each]
+    return tuple(flags)
 
 
 def _run_all(todo: list[_Job], jobs: int) -> None:
@@ -171,7 +188,7 @@ def _log_of(job: _Job) -> Path:
 def _start(job: _Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     # -P: nothing in the current folder is imported. A session of its own: Ctrl-C on a terminal comes to us, who pass it on.
     command = [sys.executable, "-P", "-m", "diffusionblocks.cli", "train", str(job.config)]
-    command += ["--output-dir", str(job.folder)]
+    command += ["--output-dir", str(job.folder), *job.flags]
     job.folder.parent.mkdir(parents=True, exist_ok=True)
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL}
     with _log_of(job).open("wb") as stream:

@@ -39,8 +39,8 @@ def check_teacher(name: str) -> None:
     from transformers import AutoConfig, AutoTokenizer
 
     try:
-        classes = AutoConfig.from_pretrained(name).architectures or []
-        AutoTokenizer.from_pretrained(name)
+        classes = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"cannot load the teacher {name!r}: {str(error).splitlines()[0]}") from None
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in classes):
@@ -56,8 +56,8 @@ class Teacher:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         check_teacher(name)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(name).eval().to(device)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self.model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval().to(device)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         self.longest = getattr(self.model.config, "max_position_embeddings", None) or 1024
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusionblocks.data.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 
-_BLANKS = re.compile(r"\{(\d+)\}")
+_BLANKS = re.compile(r"\{([0-9]+)\}")
 
 
 def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) -> Tensor:
@@ -27,8 +27,13 @@ def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) ->
     blanks, total = False, 0
     for index, piece in enumerate(_BLANKS.split(prompt)):
         if index % 2:
-            parts += [tokenizer.mask_id] * min(int(piece), window)
-            blanks, total = blanks or int(piece) > 0, total + int(piece)
+            digits = piece.lstrip("0")
+            if len(digits) > len(str(window)) or int(digits or 0) > window:
+                shown = piece if len(piece) < 20 else f"{piece[:9]}..."
+                raise UserError(f"the blank {{{shown}}} of the prompt exceeds the network's window of {window} tokens")
+            count = int(digits or 0)
+            parts += [tokenizer.mask_id] * count
+            blanks, total = blanks or count > 0, total + count
         elif piece:
             more = _with_edges(piece, tokenizer)
             if not more:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from diffusionblocks.recipes.networks import network_config, sample_shape
 from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.tasks.base import Task
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.trust import trusted
 
 BLOCKWISE = ("exact", "diffusionblocks", "mixed")
 PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
@@ -108,7 +110,9 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
     """The workload of a recipe, from its text alone: neither data nor weights are loaded (a pretrained network's
     config is). name, overrides: what the command line called it and changed in it, for the command to repeat."""
     kept = [(key, value) for key, value in overrides if SHORT_NAMES.get(key, key) not in PLANNED]
-    flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(str(value)))]
+    flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(_word(value)))]
+    if recipe.model.trust_remote_code or getattr(recipe.data, "trust_remote_code", False):
+        flags.append("--trust-remote-code")
     data = recipe.data
     config = network_config(recipe, 0 if isinstance(data, TextConfig) else count_classes(data))
     if config.attention == "flex_attention":  # compiled kernels cannot be traced; the mask is all that differs
@@ -142,7 +146,8 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
 
     Raises UserError when the config cannot be read or its family is not supported.
     """
-    config = pretrained_config(name_or_path)
+    consent = trusted().remote_code
+    config = pretrained_config(name_or_path, consent)
     if "causal" in config.adapter.targets:
         return _language_model(name_or_path, config, overrides)
     name, size, channels = "images", "image_size", "num_channels"
@@ -152,7 +157,7 @@ def for_model(name_or_path: str, overrides: Sequence[tuple[str, Any]]) -> tuple[
         name, size, channels = "dit-images", "sample_size", "in_channels"
     sizes = [("model.pretrained", name_or_path), ("data.image_size", config.get(size))]
     overrides = [*sizes, ("data.channels", config.get(channels)), *overrides]
-    recipe = load_recipe(name, overrides)
+    recipe = load_recipe(name, overrides, trust_remote_code=consent)
     recipe.train.check()
     work = from_recipe(recipe, name, overrides)
     if config.get(channels) not in (1, 3):  # it reads latents, and its config does not say of which autoencoder
@@ -209,10 +214,16 @@ def _language_model(
 def _adapting(name: str, length: int, train: dict[str, Any]) -> str:
     """The command that adapts a language model to one's own data, with the training settings that were planned."""
     words = ["dblocks adapt", shlex.quote(name), "--data.path PATH", "--data.length", str(length)]
+    words += ["--trust-remote-code"] if trusted().remote_code else []
     for key, value in train.items():
         if f"train.{key}" not in PLANNED:
-            words += [f"--train.{key.replace('_', '-')}", shlex.quote(str(value))]
+            words += [f"--train.{key.replace('_', '-')}", shlex.quote(_word(value))]
     return " ".join(words)
+
+
+def _word(value: Any) -> str:
+    """A setting as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:

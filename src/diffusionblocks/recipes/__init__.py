@@ -13,14 +13,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from diffusionblocks import plain_yaml
 from diffusionblocks.config import BlocksConfig
 from diffusionblocks.data.config import DataConfig
 from diffusionblocks.data.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.options import check_options, check_value, elements, is_number, is_text, made, option, shown
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.trust import trusted
 
 
 @dataclass(kw_only=True)
@@ -30,7 +31,8 @@ class ModelConfig:
     Args:
         model_class: a supported class of transformers or diffusers.
         pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one; then only
-            `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's repository brings.
+            `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's repository brings (in a
+            recipe that is read from a file only with --trust-remote-code on the command line).
         intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
         patch_size: of networks that read images.
         start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
@@ -41,21 +43,21 @@ class ModelConfig:
     pretrained: str = ""
     trust_remote_code: bool = False
     start: str = ""
-    hidden_size: int = 64
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 4
-    intermediate_size: int = 256
-    patch_size: int = 4
-    dropout: float = 0.0
-    attention: str = "sdpa"
+    hidden_size: int = option(64, least=1)
+    num_hidden_layers: int = option(12, least=1)
+    num_attention_heads: int = option(4, least=1)
+    intermediate_size: int = option(256, least=1)
+    patch_size: int = option(4, least=1)
+    dropout: float = option(0.0, least=0, below=1)
+    attention: str = option("sdpa", choices=("sdpa", "eager", "flex_attention"))
 
 
 @dataclass(kw_only=True)
 class LoraConfig:
     """Low-rank adaptation: the update of a weight is alpha / rank * B A. All linear maps of the layers have one."""
 
-    rank: int = 16
-    alpha: int = 32
+    rank: int = option(16, least=1)
+    alpha: int = option(32, least=1)
 
 
 @dataclass(kw_only=True)
@@ -67,16 +69,14 @@ class InContextConfig:
             passages are searched with. stride: length of a stretch; passages are searched anew for each.
     """
 
-    tokens: int = 512
-    passage: int = 128
-    query: int = 64
-    stride: int = 64
+    tokens: int = option(512, least=1)
+    passage: int = option(128, least=1)
+    query: int = option(64, least=1)
+    stride: int = option(64, least=1)
 
     def check(self) -> None:
         """Raises UserError for a number below 1."""
-        for field_ in dataclasses.fields(self):
-            if getattr(self, field_.name) < 1:
-                raise UserError(f"in_context.{field_.name} must be at least 1, got {getattr(self, field_.name)}")
+        check_options("in_context", self)
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ class Recipe:
     description: str = ""
     method: str = "diffusionblocks"
     preset: str = ""
-    evaluate_on: str = "test"
+    evaluate_on: str = option("test", choices=("test", "validation"))
     data: DataConfig | TextConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
@@ -240,6 +240,7 @@ PRESETS["causal-lm"] |= {
 
 def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
+    check_value("preset", name, str)
     own = content.get("presets", {})
     general = PRESETS[task_kind(content)]
     if name not in general | own:
@@ -251,8 +252,8 @@ def task_kind(content: Mapping[str, Any]) -> str:
     """The kind of task of a recipe's content. Raises UserError for an unknown one."""
     group = content.get("task")
     kind = group.get("kind", "classification") if isinstance(group, Mapping) else "classification"
-    if kind not in TASKS:
-        raise UserError(f"unknown task.kind {kind!r}{nearest(str(kind), TASKS)}")
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise UserError(f"unknown task.kind {shown(kind)}{nearest(str(kind), TASKS)}")
     return kind
 
 
@@ -276,8 +277,13 @@ def built_in() -> dict[str, str]:
     return {name.removesuffix(".yaml"): content["description"] for name, content in contents.items()}
 
 
-def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str, overrides: Iterable[tuple[str, Any]] = (), *, trust_remote_code: bool = False
+) -> Recipe:
     """A built-in recipe by name, or a YAML file, with its preset and `overrides` (dotted key, value) applied.
+
+    Args:
+        trust_remote_code: set the options of that name, of the model and of the tokenizer (within `trusting` only).
 
     Raises UserError for an unknown recipe, key or preset, or a value of the wrong type.
     """
@@ -289,8 +295,11 @@ def load_recipe(name_or_path: str, overrides: Iterable[tuple[str, Any]] = ()) ->
         _set(changes, full, _listed(full, value))
     check_keys(changes, task=task_kind(merge(content, changes)))
     name = changes.get("preset", content.get("preset", ""))
-    if name:
+    if name != "":
         content = merge(content, preset(content, name))
+    if trust_remote_code:
+        groups = ("model", "data") if DATA[task_kind(merge(content, changes))] is TextConfig else ("model",)
+        content = merge(content, {group: {"trust_remote_code": True} for group in groups})
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
     taken = changes
@@ -312,24 +321,71 @@ def changed(recipe: Recipe, overrides: Iterable[tuple[str, Any]], allowed: Seque
     return build(content)
 
 
-def build(content: Mapping[str, Any]) -> Recipe:
-    """A typed recipe from nested dicts. Raises UserError naming the key and what it needs."""
-    from jsonargparse import ArgumentError, ArgumentParser
+def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Recipe:
+    """A typed recipe from nested dicts, with every option in its range.
 
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--recipe", type=Recipe)
-    kinds = {"task": TASKS[task_kind(content)], "data": DATA[task_kind(content)]}
-    for name, kind in kinds.items():
-        parser.add_argument(f"--{name}", type=kind)
-    rest = {key: value for key, value in content.items() if key not in kinds}
-    try:
-        parsed = parser.parse_object({"recipe": rest, **{name: dict(content.get(name, {})) for name in kinds}})
-        made = parser.instantiate_classes(parsed)
-        return _with_tokenizer(dataclasses.replace(made["recipe"], **{name: made[name] for name in kinds}))
-    except UserError:
-        raise
-    except (ArgumentError, TypeError, ValueError) as error:
-        raise UserError(_one_line(str(error))) from None
+    Args:
+        consented: a recipe that somebody has agreed to run; None = what `trusting` says.
+
+    Raises UserError naming the key and what it needs.
+    """
+    check_keys(content)
+    task = task_kind(content)
+    groups = {**_NESTED, "task": TASKS[task], "data": DATA[task]}
+    values = {key: made(groups[key], key, value) if key in groups else value for key, value in content.items()}
+    recipe = Recipe(**{**{name: kind() for name, kind in groups.items()}, **values})
+    check_options("", recipe)
+    _check_file_name("name", recipe.name)
+    if recipe.preset:
+        _check_file_name("preset", recipe.preset)
+    recipe = _with_tokenizer(recipe)
+    _check_trust(recipe, consented or Recipe())
+    return recipe
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raises UserError for an option of the network, the data or adaptation that is outside of its range: of a recipe that Python made."""
+    for name in ("model", "data", "lora", "in_context"):
+        check_options(name, getattr(recipe, name))
+
+
+def _check_file_name(key: str, name: str) -> None:
+    """Raises UserError for a name that a run folder cannot have: it becomes a part of its path."""
+    fine = (
+        name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and 0 < len(name) <= LONGEST_NAME
+    )
+    if not fine:
+        raise UserError(
+            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got {shown(name)}"
+        )
+
+
+def _check_trust(recipe: Recipe, agreed: Recipe) -> None:
+    """Raises UserError where a recipe would run code that came with data and that nobody has agreed to."""
+    given = trusted()
+    data, before = recipe.data, agreed.data
+    if not given.remote_code:
+        old = agreed.model if agreed.model.trust_remote_code else None
+        if recipe.model.trust_remote_code and (old is None or recipe.model.pretrained != old.pretrained):
+            raise UserError(_untrusted("model.trust_remote_code", "Python code of its model", "--trust-remote-code"))
+        wants = isinstance(data, TextConfig) and data.trust_remote_code
+        agreed_to = isinstance(before, TextConfig) and before.trust_remote_code
+        if wants and not (agreed_to and getattr(data, "tokenizer", "") == getattr(before, "tokenizer", "")):
+            raise UserError(_untrusted("data.trust_remote_code", "Python code of its tokenizer", "--trust-remote-code"))
+    inception = getattr(recipe.task, "inception", "")
+    if inception and not given.inception and inception != getattr(agreed.task, "inception", ""):
+        raise UserError(
+            _untrusted(
+                "task.inception",
+                f"the TorchScript file {inception}, which is code",
+                "--trust-inception",
+                "see that you know where it is from",
+            )
+        )
+
+
+def _untrusted(key: str, what: str, flag: str, first: str = "read it first") -> str:
+    return f"{key} asks to run {what}: {first}, then pass {flag} to this command (docs/security.md)"
 
 
 def _with_tokenizer(recipe: Recipe) -> Recipe:
@@ -340,7 +396,8 @@ def _with_tokenizer(recipe: Recipe) -> Recipe:
 
 
 def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
-    """Raises UserError at the first key that `kind` does not have, naming the nearest one. task: kind of its task."""
+    """Raises UserError at the first key that `kind` does not have, naming the nearest one, or where a group has no keys. task: kind of
+    its task."""
     task = task or (task_kind(content) if kind is Recipe else "")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in content.items():
@@ -349,14 +406,23 @@ def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "",
             raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
         nested = {**_NESTED, "task": TASKS[task], "data": DATA[task]}.get(key) if kind is Recipe else None
         if nested is not None:
-            if not isinstance(value, Mapping):
-                raise UserError(f"{key} must be a group of keys, got {value!r}")
+            _check_group(key, value)
             check_keys(value, nested, f"{key}.")
         elif kind is Recipe and key in ("presets", "methods"):
-            for changes in (value or {}).values():
+            _check_group(key, value)
+            for name, changes in value.items():
+                _check_group(f"{key}.{name}", changes)
                 check_keys(changes, task=task)
 
 
+def _check_group(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(
+            f"{name} must be a group of keys, got {shown(value)}: leave it out where there is nothing to say"
+        )
+
+
+LONGEST_NAME = 100  # characters of a recipe's name
 _NESTED = {
     "model": ModelConfig,
     "blocks": BlocksConfig,
@@ -389,45 +455,98 @@ def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, 
 
 def _read(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"recipe file {name_or_path} does not exist")
-        return _parse_yaml(path.read_text(), str(path))
+    try:
+        is_file = path.suffix in (".yaml", ".yml") or path.exists()
+    except (OSError, ValueError):  # no name of a file: too long, or with a null character
+        is_file = False
+    if is_file:
+        return _parse_yaml(_text_of(path), str(path))
     resource = resources.files(__package__) / f"{name_or_path}.yaml"
-    if "/" in name_or_path or not resource.is_file():
-        raise UserError(f"unknown recipe {name_or_path!r}{nearest(name_or_path, built_in())} (or pass a YAML file)")
-    return _parse_yaml(resource.read_text(), name_or_path)
+    if not set(name_or_path).isdisjoint("/\\\0") or len(name_or_path) > LONGEST_NAME or not resource.is_file():
+        raise UserError(
+            f"unknown recipe {shown(name_or_path)}{nearest(name_or_path, built_in())} (or pass a YAML file)"
+        )
+    return _parse_yaml(resource.read_text(encoding="utf-8"), name_or_path)
+
+
+def _text_of(path: Path) -> str:
+    """Raises UserError where a recipe file cannot be read."""
+    if not path.exists():
+        raise UserError(f"recipe file {path} does not exist")
+    if not path.is_file():
+        raise UserError(
+            f"{path} is no file: a recipe is a YAML file, or the name of a built-in recipe (dblocks recipes)"
+        )
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4 * plain_yaml.LONGEST + 1).decode("utf-8")  # the parser says what is too long
+    except UnicodeDecodeError as error:
+        if path.stat().st_size > 4 * plain_yaml.LONGEST:
+            raise UserError(f"{path} is too large for a recipe") from None
+        raise UserError(f"{path} is not valid UTF-8 at byte {error.start}: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
 
 
 def _parse_yaml(text: str, name: str) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} is not valid YAML: {_one_line(str(error))}") from None
+    content = plain_yaml.parse(text, name)
     if not isinstance(content, dict):
         raise UserError(f"{name} must hold keys and values, got {type(content).__name__}")
     return content
 
 
-def _listed(key: str, value: Any) -> Any:
-    """`0,2` or a single value for a key that takes a list -> the list."""
-    group, _, name = key.partition(".")
+def _owners(key: str) -> tuple[list[Any], str]:
+    """The dataclasses that a dotted key's option may belong to, and its name there."""
+    full = SHORT_NAMES.get(key, key)
+    group, _, name = full.rpartition(".")
+    if not group:
+        return [Recipe], name
     kinds = {"data": DATA, "task": TASKS}.get(group, {group: _NESTED.get(group)}).values()
-    found = [own[name] for kind in kinds if name in (own := getattr(kind, "__dataclass_fields__", {}))]
-    if not found or found[0].default_factory is not list or isinstance(value, list):
+    return [kind for kind in kinds if kind is not None], name
+
+
+def read_value(key: str, text: str) -> Any:
+    """What a text on the command line means for an option: YAML, a list also with commas (`0,2`), and text as it is.
+
+    Raises UserError for text that is not valid YAML.
+    """
+    kinds, name = _owners(key)
+    if any(is_text(kind, name) for kind in kinds):
+        return text
+    flag = f"--{key.replace('_', '-')}"
+    try:
+        if any(elements(kind, name) for kind in kinds):
+            return _listed(key, text)
+        return plain_yaml.parse(text, flag) if text else ""
+    except UserError as error:
+        raise UserError(str(error).replace("is not valid YAML, line 1", f"{shown(text)} cannot be read")) from None
+
+
+def _listed(key: str, value: Any) -> Any:
+    """`0,2` or a single value for a key that takes a list -> the list. An option that takes a number too keeps a single one."""
+    kinds, name = _owners(key)
+    element = next((found for kind in kinds if (found := elements(kind, name))), None)
+    if element is None or isinstance(value, list | tuple):
         return value
-    parts = value.split(",") if isinstance(value, str) else [value]
-    return [yaml.safe_load(part) if isinstance(part, str) else part for part in parts if part != ""]
+    flag = f"--{key.replace('_', '-')}"
+    if isinstance(value, str):
+        if value.startswith("["):
+            return plain_yaml.parse(value, flag)
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        value = parts if element is str else [plain_yaml.parse(part, flag) for part in parts]
+        if len(value) != 1:
+            return value
+        value = value[0]
+    single = any(is_number(kind, name) for kind in kinds)
+    return value if single else [value]
 
 
 def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
     *groups, last = dotted.split(".")
+    if groups and groups[0] in SHORT_NAMES:
+        raise UserError(f"{dotted}: {groups[0]} is a value, not a group of keys")
     for group in groups:
         content = content.setdefault(group, {})
         if not isinstance(content, dict):
             raise UserError(f"{dotted}: {group} is a value, not a group of keys")
     content[last] = value
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

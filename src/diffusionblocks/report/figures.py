@@ -24,6 +24,11 @@ def block_colour(block: int, num_blocks: int) -> Any:
     return BLOCK_COLOURS(0.15 + 0.7 * block / max(1, num_blocks - 1))
 
 
+def plain(text: str) -> str:
+    """A text as it is: matplotlib would set what stands between two $ as a formula, and SVG has no lone surrogates."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def block_css(block: int, num_blocks: int) -> str:
     return matplotlib.colors.to_hex(block_colour(block, num_blocks))
 
@@ -39,7 +44,7 @@ def noise_ranges(ranges: Sequence[dict[str, float]], unit: str = "sigma") -> str
         axes.set_xscale("log")
     axes.set_yticks(range(len(ranges)), [f"block {block}" for block in range(len(ranges))])
     axes.invert_yaxis()
-    axes.set_xlabel(f"noise level {unit} (light: overlap)")
+    axes.set_xlabel(plain(f"noise level {unit} (light: overlap)"))
     return _svg(figure)
 
 
@@ -47,9 +52,9 @@ def losses(curves: dict[str, tuple[list[float], list[float]]], num_blocks: int, 
     """Training loss over layer evaluations, one line per block. unit: what follows the axis's name."""
     figure, axes = plt.subplots(figsize=(6.4, 2.8))
     for name, (x, y) in curves.items():
-        axes.plot(x, y, label=f"block {name}", color=block_colour(int(name), num_blocks), linewidth=1.2)
+        axes.plot(x, y, label=plain(f"block {name}"), color=block_colour(int(name), num_blocks), linewidth=1.2)
     axes.set_xlabel("layer evaluations")
-    axes.set_ylabel(f"training loss{unit}")
+    axes.set_ylabel(plain(f"training loss{unit}"))
     axes.set_yscale("log")
     if len(curves) > 1:
         axes.legend(frameon=False)
@@ -64,7 +69,7 @@ def memory(results: Sequence[dict[str, Any]]) -> str:
     left = np.zeros(len(results))
     for part, colour in zip(PARTS, PART_COLOURS, strict=True):
         values = np.array([result["peak_memory"][part] / unit for result in results])
-        axes.barh([result["method"] for result in results], values, left=left, color=colour, label=part)
+        axes.barh([plain(result["method"]) for result in results], values, left=left, color=colour, label=part)
         left += values
     axes.invert_yaxis()
     axes.set_xlabel(f"peak training memory ({name})")
@@ -78,10 +83,10 @@ def quality(results: Sequence[dict[str, Any]], metric: str) -> str:
     for row, result in enumerate(results):
         value = result["metrics"][metric]
         axes.errorbar(value["value"], row, xerr=value["stderr"] or 0, fmt="o", capsize=3, color=PART_COLOURS[0])
-    axes.set_yticks(range(len(results)), [result["method"] for result in results])
+    axes.set_yticks(range(len(results)), [plain(result["method"]) for result in results])
     axes.set_ylim(len(results) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel(f"{metric} (± standard error)")
+    axes.set_xlabel(plain(f"{metric} (± standard error)"))
     return _svg(figure)
 
 
@@ -100,7 +105,7 @@ def iterations(results: Sequence[dict[str, Any]]) -> str:
     for method, points in curves:
         errors = [value["stderr"] or 0 for _, value in points]
         nats = [value["value"] for _, value in points]
-        axes.errorbar([count for count, _ in points], nats, yerr=errors, marker="o", label=method)
+        axes.errorbar([count for count, _ in points], nats, yerr=errors, marker="o", label=plain(method))
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
     axes.set_xlabel("iterations K at inference")
@@ -118,7 +123,7 @@ def samples(images: np.ndarray, captions: Sequence[str], right: Sequence[bool]) 
         axis.axis("off")
     for axis, image, caption, good in zip(axes.flat, images, captions, right, strict=False):
         axis.imshow(image, cmap="gray_r", interpolation="nearest")
-        axis.set_title(caption, fontsize=7, color="black" if good else "#c0392b")
+        axis.set_title(plain(caption), fontsize=7, color="black" if good else "#c0392b")
     return _svg(figure)
 
 

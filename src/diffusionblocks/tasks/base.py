@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from diffusionblocks.errors import Failed
+from diffusionblocks.errors import Failed, UserError
 from diffusionblocks.network import Batch, BlockModel
 from diffusionblocks.seeds import Draws
 
@@ -84,9 +84,13 @@ def beside(model: BlockModel, tensor: Tensor) -> Tensor:
 
 
 def all_beside(model: BlockModel, batches: Iterable[Batch]) -> Iterator[dict[str, Tensor]]:
-    """Batches where the model is, see `beside`."""
+    """Batches where the model is, see `beside`. Raises UserError where there is none."""
+    empty = True
     for batch in batches:
+        empty = False
         yield {name: beside(model, tensor) for name, tensor in batch.items()}
+    if empty:
+        raise UserError("there is nothing to evaluate: the evaluation data are empty")
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[dict[str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from diffusionblocks.denoisers.looped import LoopedBlocks
 from diffusionblocks.errors import UserError
 from diffusionblocks.likelihood import TokenShares, token_bound
 from diffusionblocks.network import Batch, BlockModel, EndToEndModel
+from diffusionblocks.options import option
 from diffusionblocks.readout import IGNORED, TokenReadout
 from diffusionblocks.samplers.next_token import BlocksReader, OrdinaryReader, Reader
 from diffusionblocks.seeds import Draws
@@ -33,27 +34,12 @@ class CausalLM(NextToken):
             from, before and after (samples.json). continued: tokens that it writes there.
     """
 
-    kind: str = "causal-lm"
-    levels_per_block: int = 8
-    sampling_steps: int = 0
+    kind: str = option("causal-lm", choices=("causal-lm",))
+    levels_per_block: int = option(8, least=1)
+    sampling_steps: int = option(0, least=0)
     before: bool = True
-    continuations: int = 0
-    continued: int = 64
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {**NextToken.CHOICES, "kind": ("causal-lm",)}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sampling_steps < 0 or self.levels_per_block < 1:
-            raise UserError(
-                "task.sampling_steps must be at least 0 and task.levels_per_block at least 1, got "
-                f"{self.sampling_steps} and {self.levels_per_block}"
-            )
-        if self.continuations < 0 or self.continued < 1:
-            raise UserError(
-                "task.continuations must be at least 0 and task.continued at least 1, got "
-                f"{self.continuations} and {self.continued}"
-            )
+    continuations: int = option(0, least=0)
+    continued: int = option(64, least=1)
 
     def check_model(self, model: BlockModel) -> None:
         ordinary = isinstance(model, CausalBlocks) and not isinstance(model, LoopedBlocks)

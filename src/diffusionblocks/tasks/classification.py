@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from diffusionblocks.denoisers.labels import LabelBlocks
-from diffusionblocks.errors import check_choices
 from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, EndToEndModel
+from diffusionblocks.options import check_options, option
 from diffusionblocks.precondition import LOSS_WEIGHTS
 from diffusionblocks.samplers import grids
 from diffusionblocks.samplers.categorical import ancestral
@@ -42,22 +41,15 @@ class Classification:
             learned about x, none with what the chain told it.
     """
 
-    kind: str = "classification"
-    loss_weight: str = "none"
-    label_smoothing: float = 0.0
-    sampler: str = "categorical"
-    sampling_steps: int = 0
-    decision: str = "blocks"
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "kind": ("classification",),
-        "loss_weight": tuple(LOSS_WEIGHTS),
-        "sampler": ("euler", "categorical"),
-        "decision": ("final", "blocks"),
-    }
+    kind: str = option("classification", choices=("classification",))
+    loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))
+    label_smoothing: float = option(0.0, least=0, below=1)
+    sampler: str = option("categorical", choices=("euler", "categorical"))
+    sampling_steps: int = option(0, least=0)
+    decision: str = option("blocks", choices=("final", "blocks"))
 
     def __post_init__(self) -> None:
-        check_choices("task", self, self.CHOICES)
+        check_options("task", self)
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None

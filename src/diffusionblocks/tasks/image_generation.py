@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork, weighted_error
 from diffusionblocks.devices import wide
-from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, BlockModel, DenoiserOutput
+from diffusionblocks.options import check_options, option
 from diffusionblocks.samplers.grids import GRIDS
 from diffusionblocks.samplers.ode import SAMPLERS
 from diffusionblocks.seeds import Draws, generator, normal_like, uniform
@@ -42,37 +43,23 @@ class ImageGeneration:
             trained on the recipe's own images, reported as feature_distance.
     """
 
-    kind: str = "image-generation"
-    label_dropout: float = 0.1
-    sampler: str = "dpm-solver++"
-    sampling_steps: int = 20
-    grid: str = "rho"
-    guidance: float = 1.0
-    num_samples: int = 5000
-    evaluations: int = 1
-    levels_per_image: int = 4
+    kind: str = option("image-generation", choices=("image-generation",))
+    label_dropout: float = option(0.1, least=0, most=1)
+    sampler: str = option("dpm-solver++", choices=tuple(SAMPLERS))
+    sampling_steps: int = option(20, least=1)
+    grid: str = option("rho", choices=tuple(GRIDS))
+    guidance: float = option(1.0, least=0)
+    num_samples: int = option(5000, least=0)
+    evaluations: int = option(1, least=1)
+    levels_per_image: int = option(4, least=1)
     inception: str = ""
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "kind": ("image-generation",),
-        "sampler": tuple(SAMPLERS),
-        "grid": tuple(GRIDS),
-    }
-
     def __post_init__(self) -> None:
-        check_choices("task", self, self.CHOICES)
-        if not 0 <= self.label_dropout <= 1:
-            raise UserError(f"task.label_dropout is a share in [0, 1], got {self.label_dropout}")
-        if self.sampling_steps < 1:
-            raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
+        check_options("task", self)
         if self.guidance != 1.0 and self.label_dropout == 0:
             raise UserError(
                 "guidance needs a null class, which training with task.label_dropout 0 never shows the network"
             )
-        if self.evaluations < 1:
-            raise UserError(f"task.evaluations must be at least 1, got {self.evaluations}")
-        if self.num_samples < 0 or self.levels_per_image < 1:
-            raise UserError("task.num_samples must be at least 0 and task.levels_per_image at least 1")
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None

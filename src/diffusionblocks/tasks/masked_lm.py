@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.devices import wide
-from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.options import check_options, option
 from diffusionblocks.partition import Blocks, Partition
 from diffusionblocks.samplers.choice import Choice
 from diffusionblocks.samplers.unmasking import SAMPLERS, even
@@ -47,33 +48,21 @@ class MaskedLM:
             also compare them with real texts, as the teacher sees both.
     """
 
-    kind: str = "masked-lm"
-    masking: str = "exact"
-    loss_weight: str = "bound"
-    levels_per_text: int = 8
-    sampler: str = "ancestral"
-    sampling_steps: int = 64
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_samples: int = 256
+    kind: str = option("masked-lm", choices=("masked-lm",))
+    masking: str = option("exact", choices=("exact", "independent"))
+    loss_weight: str = option("bound", choices=tuple(EMPHASIS))
+    levels_per_text: int = option(8, least=1)
+    sampler: str = option("ancestral", choices=tuple(SAMPLERS))
+    sampling_steps: int = option(64, least=1)
+    temperature: float = option(1.0, least=0)
+    top_p: float = option(1.0, above=0, most=1)
+    top_k: int = option(0, least=0)
+    num_samples: int = option(256, least=0)
     teacher: str = ""
     mauve: bool = False
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "kind": ("masked-lm",),
-        "masking": ("exact", "independent"),
-        "loss_weight": tuple(EMPHASIS),
-        "sampler": tuple(SAMPLERS),
-    }
-
     def __post_init__(self) -> None:
-        check_choices("task", self, self.CHOICES)
-        if self.sampling_steps < 1:
-            raise UserError(f"sampling needs at least 1 step, got {self.sampling_steps} (task.sampling_steps)")
-        self._choice()
-        if self.levels_per_text < 1 or self.num_samples < 0:
-            raise UserError("task.levels_per_text must be at least 1 and task.num_samples at least 0")
+        check_options("task", self)
 
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)

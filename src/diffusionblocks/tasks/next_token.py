@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.denoisers.causal import CausalBlocks, following
-from diffusionblocks.errors import UserError, check_choices
 from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.options import check_options, option
 from diffusionblocks.partition import Blocks
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.choice import Choice
@@ -47,21 +46,16 @@ class NextToken:
     """
 
     kind: str = ""
-    sampler: str = "categorical"
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    num_samples: int = 64
+    sampler: str = option("categorical", choices=("categorical", "euler"))
+    temperature: float = option(1.0, least=0)
+    top_p: float = option(1.0, above=0, most=1)
+    top_k: int = option(0, least=0)
+    num_samples: int = option(64, least=0)
     teacher: str = ""
     mauve: bool = False
 
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"sampler": ("categorical", "euler")}
-
     def __post_init__(self) -> None:
-        check_choices("task", self, self.CHOICES)
-        self._choice()
-        if self.num_samples < 0:
-            raise UserError(f"task.num_samples must be at least 0, got {self.num_samples}")
+        check_options("task", self)
 
     def _choice(self) -> Choice:
         return Choice(self.temperature, self.top_p, self.top_k)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
 from diffusionblocks.errors import UserError
 from diffusionblocks.likelihood import walk_bound
 from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.options import option
 from diffusionblocks.readout import IGNORED
 from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
 from diffusionblocks.samplers.next_token import Reader
@@ -44,39 +44,21 @@ class RecurrentLM(NextToken):
         curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
     """
 
-    kind: str = "recurrent-lm"
-    iterations: int = 16
-    mean_iterations: int = 16
-    draw: str = "log-normal-poisson"
-    truncation: int = 8
-    early_exit: float = 0.0
-    curve: list[int] = field(default_factory=list)
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        **NextToken.CHOICES,
-        "kind": ("recurrent-lm",),
-        "draw": ("log-normal-poisson", "constant"),
-    }
+    kind: str = option("recurrent-lm", choices=("recurrent-lm",))
+    iterations: int = option(16, least=1)
+    mean_iterations: int = option(16, least=1)
+    draw: str = option("log-normal-poisson", choices=("log-normal-poisson", "constant"))
+    truncation: int = option(8, least=1)
+    early_exit: float = option(0.0, least=0)
+    curve: list[int] = option([], least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, values in {
-            "iterations": [self.iterations],
-            "mean_iterations": [self.mean_iterations],
-            "truncation": [self.truncation],
-            "curve": self.curve,
-        }.items():
-            if any(value < 1 for value in values):
-                raise UserError(
-                    f"task.{name} must be at least 1: a network that never iterates says nothing; got {min(values)}"
-                )
         if self.truncation > self.mean_iterations:
             raise UserError(
                 f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: gradients cannot flow "
                 "through iterations that are not made"
             )
-        if self.early_exit < 0:
-            raise UserError(f"task.early_exit must not be negative, got {self.early_exit}")
 
     def once(self) -> RecurrentLM:
         """The same task for a network whose core is applied a single time."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass
 
 from diffusionblocks.devices import parse_device
-from diffusionblocks.errors import UserError, check_choices
+from diffusionblocks.errors import UserError
+from diffusionblocks.options import check_options, option
 
 
 @dataclass(kw_only=True)
@@ -57,50 +57,41 @@ class TrainingConfig:
         keep_checkpoints: how many to keep. tensorboard: also log to TensorBoard.
     """
 
-    steps: int = 1000
-    batch_size: int = 64
-    accumulation: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.05
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    hold: float = 0.0
-    max_grad_norm: float = 1.0
-    blocks: list[int] = field(default_factory=list)
-    order: str = "sweep"
-    keep_graphs: int = 1
-    visit_steps: int = 1
-    residency: str = "device"
+    steps: int = option(1000, least=1, most=10**15)
+    batch_size: int = option(64, least=1)
+    accumulation: int = option(1, least=1)
+    optimizer: str = option("adamw", choices=("adamw", "adamw-8bit", "sgd", "adafactor"))
+    learning_rate: float = option(1e-3, above=0)
+    weight_decay: float = option(0.05, least=0)
+    betas: list[float] = option([0.9, 0.999], least=0, below=1, count=2)
+    schedule: str = option("cosine", choices=("cosine", "constant"))
+    warmup: float = option(0.1, least=0, below=1)
+    hold: float = option(0.0, least=0, most=1)
+    max_grad_norm: float = option(1.0, least=0)
+    blocks: list[int] = option([], least=0)
+    order: str = option("sweep", choices=("random", "sweep", "cyclic", "sequential", "backward"))
+    keep_graphs: int = option(1, least=1)
+    visit_steps: int = option(1, least=1)
+    residency: str = option("device", choices=("device", "host", "disk"))
     prefetch: bool | None = None
-    branch_at: float | list[float] | None = None
-    decay_from: str = "branch"
-    own_batch: int = 0
-    own_rate: float = 1.0
-    heads_first: float = 0.0
+    branch_at: float | list[float] | None = option(None, least=0, below=1)
+    decay_from: str = option("branch", choices=("branch", "hold"))
+    own_batch: int = option(0, least=0)
+    own_rate: float = option(1.0, above=0, most=1)
+    heads_first: float = option(0.0, least=0, below=1)
     trust: bool = False
-    precision: str = "fp32"
+    precision: str = option("fp32", choices=("fp32", "bf16", "bf16-true"))
     device: str = "auto"
-    ema_decay: float = 0.0
+    ema_decay: float = option(0.0, least=0, below=1)
     activation_checkpointing: bool = False
     compile: bool = False
     seed: int = 0
-    num_workers: int = 0
-    log_every: int = 50
-    checkpoint_every: int = 500
-    evaluate_every: int = 0
-    keep_checkpoints: int = 2
+    num_workers: int = option(0, least=0, most=1024)
+    log_every: int = option(50, least=0)
+    checkpoint_every: int = option(500, least=0)
+    evaluate_every: int = option(0, least=0)
+    keep_checkpoints: int = option(2, least=1)
     tensorboard: bool = False
-
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "order": ("random", "sweep", "cyclic", "sequential", "backward"),
-        "residency": ("device", "host", "disk"),
-        "schedule": ("cosine", "constant"),
-        "optimizer": ("adamw", "adamw-8bit", "sgd", "adafactor"),
-        "decay_from": ("branch", "hold"),
-        "precision": ("fp32", "bf16", "bf16-true"),
-    }
 
     @property
     def graphs(self) -> int:
@@ -109,21 +100,14 @@ class TrainingConfig:
 
     def check(self) -> None:
         """Raises UserError for a value outside its range."""
-        check_choices("train", self, self.CHOICES)
+        check_options("train", self)
         parse_device(self.device)
-        for name in ("steps", "batch_size", "accumulation", "visit_steps", "keep_checkpoints", "keep_graphs"):
-            if getattr(self, name) < 1:
-                raise UserError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size % self.accumulation:
             raise UserError(f"train.accumulation {self.accumulation} must divide train.batch_size {self.batch_size}")
-        if self.own_batch < 0 or self.own_batch % self.accumulation:
+        if self.own_batch % self.accumulation:
             raise UserError(
                 f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got {self.own_batch}"
             )
-        if not 0 < self.own_rate <= 1:
-            raise UserError(f"train.own_rate must be in (0, 1], got {self.own_rate}")
-        if not 0 <= self.heads_first < 1:
-            raise UserError(f"train.heads_first is a share of the steps in [0, 1), got {self.heads_first}")
         if self.order == "backward" and self.visit_steps > 1:
             raise UserError(
                 "train.order backward takes one batch through all blocks: set train.visit_steps 1 (larger batches, with "
@@ -132,19 +116,11 @@ class TrainingConfig:
         if self.trust and self.order == "sequential":
             raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")
         self._check_branching()
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"train.ema_decay must be in [0, 1), got {self.ema_decay}")
-        if not self.learning_rate > 0:
-            raise UserError(f"train.learning_rate must be positive, got {self.learning_rate}")
         if len(set(self.blocks)) < len(self.blocks):
             raise UserError(f"train.blocks names a block twice: {self.blocks}")
-        if len(self.betas) != 2:
-            raise UserError(f"train.betas are two numbers, got {self.betas}")
 
     def _check_branching(self) -> None:
-        shares = self.branch_at if isinstance(self.branch_at, list) else [self.branch_at or 0.0]
-        if not all(0 <= share < 1 for share in shares):
-            raise UserError(f"train.branch_at is a share of the budget in [0, 1), got {self.branch_at}")
+        shares = self.branch_at if isinstance(self.branch_at, list | tuple) else [self.branch_at or 0.0]
         if self.blocks and any(shares):
             raise UserError("train.branch_at trains all blocks as one; with train.blocks set it to 0")
         if len(set(shares)) > 1 and self.order not in ("cyclic", "sequential"):

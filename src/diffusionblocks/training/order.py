@@ -1,13 +1,14 @@
 """In which order blocks are visited, as a plan that can be entered at any point.
 
-A visit trains one block for some consecutive batches. The plan is a pure function of the configuration, so resuming
-means skipping the visits already made.
+A visit trains one block for some consecutive batches. The plan is a pure function of the configuration and of the visit's number, so
+resuming means going on with the number that comes next.
 """
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -18,7 +19,7 @@ from diffusionblocks.training.config import TrainingConfig
 DEFAULT_BRANCH = 0.5  # chosen on the validation splits of digits and mnist (docs/LOG.md)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Visit:
     """One visit.
 
@@ -94,20 +95,141 @@ def samples_per_step(config: TrainingConfig, network: range, num_blocks: int) ->
     return config.batch_size if whole else config.own_batch * len(network)
 
 
-def plan(config: TrainingConfig, num_blocks: int) -> Iterator[Visit]:
-    """All visits of a run, in order. Block steps add up to `total_steps`."""
-    trained, start, before = trained_blocks(config, num_blocks), 0, None
-    for phase in phases(config, num_blocks):
-        networks = {network[0]: network for network in phase.networks if network[0] in trained}
-        copies: list[tuple[int, int]] = []
-        if before is not None:
-            copies = [(before.holder(block), block) for block in networks if before.holder(block) != block]
-        for visit in _ORDERS[config.order](start, phase.steps, list(networks), config):
-            ranges = networks[visit.block]
-            samples = samples_per_step(config, ranges, num_blocks)
-            yield replace(visit, ranges=ranges, samples=samples, copies=tuple(copies))
-            copies, before = [], phase
-            start = max(start, visit.batches.stop)
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """The visits of a phase.
+
+    Args:
+        first: number of its first visit. count: of its visits. start: its first batch. blocks: that train, in layer order. networks:
+            of each, and samples: of its batches.
+    """
+
+    first: int
+    count: int
+    start: int
+    steps: int
+    blocks: list[int]
+    networks: dict[int, range]
+    samples: dict[int, int]
+    copies: tuple[tuple[int, int], ...]
+
+
+class Plan:
+    """All visits of a run, in order: `plan[number]` is one, of `len(plan)`. Block steps add up to `total_steps`.
+
+    A visit is worked out when it is asked for, from its number alone (in the order `random` from the numbers drawn before it, too), so
+    a plan takes no memory, however long the run is.
+    """
+
+    def __init__(self, config: TrainingConfig, num_blocks: int) -> None:
+        self.config = config
+        self._order = _ORDERS[config.order]
+        self._stages: list[_Stage] = []
+        self._draws: dict[int, _Draws] = {}  # by stage: how far random order has been asked for
+        trained, start, before, first = trained_blocks(config, num_blocks), 0, None, 0
+        for phase in phases(config, num_blocks):
+            networks = {network[0]: network for network in phase.networks if network[0] in trained}
+            count = self._order.count(phase.steps, len(networks), config.visit_steps)
+            if not count:
+                continue
+            copies: list[tuple[int, int]] = []
+            if before is not None:
+                copies = [(before.holder(block), block) for block in networks if before.holder(block) != block]
+            samples = {block: samples_per_step(config, network, num_blocks) for block, network in networks.items()}
+            stage = _Stage(
+                first=first,
+                count=count,
+                start=start,
+                steps=phase.steps,
+                blocks=list(networks),
+                networks=networks,
+                samples=samples,
+                copies=tuple(copies),
+            )
+            self._stages.append(stage)
+            first, before = first + count, phase
+            start += phase.steps * (len(networks) if self._order.own_batches else 1)
+        self._length = first
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Visit:
+        if not 0 <= number < self._length:
+            raise IndexError(f"visit {number} of {self._length}")
+        stage = next(stage for stage in reversed(self._stages) if stage.first <= number)
+        return self._visit(stage, number - stage.first, self._drawn(stage, number - stage.first))
+
+    def __iter__(self) -> Iterator[Visit]:
+        return self.since(0)
+
+    def since(self, first: int, samples: int | None = None) -> Iterator[Visit]:
+        """The visits from number `first` on. samples: only of phases that have batches of so many."""
+        for stage in self._stages:
+            begin = max(0, first - stage.first)
+            if begin >= stage.count or (samples is not None and samples not in stage.samples.values()):
+                continue
+            draws = self._drawn(stage, begin)
+            for number in range(begin, stage.count):
+                yield self._visit(stage, number, draws)
+
+    def batches(self, first: int, samples: int) -> Iterator[int]:
+        """Numbers of the batches, of so many samples, that visits from number `first` on load: those that are not carried."""
+        for visit in self.since(first, samples):
+            if not visit.carried and visit.samples == samples:
+                yield from visit.batches
+
+    def _drawn(self, stage: _Stage, number: int) -> _Draws | None:
+        """The draws of a random order, for whoever goes on from visit `number` of a stage."""
+        if self._order.visit is not None:
+            return None
+        kept = self._draws.get(stage.first)
+        if kept is None or kept.made > number:
+            kept = self._draws[stage.first] = _Draws(self.config.seed, stage.blocks)
+        kept.skip(number)
+        return kept.copy()
+
+    def _visit(self, stage: _Stage, number: int, draws: _Draws | None) -> Visit:
+        size = self.config.visit_steps
+        if draws is not None:
+            block, carried, handed, border = draws.next(), False, False, True
+            batches = _group(number, stage.start, stage.steps * len(stage.blocks), size)
+        else:
+            assert self._order.visit is not None
+            place = self._order.visit(number, stage.start, stage.steps, stage.blocks, size)
+            block, batches, carried, handed, border = place
+        return Visit(
+            block=block,
+            batches=batches,
+            samples=stage.samples[block],
+            ranges=stage.networks[block],
+            copies=() if number else stage.copies,
+            carried=carried,
+            handed=handed,
+            border=border,
+        )
+
+
+class _Draws:
+    """Blocks drawn one after the other, from a stream that every phase begins anew."""
+
+    def __init__(self, seed: int, blocks: list[int]) -> None:
+        self.blocks, self.made = blocks, 0
+        self._generator = random.Random(derive(seed, "order"))
+
+    def next(self) -> int:
+        self.made += 1
+        return self._generator.choice(self.blocks)
+
+    def skip(self, number: int) -> None:
+        choice, blocks = self._generator.choice, self.blocks
+        for _ in range(number - self.made):
+            choice(blocks)
+        self.made = max(self.made, number)
+
+    def copy(self) -> _Draws:
+        """Draws that go on from here by themselves."""
+        return copy.deepcopy(self)
 
 
 def trained_blocks(config: TrainingConfig, num_blocks: int) -> list[int]:
@@ -135,7 +257,7 @@ def _opening(config: TrainingConfig, num_blocks: int) -> list[int]:
     """For each border between blocks: of `steps`, how many are made when they part. At least one is left: copies are made before
     a block's own steps."""
     shares = config.branch_at or 0.0
-    if not isinstance(shares, list):
+    if not isinstance(shares, list | tuple):
         shares = [shares] * (num_blocks - 1)
     if len(shares) != num_blocks - 1:
         raise UserError(
@@ -166,42 +288,57 @@ def total_steps(config: TrainingConfig, num_blocks: int) -> int:
     )
 
 
-def _groups(start: int, count: int, size: int) -> Iterator[range]:
-    for first in range(start, start + count, size):
-        yield range(first, min(first + size, start + count))
+def _group(number: int, start: int, count: int, size: int) -> range:
+    """Group `number` of `count` batches from `start` on, in groups of `size`."""
+    first = start + number * size
+    return range(first, min(first + size, start + count))
 
 
-def _sweep(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
-    for batches in _groups(start, steps, config.visit_steps):
-        for block in blocks:
-            follows = block != blocks[0]
-            handed = follows and block - 1 in blocks
-            yield Visit(block=block, batches=batches, carried=follows, handed=handed, border=block == blocks[-1])
+_Place = tuple[int, range, bool, bool, bool]  # block, batches, carried, handed, border
 
 
-def _sequential(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
-    for block in blocks:
-        for batches in _groups(start, steps, config.visit_steps):
-            yield Visit(block=block, batches=batches)
+def _sweep(number: int, start: int, steps: int, blocks: list[int], size: int) -> _Place:
+    round_, place = divmod(number, len(blocks))
+    block, follows = blocks[place], place > 0
+    handed = follows and blocks[place - 1] == block - 1
+    return block, _group(round_, start, steps, size), follows, handed, place == len(blocks) - 1
 
 
-def _random(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
-    generator = random.Random(derive(config.seed, "order"))
-    for batches in _groups(start, steps * len(blocks), config.visit_steps):
-        yield Visit(block=generator.choice(blocks), batches=batches)
+def _sequential(number: int, start: int, steps: int, blocks: list[int], size: int) -> _Place:
+    place, group = divmod(number, -(-steps // size))
+    return blocks[place], _group(group, start, steps, size), False, False, True
 
 
-def _cyclic(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
-    for group in _groups(0, steps, config.visit_steps):
-        for block in blocks:
-            yield Visit(block=block, batches=range(start, start + len(group)))
-            start += len(group)
+def _cyclic(number: int, start: int, steps: int, blocks: list[int], size: int) -> _Place:
+    round_, place = divmod(number, len(blocks))
+    length = len(_group(round_, 0, steps, size))
+    first = start + round_ * size * len(blocks) + place * length
+    return blocks[place], range(first, first + length), False, False, True
 
 
-def _backward(start: int, steps: int, blocks: list[int], config: TrainingConfig) -> Iterator[Visit]:
-    for batches in _groups(start, steps, 1):
-        for block in reversed(blocks):
-            yield Visit(block=block, batches=batches, carried=block != blocks[-1], border=block == blocks[0])
+def _backward(number: int, start: int, steps: int, blocks: list[int], size: int) -> _Place:
+    round_, place = divmod(number, len(blocks))
+    return blocks[-1 - place], _group(round_, start, steps, 1), place > 0, False, place == len(blocks) - 1
 
 
-_ORDERS = {"sweep": _sweep, "cyclic": _cyclic, "sequential": _sequential, "random": _random, "backward": _backward}
+@dataclass(frozen=True)
+class _Order:
+    """count: (steps, number of blocks, steps of a visit) -> visits of a phase. visit: (number, first batch, steps, blocks, steps of a
+    visit) -> the visit; None where blocks are drawn. own_batches: every block has batches of its own."""
+
+    count: Callable[[int, int, int], int]
+    visit: Callable[[int, int, int, list[int], int], _Place] | None
+    own_batches: bool = False
+
+
+def _each_group(steps: int, blocks: int, size: int) -> int:
+    return -(-steps // size) * blocks
+
+
+_ORDERS = {
+    "sweep": _Order(_each_group, _sweep),
+    "cyclic": _Order(_each_group, _cyclic, own_batches=True),
+    "sequential": _Order(_each_group, _sequential),
+    "random": _Order(lambda steps, blocks, size: -(-steps * blocks // size), None, own_batches=True),
+    "backward": _Order(lambda steps, blocks, size: steps * blocks, _backward),
+}

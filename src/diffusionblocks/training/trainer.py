@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import islice, zip_longest
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -36,12 +36,12 @@ from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.order import (
+    Plan,
     Visit,
     branch_steps,
     own_steps,
     phase_at,
     phases,
-    plan,
     resolve_branch,
     samples_per_step,
     steps_in_a_life,
@@ -104,6 +104,8 @@ class Trainer:
         self.config = config or TrainingConfig()
         self.config.check()
         self._check_combination()
+        if self.config.evaluate_every and eval_data is not None and len(eval_data) == 0:  # type: ignore[arg-type]
+            raise UserError("train.evaluate_every has nothing to evaluate: the evaluation data are empty; set it to 0")
         if self.config.branch_at is None:
             may = isinstance(model, DiffusionBlocksModel) and model.config.may_branch(model.layers)
             self.config = resolve_branch(self.config, may)
@@ -419,15 +421,19 @@ class Trainer:
 
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
-        visits = list(islice(plan(self.config, self.model.num_blocks), self.progress.visits, None))
-        if visits and visits[0].carried:
+        plan, first = Plan(self.config, self.model.num_blocks), self.progress.visits
+        if first < len(plan) and plan[first].carried:
             raise UserError(
                 "the last run of this trainer ended while a batch was between blocks, where it cannot go on; make a new Trainer "
                 "(with an output_dir it resumes from the last checkpoint)"
             )
-        loaded = {samples: self._loaded(visits, samples) for samples in self.streams}
+        loaded = {
+            samples: on_device(stream.load(plan.batches(first, samples)), self.device)
+            for samples, stream in self.streams.items()
+        }
         batches: list[dict[str, Tensor]] = []
-        for visit, following in zip_longest(visits, visits[1:]):
+        for visit, following in pairwise(chain(plan.since(first), [None])):
+            assert visit is not None
             if not visit.carried:
                 batches = list(islice(loaded[visit.samples], len(visit.batches)))
                 self.progress.samples_seen += len(batches) * visit.samples
@@ -436,11 +442,6 @@ class Trainer:
             losses = self.visit(visit, batches, upcoming)
             self.progress.visits += 1
             yield visit, losses
-
-    def _loaded(self, visits: list[Visit], samples: int) -> Iterator[dict[str, Tensor]]:
-        """The batches, of so many samples, of the visits that load such."""
-        numbers = (n for visit in visits if not visit.carried and visit.samples == samples for n in visit.batches)
-        return on_device(self.streams[samples].load(numbers), self.device)
 
     def _due(self, what: str, every: int) -> bool:
         """Whether the run has passed another multiple of `every` block steps since this was last asked."""
