@@ -195,7 +195,7 @@ def test_blocks_take_turns_each_with_batches_of_its_own():
         ({"ordinary": -1.0}, {}, "ordinary must be at least 0"),
         ({"ordinary": 1.0, "shared": "trained"}, {}, "need blocks.shared frozen"),
         ({"distill": True, "context": "input", "head_layers": 0}, {}, "need blocks.context features"),
-        ({}, {"heads_first": 1.0}, r"share of the steps in \[0, 1\)"),
+        ({}, {"heads_first": 1.0}, "must be at least 0 and below 1"),
         ({}, {"trust": True, "order": "sequential"}, "set train.order to sweep, cyclic or random"),
     ],
 )
