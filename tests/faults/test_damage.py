@@ -198,8 +198,18 @@ class Command:
     trains: bool = False
 
 
+def _tensors_in(folder: Path) -> dict[str, Any]:
+    """Every tensor of every file below a folder; safetensors writes what else it holds in any order."""
+    paths = folder.rglob("*.safetensors") if folder.is_dir() else [folder]
+    return {
+        f"{path.name}:{name}": tensor.tolist()
+        for path in sorted(paths)
+        for name, tensor in load_file(str(path)).items()
+    }
+
+
 def _weights(folder: Path, out: Path, outcome: Outcome) -> Any:
-    return {**files(folder / "model"), "metrics": outcome.json()["metrics"]}
+    return {**_tensors_in(folder / "model"), "metrics": outcome.json()["metrics"]}
 
 
 def _page(folder: Path, out: Path, outcome: Outcome) -> Any:
@@ -230,12 +240,12 @@ COMMANDS = {
     "export": Command(
         "digits",
         lambda run, out: ["export", run, "--block", 1, "--output", out / "block.safetensors", "--json"],
-        lambda run, out, done: files(out)["block.safetensors"],
+        lambda run, out, done: _tensors_in(out / "block.safetensors"),
     ),
     "start": Command(
         "digits",
         lambda run, out: ["train", "digits", *SHORT, "--model.start", run, "--output-dir", out / "new", "--json"],
-        lambda run, out, done: files(out / "new" / "model"),
+        lambda run, out, done: _tensors_in(out / "new" / "model"),
     ),
     "report of an adapted model": Command(
         "adapted", lambda run, out: ["report", run, "--output", out / "report.html", "--json"], _page
@@ -243,7 +253,7 @@ COMMANDS = {
     "export of an adapted model": Command(
         "adapted",
         lambda run, out: ["export", run, "--output", out / "network", "--json"],
-        lambda run, out, done: files(out / "network"),
+        lambda run, out, done: _tensors_in(out / "network"),
     ),
     "report of a comparison": Command(
         "compared", lambda run, out: ["report", run, "--output", out / "report.html", "--json"], _page
@@ -353,6 +363,10 @@ def _newest(run: Path) -> Path:
     return max((run / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
 
 
+def _whole(path: Path) -> bool:
+    return checkpoint.damage(path) is None
+
+
 def _attack(case: Case, request: Any, tmp_path: Path) -> Outcome:
     """Damages a copy, runs the command and applies every law."""
     command = COMMANDS[case.command]
@@ -367,18 +381,25 @@ def _attack(case: Case, request: Any, tmp_path: Path) -> Outcome:
     if not stray:
         nothing_half_written(tmp_path)
     if outcome.code == 0:
-        found = command.result(run, out, outcome)
+        try:
+            found = command.result(run, out, outcome)
+        except (LookupError, TypeError, AttributeError, OSError) as error:  # not even the shape of a result
+            raise Fault("silently wrong", f"{type(error).__name__}: {error}") from None
         if not (found == expected or case.by_hand or (SAID.search(outcome.err) and not command.trains)):
             same(found, expected, f"{case.command} with {case.file}: {case.damage}")
         if case.by_hand and "NaN" in case.damage and "nan" in str(found).lower():
             raise Fault("silently wrong", f"NaN in the result of {case.command}")
     # What trains writes checkpoints and lets old ones go; the damaged file may be mended.
-    may = ("checkpoints/", "metrics.jsonl", "model/", "report.html", "compare.json", "shallow/", "config.yaml.partial")
-    nothing_lost(before, run, (case.file, name, *(may if command.trains and outcome.code == 0 else ())))
+    may = ("checkpoints/", "metrics.jsonl")
+    if outcome.code == 0:
+        may += ("model/", "report.html", "compare.json", "shallow/")
+    nothing_lost(before, run, (case.file, name, *(may if command.trains else ())))
+    if command.trains and (run / "checkpoints").exists() and not any(map(_whole, (run / "checkpoints").glob("step-*"))):
+        raise Fault("lost", "no whole checkpoint is left")
     return outcome
 
 
-@pytest.mark.parametrize("case", few(_damaged(), 30), ids=str)
+@pytest.mark.parametrize("case", few(_damaged(), 20), ids=str)
 def test_a_damaged_file_is_refused_or_passed_over(case, request, tmp_path, record_property):
     outcome = _attack(case, request, tmp_path)
     if outcome.code and case.damage in ("cut in half", "a link to nowhere", "an empty folder"):
@@ -462,7 +483,7 @@ STRAY_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", few(STRAY_CASES, 8), ids=str)
+@pytest.mark.parametrize("case", few(STRAY_CASES, 5), ids=str)
 def test_what_does_not_belong_in_a_run_folder_changes_nothing(case, request, tmp_path):
     case = replace(case, file="checkpoints/step-N") if "checkpoints/" in case.damage else case
     command = COMMANDS[case.command]

@@ -16,7 +16,6 @@ from tests.faults.harness import (
     Fault,
     documented,
     essence,
-    few,
     nothing_half_written,
     obeys,
     same,
@@ -46,7 +45,7 @@ CASES += [Pair(("--resume=never",), delay) for delay in (0.0, 0.6)]
 _WHOLE: dict[tuple[str, ...], object] = {}
 
 
-@pytest.mark.parametrize("case", few(CASES, 1), ids=str)
+@pytest.mark.parametrize("case", CASES if ALL else CASES[4:5], ids=str)
 def test_one_of_two_processes_trains(case, processes, tmp_path, record_property):
     folder = tmp_path / "run"
     base = ("train", "digits", *RUN, f"--residency={case.residency}", "--json")
@@ -91,7 +90,8 @@ def test_one_of_two_comparisons_runs(delay, processes, tmp_path):
     nothing_half_written(folder)
 
 
-@pytest.mark.parametrize("command", few(("evaluate", "report", "sample"), 1))
+@pytest.mark.skipif(not ALL, reason="long: only in make faults")
+@pytest.mark.parametrize("command", ["evaluate", "report", "sample"])
 def test_others_read_a_run_while_it_trains(command, processes, tmp_path):
     """A run that trains has checkpoints but no summary: it can be evaluated, and reading it changes nothing."""
     folder = tmp_path / "run"
