@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.harness import KINDS, RECORDS, SHORT, TINY, Fault, Processes, call, fresh
+from tests.faults.harness import KINDS, PLACES, RECORDS, SHORT, TINY, Fault, Processes, adapting, call, fresh
 from tests.language_models import make_pretrained, write_texts
 
 
@@ -27,7 +27,11 @@ def pytest_runtest_makereport(item, call):
     line |= {"skipped": str(error) if report.skipped else None, "faults": own.get("faults", {})}
     if report.failed and not line["faults"]:
         line["faults"] = {error.kind if isinstance(error, Fault) and error.kind in KINDS else "broken test": 1}
-    line |= {"message": str(error)[:600] if report.failed else None, "seconds": round(report.duration, 2)}
+    text = str(error)
+    line |= {
+        "message": (text if len(text) < 900 else f"{text[:150]} … {text[-700:]}") if report.failed else None,
+        "seconds": round(report.duration, 2),
+    }
     worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
     with (Path(RECORDS) / f"{worker}-{os.getpid()}.jsonl").open("a") as stream:
         stream.write(json.dumps(line) + "\n")
@@ -72,19 +76,25 @@ def pretrained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrained")
     make_pretrained(folder / "network", layers=2)
     write_texts(folder / "texts", count=10)
+    PLACES["pretrained"] = folder
     return folder
-
-
-ADAPT = ["--data.length=32", "--steps=4", "--batch-size=4", "--data.evaluated=8", "--data.general=", "--train.warmup=0"]
 
 
 @pytest.fixture(scope="session")
 def adapted(pretrained, tmp_path_factory):
     """A finished run that adapted a language model: it has before.json, samples.json and a model for transformers."""
     folder = tmp_path_factory.mktemp("runs") / "adapted"
-    arguments = [pretrained / "network", "--data.path", pretrained / "texts", *ADAPT, "--task.continuations=2"]
-    done = call("adapt", *arguments, "--task.continued=4", "--output-dir", folder)
+    done = call(*adapting(), "--output-dir", folder)
     assert done.code == 0, done.err
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unmeasured(adapted, tmp_path_factory):
+    """The same run as a kill left it before it was measured."""
+    folder = fresh(adapted, tmp_path_factory.mktemp("runs") / "unmeasured")
+    (folder / "summary.json").unlink()
+    (folder / "samples.json").unlink()
     return folder
 
 

@@ -44,6 +44,17 @@ TINY = [
     "--model.patch-size=4", "--batch-size=8",
 ]  # fmt: skip
 SHORT = [*TINY, "--steps=6", "--train.checkpoint-every=4", "--train.log-every=2", "--train.keep-checkpoints=3"]
+PLACES: dict[str, Path] = {}  # of what fixtures made, for tables of commands
+
+
+def adapting() -> list[str]:
+    """The command that makes the fixture `adapted`, without its folder."""
+    own = PLACES["pretrained"]
+    return [
+        *("adapt", str(own / "network"), f"--data.path={own / 'texts'}", "--data.length=32", "--steps=4"),
+        *("--batch-size=4", "--data.evaluated=8", "--data.general=", "--train.warmup=0", "--task.continuations=2"),
+        *("--task.continued=4", f"--data.cache-dir={own / 'cache'}"),
+    ]
 
 
 class Fault(AssertionError):

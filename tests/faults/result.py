@@ -8,6 +8,7 @@ reads the records that a full run wrote into FOLDER. Exit code 1 where a case fa
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from benchmarks.environment import describe
 from tests.faults.harness import KINDS
 
 ROOT = Path(__file__).parents[2]
-MOST_ROWS = 300
+MOST_ROWS = 150
 HEAD = """# Errors and what they mean
 
 What `dblocks` says to wrong input, damaged run folders, full disks and other processes, and the exit code. Written by `make faults`
@@ -65,28 +66,31 @@ def counts(found: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def page(found: list[dict[str, Any]]) -> str:
-    """docs/errors.md."""
+    """docs/errors.md: of messages that say the same of another option or value, the first."""
     rows = [one["row"] for one in found if one["row"] and not one["faults"]]
-    lines = [HEAD]
+    lines, kinds = [HEAD], set[str]()
     for group in ORDER:
-        seen: set[str] = set()
-        own = sorted((row for row in rows if row["group"] == group), key=lambda row: row["what"])
         table = []
-        for row in own:
-            message = row["message"] if len(row["message"]) <= 240 else row["message"][:240] + "…"
-            if row["what"] in seen or len(table) >= MOST_ROWS // 5:
+        for row in sorted(
+            (row for row in rows if row["group"] == group), key=lambda row: (row["what"], row["message"])
+        ):
+            kind = _kind(row["message"])
+            if kind in kinds or len(kinds) >= MOST_ROWS:
                 continue
-            seen.add(row["what"])
+            kinds.add(kind)
+            message = row["message"] if len(row["message"]) <= 240 else row["message"][:240] + "…"
             table.append(f"| {_cell(row['what'])} | {_cell(message)} | {row['code']} |")
         if table:
-            lines += [
-                f"## {group[0].upper()}{group[1:]}\n",
-                "| what was wrong | `dblocks:` | exit code |",
-                "|---|---|---|",
-                *table,
-                "",
-            ]
+            title = f"{group[0].upper()}{group[1:]}"
+            lines += [f"## {title}\n", "| what was wrong | `dblocks:` | exit code |", "|---|---|---|", *table, ""]
     return "\n".join(lines)
+
+
+def _kind(message: str) -> str:
+    """A message without its values and the names of options, files and folders."""
+    message = re.sub(r"'[^']*'|\"[^\"]*\"", "X", message)
+    message = re.sub(r"--?[\w.-]+|\b\w+(\.\w+)+\b|[A-Z]*/\S+", "X", message)
+    return re.sub(r"-?[\d.,]+(e[+-]?\d+)?|nan|inf", "N", message)[:60]
 
 
 def _cell(text: str) -> str:
