@@ -205,7 +205,7 @@ def _runs_nothing(trap: Path, *arguments: object) -> None:
     obeys(outcome, 0, 1, 2)
 
 
-@pytest.mark.parametrize(("plant", "command"), few(CASES, 8), ids=str)
+@pytest.mark.parametrize(("plant", "command"), few(CASES, 5), ids=str)
 def test_no_code_of_a_run_folder_runs(plant, command, request, tmp_path):
     run, trap = fresh(request.getfixturevalue(plant.base), tmp_path / "run"), tmp_path / "trap"
     plant.plant(run, tmp_path, trap)

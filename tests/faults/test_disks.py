@@ -110,7 +110,7 @@ def needed(processes, tmp_path_factory):
 SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 
 
-@pytest.mark.parametrize(("residency", "share"), few([(r, s) for r in ("disk", "device") for s in SHARES], 2))
+@pytest.mark.parametrize(("residency", "share"), few([(r, s) for r in ("disk", "device") for s in SHARES], 1))
 def test_a_run_on_a_disk_that_gets_full_goes_on_when_there_is_room(
     residency, share, disk, needed, processes, tmp_path, record_property
 ):
@@ -170,7 +170,7 @@ PLACES = (
 BASE = [*TINY, "--steps=6", "--train.checkpoint-every=4", "--train.log-every=2", "--train.keep-checkpoints=3"]
 
 
-@pytest.mark.parametrize(("place", "left"), few([(p, n) for p in PLACES for n in (0, 4096)], 2), ids=str)
+@pytest.mark.parametrize(("place", "left"), few([(p, n) for p in PLACES for n in (0, 4096)], 1), ids=str)
 def test_a_full_disk_is_one_line_and_nothing_is_half_written(
     place, left, disk, processes, request, tmp_path, record_property
 ):
@@ -195,7 +195,7 @@ def _read_only_codes(place: Place) -> tuple[int, ...]:
     return (0, USER) if "finished" in place.name else (USER,)
 
 
-@pytest.mark.parametrize("place", few(PLACES, 2), ids=str)
+@pytest.mark.parametrize("place", few(PLACES, 1), ids=str)
 def test_a_read_only_disk_is_a_wrong_place(place, disk, processes, request, tmp_path, record_property):
     one = disk(8 << 10)
     run = fresh(request.getfixturevalue(place.base), (one.folder if place.inside else tmp_path) / "run")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -39,7 +39,7 @@ CASES = [Kill(order, residency, 4) for order, residency in product(ORDERS, ("dev
 CASES += [Kill("random", residency, 4, "paper") for residency in ("device", "disk")]  # 56 kills in all
 
 
-@pytest.mark.parametrize("case", CASES if ALL else CASES[8:9], ids=str)
+@pytest.mark.parametrize("case", CASES if ALL else [replace(CASES[8], kills=1)], ids=str)
 def test_a_killed_run_goes_on_to_the_same_result(case, processes, tmp_path, record_property):
     began = time.monotonic()
     command = ["train", "digits", *case.arguments, "--json", "--output-dir"]

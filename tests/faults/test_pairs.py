@@ -110,7 +110,7 @@ def test_others_read_a_run_while_it_trains(command, processes, tmp_path):
 
 def test_a_lock_whose_owner_was_killed_is_taken_over(processes, tmp_path):
     folder = tmp_path / "run"
-    command = ("train", "digits", *RUN, "--output-dir", folder)
+    command = ("train", "digits", *RUN, "--steps=60", "--output-dir", folder)
     process = processes.start(*command)
     assert until(lambda: next(folder.glob("checkpoints/step-*"), None), 60)
     process.send(9)
