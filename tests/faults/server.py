@@ -75,7 +75,7 @@ def child(request: dict[str, Any]) -> None:
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL if number != signal.SIGPIPE else signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         for path, descriptor in ((os.devnull, 0), (request["out"], 1), (request["err"], 2)):
             flags = os.O_RDONLY if descriptor == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
             os.dup2(os.open(path, flags, 0o644), descriptor)
@@ -85,6 +85,7 @@ def child(request: dict[str, Any]) -> None:
         sys.argv = ["dblocks", *request["argv"]]
         from diffusionblocks.cli import main
 
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main(request["argv"])
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
