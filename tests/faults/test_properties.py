@@ -223,7 +223,7 @@ def test_any_state_json_is_passed_over(content, stopped, tmp_path_factory):
         raise Fault("silently wrong", f"a state.json of {content!r} was taken")
 
 
-@often(2, 60)
+@often(1, 60)
 @given(lines=st.lists(NESTED.map(json.dumps) | TEXT, min_size=1, max_size=4))
 def test_any_journal_gives_a_report_or_one_line(lines, digits, tmp_path_factory):
     run = tmp_path_factory.getbasetemp() / "any-journal"
