@@ -293,11 +293,11 @@ def nothing_lost(before: dict[str, str], folder: Path, but: Sequence[str] = ()) 
             raise Fault("lost", f"{name} is {'changed' if name in after else 'gone'}")
 
 
-_TIMES = ("seconds", "wall_seconds", "tokens_per_second", "warnings", "reserved")
+_TIMES = ("seconds", "wall_seconds", "tokens_per_second", "warnings", "reserved", "git_commit")
 
 
 def timeless(content: Any) -> Any:
-    """Nested JSON without what differs from run to run: times and warnings (a resumed run says so)."""
+    """Nested JSON without what differs from run to run: times, warnings (a resumed run says so) and the commit."""
     if isinstance(content, dict):
         return {key: timeless(value) for key, value in content.items() if key not in _TIMES and key != "blake2b"}
     return [timeless(value) for value in content] if isinstance(content, list) else content
