@@ -1,5 +1,6 @@
 # make demo   set-up and a three-minute comparison on real data
 # make test   set-up and the whole test suite
+# make faults every attack of tests/faults, an hour at most on two cores; writes benchmarks/results/faults.json and docs/errors.md
 #
 # TORCH chooses the torch build that the virtual environment gets. The default is a CPU build where the package index
 # offers one for exactly this version; on a CUDA machine use e.g.  make demo TORCH="torch"  (any pip requirement, or
@@ -13,7 +14,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 NEEDED_MIB := 3000
 
-.PHONY: demo test lint types setup clean
+# Small disks are mounted, which root may; others get a namespace of their own.
+MAY_MOUNT := $(shell [ "$$(id -u)" = 0 ] || ! unshare -rm true 2>/dev/null || echo unshare -rm)
+
+.PHONY: demo test faults lint types setup clean
 .DEFAULT_GOAL := demo
 
 demo: setup
@@ -23,6 +27,12 @@ test: $(VENV)/.ready-to-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	# New memory holds huge numbers there, so that what is read before it was written shows.
 	MALLOC_PERTURB_=1 DIFFUSIONBLOCKS_TEST_DEVICE=sim $(BIN)/python -m pytest -n 2 tests/second_device
+
+faults: $(VENV)/.ready-to-test
+	rm -rf .faults && mkdir -p .faults
+	DIFFUSIONBLOCKS_FAULTS=all DIFFUSIONBLOCKS_FAULTS_RECORDS=$(CURDIR)/.faults $(MAY_MOUNT) \
+	  $(BIN)/python -m pytest tests/faults -n 2 --dist loadfile -q --tb=no || true
+	$(BIN)/python -m tests.faults.result .faults
 
 lint: setup
 	$(BIN)/ruff check .
