@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionblocks.errors import UserError
+from diffusionblocks.errors import UserError, first_line
 from diffusionblocks.readout import chunked_cross_entropy
 from diffusionblocks.tasks.base import Metric, mean_with_error
 
@@ -41,8 +41,8 @@ def check_teacher(name: str) -> None:
     try:
         classes = AutoConfig.from_pretrained(name, trust_remote_code=False).architectures or []
         AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"cannot load the teacher {name!r}: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # as below
+        raise UserError(f"cannot load the teacher {name!r}: {first_line(error)}") from None
     if not any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in classes):
         raise UserError(
             f"the teacher {name!r} is a {', '.join(classes) or 'network without a class'}, no causal language model"
@@ -56,8 +56,12 @@ class Teacher:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         check_teacher(name)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval().to(device)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:  # transformers and safetensors raise many kinds for what is damaged
+            raise UserError(f"cannot load the teacher {name!r}: {first_line(error)}") from None
+        self.model: Any = model.eval().to(device)
         self.longest = getattr(self.model.config, "max_position_embeddings", None) or 1024
 
     @torch.no_grad()
