@@ -20,7 +20,7 @@ from typing import Any
 from diffusionblocks import __version__
 from diffusionblocks.errors import Failed, OutOfMemory, RunStopped, UserError, nearest
 from diffusionblocks.files import explained, to_json
-from diffusionblocks.interruption import Terminated, code_of, end_with_parent, ignore, interruptible
+from diffusionblocks.interruption import Terminated, code_of, end_with_parent, ignore, interruptible, only_commands_end
 from diffusionblocks.options import Range, check_value, shown
 
 log = logging.getLogger("diffusionblocks")
@@ -507,6 +507,7 @@ def _said(what: object, code: int) -> int:
 
 def program() -> None:
     """The command `dblocks`: nothing interrupts its last words."""
+    only_commands_end()
     code = main()
     ignore()
     sys.exit(code)

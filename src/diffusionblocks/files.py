@@ -22,7 +22,8 @@ from diffusionblocks.errors import DiskFull, Failed, UserError
 
 SEAL = "blake2b"
 PARTIAL = ".partial"  # at the end of the name of what is not yet whole
-_LAST_LINE = "# diffusionblocks, blake2b of the lines above: "
+_FIRST_LINE = "# written by diffusionblocks: the last line has a hash of all others\n"  # so that a cut is seen
+_LAST_LINE = "# blake2b: "
 
 
 class Damaged(UserError):
@@ -186,29 +187,42 @@ def read_text(path: Path) -> str:
 
 def sealed(text: str) -> str:
     """Text with the hash of it in a comment on a last line."""
+    text = _FIRST_LINE + text
     return text + _LAST_LINE + _hash(text) + "\n"
 
 
 def unsealed(text: str, path: Path) -> str:
     """The inverse of `sealed`; text without a seal stays as it is. Raises Damaged where the text was changed."""
-    body, found, seal = text.rpartition(_LAST_LINE)
-    if not found:
+    if not text.startswith(_FIRST_LINE):
+        if _LAST_LINE in text:
+            raise Damaged(path, "its first line is not what was written", _ON_PURPOSE)
         return text
-    if seal.strip() != _hash(body):
-        fix = "if it was changed on purpose, remove its last line"
-        raise Damaged(path, "its content is not what was written", fix)
-    return body
+    body, _, seal = text.rpartition(_LAST_LINE)
+    if seal != _hash(body) + "\n":
+        raise Damaged(path, "its content is not what was written", _ON_PURPOSE)
+    return body.removeprefix(_FIRST_LINE)
+
+
+_ON_PURPOSE = "if it was changed on purpose, remove its first and its last line"
 
 
 def has_seal(path: Path) -> bool:
     """Whether this package wrote a text file, damaged or not."""
     with contextlib.suppress(OSError):
-        return _LAST_LINE.encode() in path.read_bytes()
+        content = path.read_bytes()
+        return _FIRST_LINE.encode() in content or _LAST_LINE.encode() in content
     return False
 
 
 def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def there(path: Path, fix: str = "") -> bool:
+    """Whether a file that may be missing is there. Raises Damaged where something else is."""
+    if not path.is_file() and os.path.lexists(path):
+        raise Damaged(path, "it is no file", fix)
+    return path.is_file()
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -229,6 +243,8 @@ def explained(error: BaseException, path: Path | None = None) -> Exception | Non
     Libraries wrap the system's error in types of their own and keep only its text. path: what was to be written, where that is known.
     """
     text, code = " ".join(str(error).split()), getattr(error, "errno", None)
+    if isinstance(error, ValueError) and "null byte" in text:
+        return UserError("a path holds a NUL character, which no file can have in its name")
     found = re.search(r"\(os error (\d+)\)", text)
     code = int(found.group(1)) if code is None and found else code
     where = path or getattr(error, "filename", None)

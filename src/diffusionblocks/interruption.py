@@ -55,14 +55,32 @@ def _handled(handle: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, once; what follows lets the cleaning up be."""
+    """Ctrl-C raises KeyboardInterrupt and SIGTERM raises Terminated, once; what follows lets the cleaning up be.
+
+    An interrupted import may end as another error, which is none of its own: outside, it is the interruption again.
+    """
+    came = []
 
     def handle(number: int, frame: object) -> None:
         ignore()
+        came.append(number)
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     with _handled(handle):
-        yield
+        try:
+            yield
+        except Exception:
+            if not came:
+                raise
+    if came:
+        raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
+
+
+def only_commands_end() -> None:
+    """Outside of commands, neither signal does anything: for a program that has nothing else to do."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, frame: None)
 
 
 class Stop:

@@ -97,10 +97,9 @@ def write_samples(run: Any, split: Any, folder: Path) -> None:
 
 def read_samples(folder: Path) -> list[dict[str, str]]:
     """What `write_samples` wrote; nothing where a run has none. Raises Damaged (a UserError)."""
-    path = folder / SAMPLES
-    if not path.is_file():
+    path, fix = folder / SAMPLES, "remove it, and the report has no continuations"
+    if not files.there(path, fix):
         return []
-    fix = "remove it, and the report has no continuations"
     texts = None
     if path.read_bytes().lstrip()[:1] == b"[":  # of an earlier version, without a seal
         with contextlib.suppress(ValueError, RecursionError):

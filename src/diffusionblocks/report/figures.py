@@ -17,7 +17,15 @@ BLOCK_COLOURS = plt.get_cmap("viridis")
 CURVE = "nats_at_"  # metrics of looped networks, by the number of iterations
 PARTS = ("parameters", "gradients", "optimizer", "activations")
 PART_COLOURS = ("#3b6ea5", "#e08e45", "#6aa56e", "#b0b4ba")
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+plt.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "diffusionblocks",
+    }
+)
 
 
 def block_colour(block: int, num_blocks: int) -> Any:

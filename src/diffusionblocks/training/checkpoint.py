@@ -107,36 +107,45 @@ def restore_latest(folder: Path, states: Mapping[str, BlockState]) -> dict[str, 
         if reason:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path.name, reason)
             continue
-        saved = read_state(path)
+        saved, found = read_state(path), dict[str, dict[str, Tensor]]()
         for name, state in states.items():
-            _check_names(path, name, state, saved)
-            state.steps = saved["steps"][name]
             # Copies: a mapped file would keep the checkpoint's folder alive after it is removed.
-            for file in (f"{name}.safetensors", f"optimizer-{name}.safetensors"):
-                state.replace({key: tensor.clone() for key, tensor in load_file(str(path / file)).items()})
+            found[name] = {key: tensor.clone() for key, tensor in _tensors(path, name, saved).items()}
+            _check_tensors(path, found[name], state)
+        if (bad := next((key for tensors in found.values() if (key := not_finite(tensors))), None)) is not None:
+            log.warning("checkpoint %s is damaged (%s is not finite); using the one before it", path.name, bad)
+            continue
+        for name, state in states.items():
+            state.steps = saved["steps"][name]
+            state.replace(found.pop(name))
         return saved
     return None
 
 
-def _check_names(path: Path, name: str, state: BlockState, saved: Mapping[str, Any]) -> None:
-    """Raises UserError where a checkpoint's weights are not those of the network."""
-    from safetensors import safe_open
+def _tensors(path: Path, name: str, saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights, averages and optimizer state of one owner."""
+    parts = f"{name}.safetensors", f"optimizer-{name}.safetensors"
+    if name not in saved["steps"] or not set(parts) <= saved["files"].keys():
+        raise _differs(path, f"it has no {name}")
+    return {key: tensor for part in parts for key, tensor in load_file(str(path / part)).items()}
 
-    def differs(what: str) -> UserError:
-        return UserError(f"checkpoint {path} is of another network or version: {what}; train it again")
 
-    if name not in saved["steps"] or f"{name}.safetensors" not in saved["files"]:
-        raise differs(f"it has no {name}")
-    known = {key: tensor for key, tensor in state.tensors().items() if key.startswith("model.")}
-    with safe_open(str(path / f"{name}.safetensors"), "pt") as stream:
-        shapes = {key: stream.get_slice(key).get_shape() for key in stream.keys() if key.startswith("model.")}  # noqa: SIM118
-    for key in (*shapes, *known):
+def _check_tensors(path: Path, found: Mapping[str, Tensor], state: BlockState) -> None:
+    """Raises UserError where a checkpoint's tensors are not those of the network and its optimizer."""
+    known = state.shapes()
+    for key, tensor in found.items():
         if key not in known:
-            raise differs(f"there is no {key.removeprefix('model.')} now")
-        if key not in shapes:
-            raise differs(f"it has no {key.removeprefix('model.')}")
-        if shapes[key] != list(known[key].shape):
-            raise differs(f"{key.removeprefix('model.')} is {shapes[key]} there and {list(known[key].shape)} here")
+            raise _differs(path, f"there is no {key.removeprefix('model.')} now")
+        if (tensor.dtype, tensor.shape) != known[key]:
+            dtype, shape = known[key]
+            there = f"{tensor.dtype} {list(tensor.shape)} there and {dtype} {list(shape)} here"
+            raise _differs(path, f"{key.removeprefix('model.')} is {there}")
+    if missing := [key for key in state.tensors() if key.startswith("model.") and key not in found]:
+        raise _differs(path, f"it has no {missing[0].removeprefix('model.')}")
+
+
+def _differs(path: Path, what: str) -> UserError:
+    return UserError(f"checkpoint {path} is of another network or version: {what}; train it again")
 
 
 SHAPE = {"step": int, "steps": dict, "progress": dict, "files": dict}

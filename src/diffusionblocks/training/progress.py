@@ -139,8 +139,8 @@ def read_journal(folder: Path, *, whole: bool = True) -> list[dict[str, Any]]:
     Raises Damaged where a line of a finished run is none, or the file is another than the newest checkpoint knows.
     """
     path, found = folder / JOURNAL, list[dict[str, Any]]()
-    content = path.read_bytes() if path.is_file() else b""
     fix = "remove it, and the report has no curve"
+    content = path.read_bytes() if files.there(path, fix) else b""
     for number, line in enumerate(content.splitlines(keepends=True)):
         entry = _entry(line) if line.endswith(b"\n") else None
         if entry is not None:
