@@ -235,9 +235,9 @@ def test_mauve_judges_samples_as_the_teacher_sees_them(settings, capsys, tmp_pat
     ("arguments", "words"),
     [
         (["--model.attention", "flex_attention", "--device", "cpu"], "cannot train on a CPU"),
-        (["--model.attention", "flash"], "model.attention must be sdpa or eager or flex_attention"),
+        (["--model.attention", "flash"], "model.attention must be one of sdpa, eager, flex_attention"),
         (["--blocks.target-entry", "add"], "take replace or none"),
-        (["--task.top-k", "-1"], "must not be negative"),
+        (["--task.top-k", "-1"], "task.top_k must be at least 0"),
         (["--train.branch-at", "0.5"], "train.branch_at needs blocks.context input"),
     ],
 )

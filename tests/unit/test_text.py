@@ -317,7 +317,7 @@ def test_prompts_with_blanks():
         ("abc", 9, "--length 9 exceeds"),
         ("abcdef", 4, "less than the 6 tokens"),
         ("abcdefgh", 0, "leaves nothing to write"),
-        ("{100000000000}", 0, "the blank {100000000000} of the prompt exceeds"),
+        ("{100000000000}", 0, "100000000000. of the prompt exceeds"),
         ("???", 0, "no token of"),
     ],
 )
