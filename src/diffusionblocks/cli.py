@@ -450,9 +450,15 @@ def _run(arguments: argparse.Namespace, rest: list[str]) -> Any:
         with trusting(remote_code=code, inception=script):
             return COMMANDS[arguments.command][0](arguments, rest)
     except torch.OutOfMemoryError as error:  # `train` says what would fit; here it is evaluation or sampling
-        said = str(error).split(". ")[0]
+        less = "Fewer samples at once (--num), a shorter --length or --device cpu need less"
+        raise OutOfMemory(f"out of memory in {arguments.command}: {str(error).split('. ')[0]}. {less}") from error
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        size = f" ({int(asked.group(1)) / 2**30:,.1f} GiB at once)" if asked else ""
         raise OutOfMemory(
-            f"out of memory in {arguments.command}: {said}. Fewer samples at once (--num), a shorter --length or --device cpu need less"
+            f"out of host memory in {arguments.command}{size}: a smaller network, batch or --num needs less"
         ) from error
 
 

@@ -70,6 +70,12 @@ def _check(arguments: argparse.Namespace) -> None:
     for name, limits in LIMITS.items():
         check_value(f"--{name.replace('_', '-')}", getattr(arguments, name), float | None, limits)
     _stops(arguments.stop or [])
+    if arguments.stream and arguments.num > 1:
+        raise UserError(f"--stream writes one text; got --num {arguments.num}")
+    try:
+        (arguments.prompt or "").encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt holds bytes that are no UTF-8") from None
 
 
 def _stops(texts: Sequence[str]) -> list[str]:

@@ -194,7 +194,7 @@ def sealed(text: str) -> str:
 def unsealed(text: str, path: Path) -> str:
     """The inverse of `sealed`; text without a seal stays as it is. Raises Damaged where the text was changed."""
     if not text.startswith(_FIRST_LINE):
-        if _LAST_LINE in text:
+        if _LAST_LINE in text or _FIRST_LINE.startswith(text):
             raise Damaged(path, "its first line is not what was written", _ON_PURPOSE)
         return text
     body, _, seal = text.rpartition(_LAST_LINE)
@@ -248,6 +248,7 @@ def explained(error: BaseException, path: Path | None = None) -> Exception | Non
     found = re.search(r"\(os error (\d+)\)", text)
     code = int(found.group(1)) if code is None and found else code
     where = path or getattr(error, "filename", None)
+    where = where if len(str(where)) <= 300 else f"{str(where)[:100]}..."
     if code in _FULL or "No space left" in text:
         place = f": cannot write {where}" if where else ""
         return DiskFull(f"the disk is full{place}; free some space and run the same command again")

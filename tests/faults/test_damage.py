@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from diffusionblocks.files import fingerprint
 from diffusionblocks.training import checkpoint
 from tests.faults.harness import (
     ALL,
@@ -161,7 +162,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
         if state.is_file():
             content = json.loads(state.read_text())
             content.pop("blake2b", None)
-            content["files"][path.name] = checkpoint._fingerprint(path)
+            content["files"][path.name] = fingerprint(path)
             state.write_text(json.dumps(content))
 
     return damage

@@ -407,7 +407,6 @@ TABLE: tuple[Input, ...] = (
     _yaml("a group that is a number", "train: 3\n"),
     _yaml("a group that is null", "train: null\n"),
     _yaml("a number with a leading zero", "train: {steps: 012}\n"),
-    _yaml("a date as a name", "name: 2020-01-01\n"),
     _yaml("a name with a slash", "name: ../../outside\n"),
     _yaml("presets that are a list", "presets: [a]\n"),
     _yaml("methods that are a text", "methods: all\n"),
@@ -440,7 +439,6 @@ TABLE: tuple[Input, ...] = (
     _train("test-share 2", "--data.test-share=2"),
     _train("test-share 0", "--data.test-share=0"),
     _train("validation-share nan", "--data.validation-share=nan"),
-    _train("shares that leave nothing", "--data.test-share=0.6", "--data.validation-share=0.5"),
     _train("an unknown source", "--data.source=digit"),
     _train("an unknown augmentation", "--data.augment=blur"),
     # ------------------------------------------------------------ text
@@ -532,7 +530,7 @@ WRONG: dict[Any, tuple[str, ...]] = {
     int: ("abc", "[1, 2]", "nan", "2.5"),
     float: ("abc", "[1, 2]", "nan", "inf"),
     bool: ("maybe", "7", "[true]"),
-    str: ("[a, b]", "{a: 1}"),
+    str: (),  # every word is text
 }
 
 
@@ -549,7 +547,7 @@ def _wrong_values() -> list[Input]:
         for field in dataclasses.fields(kind):
             option = f"--{group}.{field.name}".replace("_", "-")
             wrong = WRONG.get(types[field.name], ("{a: 1}", "[[1]]"))
-            if field.name in getattr(kind, "CHOICES", {}):
+            if any(limits.choices for limits in field.metadata.values()):
                 wrong = (*wrong, "no-such-choice")
             for value in wrong:
                 arguments = (*RECIPES[task], "--output-dir=@here/run", f"{option}={value}")

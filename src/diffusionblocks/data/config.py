@@ -18,8 +18,8 @@ class DataConfig:
         image_size: images are resized to this many pixels on each side.
         channels: 1 grey, 3 colour.
         image_key, label_key: columns of a Hugging Face dataset.
-        validation_share, test_share: shares of the samples, split by class with `split_seed`; a source with its own
-            test split keeps it.
+        test_share: share of the samples, split by class with `split_seed`; a source with its own test split keeps it.
+            validation_share: share of what that leaves.
         vae: name or folder of a diffusers AutoencoderKL; then the network reads latents, which are cached in `cache_dir`
             (empty = below the user's cache folder). latent_scale: factor to unit variance; 0 = the autoencoder's own.
         augment: any of `shift`, `flip`, `randaugment` (training only; needs the extra [images]).

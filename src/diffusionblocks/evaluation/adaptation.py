@@ -63,10 +63,11 @@ def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
     if not (adapts(run) and run.recipe.task.before and find_method(run.recipe.method).trains):
         return {}
     path = folder / BEFORE
-    if not path.is_file() and checkpoint.existing(folder):
+    measured = files.there(path, _FIX)
+    if not measured and checkpoint.existing(folder):
         log.info("%s has begun to train: what the network was before is not measured", folder)
         return {}
-    if not path.is_file():
+    if not measured:
         nats = run.trainer.evaluate(split)["nats_per_token"]
         found = {"nats_per_token": nats, "perplexity": exponential(nats), **general(run)}
         written = [one["written"] for one in continuations(run, split)]
@@ -76,11 +77,13 @@ def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
     return {f"{name}_before": Metric(**metric) for name, metric in metrics.items()}
 
 
+_FIX = "remove it: the run goes on without what the network was before"
+
+
 def _read_before(path: Path) -> dict[str, Any]:
-    fix = "remove it: the run goes on without what the network was before"
-    found = files.read_json(path, {"metrics": dict, "written": list}, fix)
+    found = files.read_json(path, {"metrics": dict, "written": list}, _FIX)
     if not all(isinstance(one, dict) and one.keys() == {"value", "stderr"} for one in found["metrics"].values()):
-        raise files.Damaged(path, "its metrics have no value and standard error", fix)
+        raise files.Damaged(path, "its metrics have no value and standard error", _FIX)
     return found
 
 
@@ -89,7 +92,7 @@ def write_samples(run: Any, split: Any, folder: Path) -> None:
     made = continuations(run, split)
     if not made:
         return
-    if (folder / BEFORE).is_file():
+    if files.there(folder / BEFORE, _FIX):
         for one, text in zip(made, _read_before(folder / BEFORE)["written"], strict=False):
             one["before"] = text
     files.write_json(folder / SAMPLES, {"continuations": made})

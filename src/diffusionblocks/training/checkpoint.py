@@ -148,7 +148,13 @@ def _differs(path: Path, what: str) -> UserError:
     return UserError(f"checkpoint {path} is of another network or version: {what}; train it again")
 
 
-SHAPE = {"step": int, "steps": dict, "progress": dict, "files": dict}
+SHAPE = {
+    **{"step": int, "steps": dict, "files": dict},
+    "progress": {
+        **dict.fromkeys(("visits", "block_steps", "samples_seen", "journal_bytes"), int),
+        **{"layer_evaluations": (int, float), "wall_seconds": (int, float), "finished": bool},
+    },
+}
 
 
 def read_state(path: Path) -> dict[str, Any]:

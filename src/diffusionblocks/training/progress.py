@@ -140,18 +140,20 @@ def read_journal(folder: Path, *, whole: bool = True) -> list[dict[str, Any]]:
     """
     path, found = folder / JOURNAL, list[dict[str, Any]]()
     fix = "remove it, and the report has no curve"
-    content = path.read_bytes() if files.there(path, fix) else b""
+    if not files.there(path, fix):
+        return []
+    content = path.read_bytes()
     for number, line in enumerate(content.splitlines(keepends=True)):
         entry = _entry(line) if line.endswith(b"\n") else None
         if entry is not None:
             found.append(entry)
         elif whole:
             raise files.Damaged(path, f"line {number + 1} is none that a run writes", fix)
-    known = checkpoint.existing(folder) if whole and content else []
+    known = checkpoint.existing(folder) if whole else []
     if known and checkpoint.damage(known[-1]) is None:
         progress = checkpoint.read_state(known[-1])["progress"]
         length, digest = progress.get("journal_bytes", 0), progress.get("journal_hash", "")
-        if digest and digest != _digest(content[:length]):
+        if digest and (digest != _digest(content[:length]) or (len(content) > length and progress.get("finished"))):
             raise files.Damaged(path, "its content is not what was written", fix)
     return found
 
