@@ -20,7 +20,15 @@ from typing import Any
 from diffusionblocks import __version__
 from diffusionblocks.errors import Failed, OutOfMemory, RunStopped, UserError, nearest
 from diffusionblocks.files import explained, to_json
-from diffusionblocks.interruption import Terminated, code_of, end_with_parent, ignore, interruptible, only_commands_end
+from diffusionblocks.interruption import (
+    Terminated,
+    code_of,
+    end_with_parent,
+    ended_at_once,
+    ignore,
+    interruptible,
+    only_commands_end,
+)
 from diffusionblocks.options import Range, check_value, shown
 
 log = logging.getLogger("diffusionblocks")
@@ -195,7 +203,8 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default
     if memory is None:
         memory, free = _card(train.device)
-    found = plan(work, counts, memory, train.batch_size, free)
+    with ended_at_once():
+        found = plan(work, counts, memory, train.batch_size, free)
     if not arguments.json:
         table.show_plan(found)
     return found

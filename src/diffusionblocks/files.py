@@ -177,9 +177,12 @@ def _seal(content: Mapping[str, Any]) -> str:
 def read_text(path: Path) -> str:
     """A UTF-8 file of this package's own. Raises Damaged where it is none."""
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise Damaged(path, "it is not valid UTF-8") from None
+    if "\0" in text:
+        raise Damaged(path, "it holds NUL characters")
+    return text
 
 
 # ---------------------------------------------------------------- other text

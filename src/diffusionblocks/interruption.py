@@ -76,6 +76,19 @@ def interruptible() -> Iterator[None]:
         raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
 
 
+@contextlib.contextmanager
+def ended_at_once() -> Iterator[None]:
+    """For what only reads: either signal ends the process where it is. An error raised in the middle of torch's tracing, where C++ calls
+    Python, could end it with a core dump."""
+
+    def handle(number: int, frame: object) -> None:
+        _say(f"dblocks: {'terminated' if number == signal.SIGTERM else 'interrupted'}")
+        os._exit(code_of(number))
+
+    with _handled(handle):
+        yield
+
+
 def only_commands_end() -> None:
     """Outside of commands, neither signal does anything: for a program that has nothing else to do."""
     for number in SIGNALS:

@@ -28,6 +28,7 @@ RUN = (CONFIG, JOURNAL, SUMMARY, BEFORE, SAMPLES, CHECKPOINTS, MODEL, DEPLOYED, 
 LOCK, OWNER, PREVIOUS = ".lock", ".owner.json", ".previous"
 
 WAIT = "DIFFUSIONBLOCKS_WAIT_FOR_FOLDER"  # environment: seconds, of runs that a comparison starts again
+BEGINNING = 2.0  # seconds between taking the lock and saying who did, at most
 LETTING_GO = 10.0  # seconds in which what a killed process started ends, too
 
 
@@ -85,14 +86,16 @@ def _acquire(lock: object, folder: Path) -> None:
 
     assert isinstance(lock, BaseFileLock)
     patience = time.monotonic() + float(os.environ.get(WAIT) or 0)
-    orphaned = time.monotonic() + LETTING_GO
+    named, orphaned = time.monotonic() + BEGINNING, time.monotonic() + LETTING_GO
     while True:
         try:
             lock.acquire(timeout=0)
             return
         except Timeout:
             owner = _owner(folder)
-            until = max(patience, orphaned if owner is not None and _is_dead(*owner[:2]) else 0.0)
+            # Nobody is named while one begins; and what a killed process started ends after it.
+            beginning, dead = owner is None, owner is not None and _is_dead(*owner[:2])
+            until = max(patience, named if beginning else orphaned if dead else 0.0)
             if time.monotonic() > until:
                 raise UserError(
                     f"{folder} is in use{_named(owner)}; wait until that ends, or choose another --output-dir"

@@ -83,14 +83,15 @@ def child(request: dict[str, Any]) -> None:
         if request.get("memory"):
             resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
         sys.argv = ["dblocks", *request["argv"]]
-        from diffusionblocks.cli import main
+        from diffusionblocks.cli import program
 
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        code = main(request["argv"])
+        try:
+            program()
+        except SystemExit as finished:
+            code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
         threading._shutdown()  # type: ignore[attr-defined]
         atexit._run_exitfuncs()
-    except SystemExit as finished:
-        code = finished.code if isinstance(finished.code, int) else int(finished.code is not None)
     except BaseException:
         traceback.print_exc()
     with contextlib.suppress(BaseException):
