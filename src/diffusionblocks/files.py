@@ -151,6 +151,11 @@ def read_json(path: Path, shape: Mapping[str, Any] | None = None, fix: str = "")
     return content
 
 
+def is_sealed(path: Path) -> bool:
+    """Whether a JSON object that can be read has a seal: this version wrote it."""
+    return SEAL in json.loads(read_text(path))
+
+
 def misfit(content: Mapping[str, Any], shape: Mapping[str, Any], name: str = "") -> str | None:
     """What a JSON object lacks of a shape; None where it has all of it."""
     for key, kind in shape.items():

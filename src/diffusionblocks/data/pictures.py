@@ -12,10 +12,12 @@ import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FILES = ("PNG", "JPEG")  # in folders
 ROWS = (*FILES, "WEBP", "GIF", "BMP", "TIFF")  # in Hugging Face datasets
@@ -23,15 +25,14 @@ TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 OPAQUE = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr")
 SIXTEEN = ("I;16", "I;16B", "I;16L", "I;16N")
 ORIENTATION = 0x0112  # the tag of EXIF
-_TURN = Image.Transpose
-TURNS = {
-    2: _TURN.FLIP_LEFT_RIGHT,
-    3: _TURN.ROTATE_180,
-    4: _TURN.FLIP_TOP_BOTTOM,
-    5: _TURN.TRANSPOSE,
-    6: _TURN.ROTATE_270,
-    7: _TURN.TRANSVERSE,
-    8: _TURN.ROTATE_90,
+TURNS = {  # by the value of that tag
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
 }
 
 
@@ -56,6 +57,8 @@ def checked(path: str | Path) -> os.stat_result:
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
     """Without Pillow's warnings of what is odd but can be read."""
+    from PIL import Image
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="PIL")
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -70,6 +73,8 @@ def read(source: Any, mode: str, formats: tuple[str, ...] = ROWS) -> tuple[Image
 
     Raises ValueError, or what Pillow raises (many kinds of errors), for what cannot be shown.
     """
+    from PIL import Image
+
     if isinstance(source, Image.Image):
         image = source
     else:
@@ -81,7 +86,7 @@ def read(source: Any, mode: str, formats: tuple[str, ...] = ROWS) -> tuple[Image
     turn = TURNS.get(_orientation(image))
     seen = _seen_through(image) if image.mode != mode or image.info else None
     plain = _converted(image, mode) if seen is None else _on_white(seen, mode)
-    return (plain if turn is None else plain.transpose(turn)), seen is not None
+    return (plain if turn is None else plain.transpose(Image.Transpose[turn])), seen is not None
 
 
 def _orientation(image: Image.Image) -> Any:
@@ -93,6 +98,8 @@ def _orientation(image: Image.Image) -> Any:
 
 def _seen_through(image: Image.Image) -> Image.Image | None:
     """The image with transparency of its own as RGBA or LA, or None where all of it is opaque."""
+    from PIL import Image
+
     if image.mode in TRANSPARENT:
         if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
             image = image.convert({"La": "LA", "RGBa": "RGBA"}[image.mode])
@@ -116,6 +123,8 @@ def _seen_through(image: Image.Image) -> Image.Image | None:
 
 
 def _on_white(image: Image.Image, mode: str) -> Image.Image:
+    from PIL import Image
+
     ground = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(ground, image.convert("RGBA")).convert("RGB").convert(mode)
 
@@ -143,4 +152,6 @@ def _converted(image: Image.Image, mode: str) -> Image.Image:
 
 def _eight(wide: np.ndarray) -> Image.Image:
     """16 bits scaled to 8: 65,535 is 255."""
+    from PIL import Image
+
     return Image.fromarray(((wide.astype(np.uint32) + 128) // 257).astype(np.uint8))

@@ -11,11 +11,12 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -107,41 +108,48 @@ def restore_latest(folder: Path, states: Mapping[str, BlockState]) -> dict[str, 
         if reason:
             log.warning("checkpoint %s is damaged (%s); using the one before it", path.name, reason)
             continue
-        saved, found = read_state(path), dict[str, dict[str, Tensor]]()
+        saved = read_state(path)
         for name, state in states.items():
-            # Copies: a mapped file would keep the checkpoint's folder alive after it is removed.
-            found[name] = {key: tensor.clone() for key, tensor in _tensors(path, name, saved).items()}
-            _check_tensors(path, found[name], state)
-        if (bad := next((key for tensors in found.values() if (key := not_finite(tensors))), None)) is not None:
+            _check_tensors(path, name, state, saved)
+        if not files.is_sealed(path / "state.json") and (bad := _not_finite_in(path, states)) is not None:
             log.warning("checkpoint %s is damaged (%s is not finite); using the one before it", path.name, bad)
             continue
         for name, state in states.items():
             state.steps = saved["steps"][name]
-            state.replace(found.pop(name))
+            # Copies: a mapped file would keep the checkpoint's folder alive after it is removed.
+            tensors = {key: t for part in _parts(name) for key, t in load_file(str(path / part)).items()}
+            state.replace({key: tensor.clone() for key, tensor in tensors.items()})
         return saved
     return None
 
 
-def _tensors(path: Path, name: str, saved: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights, averages and optimizer state of one owner."""
-    parts = f"{name}.safetensors", f"optimizer-{name}.safetensors"
-    if name not in saved["steps"] or not set(parts) <= saved["files"].keys():
-        raise _differs(path, f"it has no {name}")
-    return {key: tensor for part in parts for key, tensor in load_file(str(path / part)).items()}
+def _parts(name: str) -> tuple[str, str]:
+    return f"{name}.safetensors", f"optimizer-{name}.safetensors"
 
 
-def _check_tensors(path: Path, found: Mapping[str, Tensor], state: BlockState) -> None:
+def _check_tensors(path: Path, name: str, state: BlockState, saved: Mapping[str, Any]) -> None:
     """Raises UserError where a checkpoint's tensors are not those of the network and its optimizer."""
-    known = state.shapes()
-    for key, tensor in found.items():
-        if key not in known:
-            raise _differs(path, f"there is no {key.removeprefix('model.')} now")
-        if (tensor.dtype, tensor.shape) != known[key]:
-            dtype, shape = known[key]
-            there = f"{tensor.dtype} {list(tensor.shape)} there and {dtype} {list(shape)} here"
-            raise _differs(path, f"{key.removeprefix('model.')} is {there}")
-    if missing := [key for key in state.tensors() if key.startswith("model.") and key not in found]:
+    if name not in saved["steps"] or not set(_parts(name)) <= saved["files"].keys():
+        raise _differs(path, f"it has no {name}")
+    known, seen = state.shapes(), set[str]()
+    for part in _parts(name):
+        with safe_open(str(path / part), "pt") as stream:
+            for key in stream.keys():  # noqa: SIM118  (not a dict)
+                if key not in known:
+                    raise _differs(path, f"there is no {key.removeprefix('model.')} now")
+                tensor, (dtype, shape) = stream.get_tensor(key), known[key]  # mapped, not read
+                if (tensor.dtype, tensor.shape) != (dtype, shape):
+                    there = f"{tensor.dtype} {list(tensor.shape)} there and {dtype} {list(shape)} here"
+                    raise _differs(path, f"{key.removeprefix('model.')} is {there}")
+                seen.add(key)
+    if missing := [key for key in state.tensors() if key.startswith("model.") and key not in seen]:
         raise _differs(path, f"it has no {missing[0].removeprefix('model.')}")
+
+
+def _not_finite_in(path: Path, names: Iterable[str]) -> str | None:
+    """The first tensor that is not finite, in a checkpoint of an earlier version: what `save` seals is."""
+    parts = (load_file(str(path / part)) for name in names for part in _parts(name))
+    return next(filter(None, map(not_finite, parts)), None)
 
 
 def _differs(path: Path, what: str) -> UserError:

@@ -7,6 +7,7 @@ places where libraries differ: a step count that is a plain number, and tables t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,8 +80,19 @@ def state_shapes(
     parameters: Mapping[str, nn.Parameter], config: TrainingConfig
 ) -> dict[str, tuple[torch.dtype, torch.Size]]:
     """`<parameter>.<key>` -> dtype and shape of all that the optimizer will keep: what a step makes on tensors without data."""
+    return _state_shapes(
+        tuple((name, p.dtype, p.shape) for name, p in parameters.items()), config.optimizer, *config.betas
+    )
+
+
+@lru_cache(maxsize=64)
+def _state_shapes(
+    parameters: tuple[tuple[str, torch.dtype, torch.Size], ...], optimizer_name: str, *betas: float
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """Once for blocks that are alike."""
+    config = TrainingConfig(optimizer=optimizer_name, betas=list(betas))
     with FakeTensorMode(allow_non_fake_inputs=True), OneForNumbers():
-        empty = {name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype)) for name, p in parameters.items()}
+        empty = {name: nn.Parameter(torch.empty(shape, dtype=dtype)) for name, dtype, shape in parameters}
         optimizer = new_optimizer(empty.values(), config)
         for p in empty.values():
             p.grad = torch.empty_like(p)
