@@ -121,14 +121,14 @@ def test_damaged_images_are_named_or_counted(kind, images, caplog, monkeypatch):
 
 
 def test_unreadable_permissions_are_named(images, monkeypatch):
-    real = sources.pictures.Image.open
+    real = Image.open
 
     def closed(path, **options):
         if str(path).endswith("3.png"):
             raise PermissionError(13, "Permission denied", str(path))
         return real(path, **options)
 
-    monkeypatch.setattr(sources.pictures.Image, "open", closed)
+    monkeypatch.setattr(Image, "open", closed)
     refused(lambda: load_images(DataConfig(path=str(images))), images / "a" / "3.png", "Permission denied")
 
 
