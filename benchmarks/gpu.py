@@ -216,7 +216,7 @@ PARTS = {
     "large": Part(large, 95, 80),
     "tests": Part(tests, 215, 190, ("pytest",)),
     "memory": Part(memory, 215, 110),
-    "card": Part(card, 215, 60, ("jsonargparse", "rich", "sklearn")),
+    "card": Part(card, 215, 60, ("rich", "sklearn")),
 }
 STAGES = (
     ("speed",),

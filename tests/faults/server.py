@@ -23,7 +23,7 @@ from typing import Any
 
 MODULES = (
     "diffusionblocks.cli", "diffusionblocks.cli_sample", "diffusionblocks.evaluation.run", "diffusionblocks.evaluation.compare",
-    "diffusionblocks.report.page", "diffusionblocks.recipes.networks", "jsonargparse", "sklearn.datasets", "matplotlib.figure",
+    "diffusionblocks.report.page", "diffusionblocks.recipes.networks", "sklearn.datasets", "matplotlib.figure",
     "transformers.models.vit.modeling_vit", "transformers.models.llama.modeling_llama", "torch.distributed._tools.mem_tracker",
 )  # fmt: skip
 
