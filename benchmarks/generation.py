@@ -1,7 +1,8 @@
 """Image generation on dit-mnist: quality at equal layer evaluations, the number of blocks, borders, and sampling time.
 
     python benchmarks/generation.py quality --jobs 2     every method, three seeds, with curves over compute
-    python benchmarks/generation.py blocks --jobs 2      B = 1, 2, 3, 4, 6 and uniform borders, one seed, a third of the budget
+    python benchmarks/generation.py blocks --jobs 2      B = 1, 2, 3, 4, 6 and uniform borders, one seed, a third of the
+                                                         budget
     python benchmarks/generation.py sampling             wall time per image, alternating, from the runs of `quality`
 
 Each part writes benchmarks/results/generation-PART.json. Finished runs below --output-dir are reused.

@@ -1,4 +1,5 @@
-"""Looped networks on looped-pydocs: quality at equal training compute and at equal samples, and the cost of a training step.
+"""Looped networks on looped-pydocs: quality at equal training compute and at equal samples, and the cost of a training
+step.
 
     python benchmarks/looped.py quality --jobs 2     every method, three seeds
     python benchmarks/looped.py speed                training steps, alternating, one thread

@@ -1,7 +1,8 @@
 """Predicted against measured peak training memory, method by method.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py card     predictions for a card, made here, against what one H100 measured (results/memory-h100.json)
+    python benchmarks/memory.py card     predictions for a card, made here, against what one H100 measured
+                                         (results/memory-h100.json)
 
 Every row is measured in a process of its own by torch's profiler, which is not the predictor's instrument, on the CPU:
 one step of every block after every block has stepped, residency disk. Writes benchmarks/results/memory.json and

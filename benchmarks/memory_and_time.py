@@ -2,9 +2,9 @@
 
     python benchmarks/memory_and_time.py
 
-Two regimes: activations dominate (width 256, 64 patches, batch 64) and parameters dominate (width 1024, batch 1). Memory:
-residency disk, after every block has stepped. Time: residency device, one end-to-end step and one step of each block in
-turn, over and over; the ratio is taken pair by pair and its median is reported. Writes
+Two regimes: activations dominate (width 256, 64 patches, batch 64) and parameters dominate (width 1024, batch 1).
+Memory: residency disk, after every block has stepped. Time: residency device, one end-to-end step and one step of each
+block in turn, over and over; the ratio is taken pair by pair and its median is reported. Writes
 benchmarks/results/memory-and-time.json.
 """
 

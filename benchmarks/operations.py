@@ -1,9 +1,10 @@
-"""Operations that a training step dispatches, views left out: about what a card would launch, which bounds small steps there.
+"""Operations that a training step dispatches, views left out: about what a card would launch, which bounds small steps
+there.
 
     python benchmarks/operations.py
 
-A round (one step of every block on the same batch) against one end-to-end step of the same network, twelve layers, bf16 autocast. The
-count does not depend on widths or on the batch. Writes benchmarks/results/operations.json.
+A round (one step of every block on the same batch) against one end-to-end step of the same network, twelve layers, bf16
+autocast. The count does not depend on widths or on the batch. Writes benchmarks/results/operations.json.
 """
 
 from __future__ import annotations

@@ -107,7 +107,8 @@ def generation_table() -> None:
     data = load("generation-quality")["results"]
     whole = data[0]["peak_memory"]["total"]
     print(
-        "\n| dit-mnist, B = 3 | denoising loss | feature distance | class accuracy (%) | bits per dimension | peak memory |"
+        "\n| dit-mnist, B = 3 | denoising loss | feature distance | class accuracy (%) | bits per dimension "
+        "| peak memory |"
     )
     print("|---|---|---|---|---|---|")
     for result in data:
@@ -121,7 +122,8 @@ def adapt_table(part: str) -> None:
     data = load(f"adapt-{part}")["results"]
     whole = next(row for row in data if row["method"] == "full")
     print(
-        f"\n| {part} | seeds | nats per token | behind full | general text, nats | layer evaluations | samples | peak memory |"
+        f"\n| {part} | seeds | nats per token | behind full | general text, nats | layer evaluations | samples "
+        "| peak memory |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for row in data:
@@ -159,8 +161,8 @@ def over_lengths(axis: Any, steps: dict[str, Any]) -> None:
 def over_compute(
     name: str, metrics: dict[str, str], curve_label: str, scale: str, target: str, lengths: str = ""
 ) -> None:
-    """A validation curve over compute of every run (with `lengths`, a result's name: of trainings of several lengths), and test
-    metrics {name: label} of the finished ones."""
+    """A validation curve over compute of every run (with `lengths`, a result's name: of trainings of several lengths),
+    and test metrics {name: label} of the finished ones."""
     data = load(name)
     figure, axes = plt.subplots(1, 1 + len(metrics), figsize=(11.5, 2.6), layout="constrained")
     if lengths:
@@ -189,7 +191,8 @@ def text_table(name: str, recipe: str, bits: str) -> None:
     data = load(name)["results"]
     whole = data[0]["peak_memory"]["total"]
     print(
-        f"\n| {recipe}, B = 3 | {bits.replace('_', ' ')} | entropy | distinct pairs | peak memory |\n|---|---|---|---|---|"
+        f"\n| {recipe}, B = 3 | {bits.replace('_', ' ')} | entropy | distinct pairs | peak memory |\n"
+        "|---|---|---|---|---|"
     )
     for result in data:
         metrics = result["metrics"]

@@ -2,7 +2,8 @@
 
     python benchmarks/text.py quality --jobs 2     mdlm-pydocs: every method, three seeds, with curves over compute
     python benchmarks/text.py stdlib --jobs 2 --seed 4 --seeds 6 --every 5000     the same of mdlm-stdlib
-    python benchmarks/text.py lengths --jobs 2 --seed 4 --seeds 1 --every 5000    mdlm-stdlib, trainings of several lengths
+    python benchmarks/text.py lengths --jobs 2 --seed 4 --seeds 1 --every 5000    mdlm-stdlib, trainings of several
+                                                                                  lengths
     python benchmarks/text.py speed                tokens per second of sampling and of training steps, alternating
 
 Each part writes benchmarks/results/text-PART.json. Finished runs below --output-dir are reused.
@@ -62,7 +63,8 @@ def quality(arguments: argparse.Namespace, recipe: str = "mdlm-pydocs") -> dict[
 
 
 def lengths(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Quality over compute: a whole training, its schedule and branching with it, of each length; other settings the recipe's."""
+    """Quality over compute: a whole training, its schedule and branching with it, of each length; other settings the
+    recipe's."""
     kept, folder = ("metrics", "layer_evaluations", "wall_seconds"), Path(arguments.output_dir) / "lengths"
     commands, found = [], {}
     for steps in LENGTHS:
@@ -92,7 +94,8 @@ def _sampling() -> dict[str, Any]:
     recipe = runs["diffusionblocks"].recipe
     return {
         "num_blocks": recipe.blocks.num_blocks,
-        "sampler": f"{recipe.task.sampler}, {recipe.task.sampling_steps} steps, {texts} texts of {recipe.data.length} tokens",
+        "sampler": f"{recipe.task.sampler}, {recipe.task.sampling_steps} steps, "
+        f"{texts} texts of {recipe.data.length} tokens",
         **compared(seconds, texts * recipe.data.length, "end-to-end"),
     }
 

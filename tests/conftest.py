@@ -30,7 +30,8 @@ from tests.second_device.device import register
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
-# Where tests/second_device runs: `sim`, the device of the same folder, or a card (`cuda`). It is then what `--device auto` finds.
+# Where tests/second_device runs: `sim`, the device of the same folder, or a card (`cuda`). It is then what
+# `--device auto` finds.
 DEVICE = os.environ.get("DIFFUSIONBLOCKS_TEST_DEVICE", "")
 if DEVICE == "sim":
     register()

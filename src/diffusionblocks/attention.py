@@ -16,9 +16,10 @@ from diffusionblocks.errors import UserError
 
 
 class View(NamedTuple):
-    """positions: [N or 1, T], what rotary or learned positions are taken at. mask: additive, [N or 1, 1, T or 1, T], 0 where
-    a row may look and very negative where not (or a BlockMask of FlexAttention); None = everywhere. causal: only at earlier
-    positions, besides. cache: keys and values of transformers, which the layers read and add their own to."""
+    """positions: [N or 1, T], what rotary or learned positions are taken at. mask: additive, [N or 1, 1, T or 1, T], 0
+    where a row may look and very negative where not (or a BlockMask of FlexAttention); None = everywhere. causal: only
+    at earlier positions, besides. cache: keys and values of transformers, which the layers read and add their own
+    to."""
 
     positions: Tensor
     mask: Any = None
@@ -48,8 +49,8 @@ def cache_argument(function: Callable[..., Any]) -> str:
 
 
 def token_positions(batch: Mapping[str, Tensor]) -> Tensor:
-    """Where in its document every token of `input_ids` [N, T] is: [N or 1, T]. What `positions` says; else counted from 0, anew
-    in each of the `segments`."""
+    """Where in its document every token of `input_ids` [N, T] is: [N or 1, T]. What `positions` says; else counted from
+    0, anew in each of the `segments`."""
     if "positions" in batch:
         return batch["positions"]
     tokens, segments = batch["input_ids"], batch.get("segments")
@@ -61,8 +62,9 @@ def both_ways(batch: Mapping[str, Tensor], like: Tensor) -> View:
     """Attention in both directions over the tokens of a batch.
 
     Args:
-        batch: `input_ids` [N, T]; may hold `attention_mask` [N, T] (0 = padding, which nobody attends to) and, for several documents packed
-            into one row, `segments` [N, T]: tokens attend inside their own segment, where positions start at 0.
+        batch: `input_ids` [N, T]; may hold `attention_mask` [N, T] (0 = padding, which nobody attends to) and, for
+            several documents packed into one row, `segments` [N, T]: tokens attend inside their own segment, where
+            positions start at 0.
         like: hidden states [N, T, D]; the mask gets their type.
     """
     real, segments = batch.get("attention_mask"), batch.get("segments")
@@ -80,8 +82,8 @@ def both_ways(batch: Mapping[str, Tensor], like: Tensor) -> View:
 
 
 def causally(batch: Mapping[str, Tensor], like: Tensor) -> View:
-    """Attention to earlier tokens, of the same document where `segments` [N, T] are told apart. Padding at the end needs no
-    mask. like: hidden states [N, T, D]; the mask gets their type."""
+    """Attention to earlier tokens, of the same document where `segments` [N, T] are told apart. Padding at the end
+    needs no mask. like: hidden states [N, T, D]; the mask gets their type."""
     allowed = _earlier(like.shape[1], like.device) & _same(batch.get("segments"), batch.get("segments"))
     return View(token_positions(batch), _additive(allowed, like), causal=True)
 
@@ -89,7 +91,8 @@ def causally(batch: Mapping[str, Tensor], like: Tensor) -> View:
 def side_by_side(batch: Mapping[str, Tensor], like: Tensor, *, flex: bool = False) -> View:
     """Clean tokens 0 to T-2 beside noisy targets of the tokens 1 to T-1: [N, 2 (T - 1), D] ([DB] section 5.4, [BD3]).
 
-    A clean token attends to clean ones up to itself. A noisy target attends to itself and to the clean tokens before it.
+    A clean token attends to clean ones up to itself. A noisy target attends to itself and to the clean tokens before
+    it.
 
     Args:
         batch: `input_ids` [N, T], and optionally `segments`. like: hidden states; the mask gets their type.

@@ -1,7 +1,7 @@
 """The command line: `dblocks recipes | train | adapt | evaluate | sample | compare | plan | export | report`.
 
-Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted (Ctrl-C), 143
-terminated (SIGTERM).
+Exit codes: 0 done, 2 the input is wrong (one line says what and how to fix it), 1 anything else, 130 interrupted
+(Ctrl-C), 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def _recipe(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _overrides(tokens: list[str]) -> list[tuple[str, Any]]:
-    """--key.sub value, --key.sub=value and bare --flag -> (key.sub, value), values read as YAML where they are not text."""
+    """--key.sub value, --key.sub=value and bare --flag -> (key.sub, value), values read as YAML where they are not
+    text."""
     from diffusionblocks.recipes import read_value
 
     pairs: list[tuple[str, Any]] = []
@@ -211,7 +212,8 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
 
 
 def _card(device: str) -> tuple[int | None, int | None]:
-    """Memory of the card that training would use here, and what is free of it now; None twice where it would not use one."""
+    """Memory of the card that training would use here, and what is free of it now; None twice where it would not use
+    one."""
     import torch
 
     from diffusionblocks.memory.card import target_device
@@ -312,7 +314,8 @@ def number(text: str) -> float:
 
 
 def _joined(argv: list[str], commands: dict[str, argparse.ArgumentParser]) -> list[str]:
-    """Settings that the command's parser does not know, as --key=value: it would take their values for positional ones."""
+    """Settings that the command's parser does not know, as --key=value: it would take their values for positional
+    ones."""
     known = commands[argv[0]]._option_string_actions if argv[0] in commands else {}
     joined: list[str] = []
     takes = False

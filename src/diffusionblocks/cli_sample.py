@@ -29,7 +29,8 @@ def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> A
     run = load_run(folder, overrides, with_data=False)
     if run.recipe.method in in_context.METHODS:
         raise UserError(
-            f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and report.html"
+            f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and "
+            "report.html"
         )
     if isinstance(run.recipe.task, ImageGeneration):
         _only(arguments, "images", ("class", "guidance", "grid", "steps", "sampler", "seed"))
@@ -79,7 +80,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _stops(texts: Sequence[str]) -> list[str]:
-    """Strings that end a text, as they were meant: \\n is a line break. Raises UserError for an escape that means nothing."""
+    """Strings that end a text, as they were meant: \\n is a line break. Raises UserError for an escape that means
+    nothing."""
     found = []
     for text in texts:
         try:
@@ -173,6 +175,7 @@ def _sample_labels(arguments: argparse.Namespace, run: Any) -> Any:
         for row in found["predictions"]:
             mark = "" if row["predicted"] == row["label"] else "  wrong"
             print(
-                f"{row['index']:5d}  label {row['label']}  predicted {row['predicted']} ({row['probability']:.1%}){mark}"
+                f"{row['index']:5d}  label {row['label']}  predicted {row['predicted']} "
+                f"({row['probability']:.1%}){mark}"
             )
     return found

@@ -20,31 +20,33 @@ class BlocksConfig:
         num_blocks: B, the one dial.
         layers_per_block: explicit uneven split; empty = equal parts.
         context: `input` (every block reads x) or `features` (block b reads what block b-1 made of x, detached).
-        target_entry: where the noisy target enters the network: `replace` the first token ([DB]; of tokens: a noisy sequence
-            beside the clean one), `add` to it through a projection that starts at zero (labels only), or `none` (only the
-            readout sees it).
+        target_entry: where the noisy target enters the network: `replace` the first token ([DB]; of tokens: a noisy
+            sequence beside the clean one), `add` to it through a projection that starts at zero (labels only), or
+            `none` (only the readout sees it).
         readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
         target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
         shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
             `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is `frozen`.
-        target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a looped
-            network (`recurrent`); `auto` = what the network is made for.
-        levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]); `auto` = information
-            where it can be, log-normal for images. schedule: of masked tokens, `linear` or `cosine`.
+        target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a
+            looped network (`recurrent`); `auto` = what the network is made for.
+        levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]);
+            `auto` = information where it can be, log-normal for images. schedule: of masked tokens, `linear` or
+            `cosine`.
         borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
         least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
         sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
         overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
         condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
             and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
-        head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last block of
-            next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands nothing on.
+        head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last
+            block of next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands
+            nothing on.
         head_start: weights of these layers: `fresh`, or those of the network's `last` layers (next tokens).
-        distill: next tokens in features context: as long as only heads learn (train.heads_first) they learn what the whole network
-            answers, not the tokens of the text.
-        ordinary: next tokens in features context: weight of the ordinary loss at the end of the network, through the layers after the
-            block, beside the block's own (0 = none: blocks need nothing of one another), which counts exp(ordinary loss - own loss): as
-            much as its head can be trusted.
+        distill: next tokens in features context: as long as only heads learn (train.heads_first) they learn what the
+            whole network answers, not the tokens of the text.
+        ordinary: next tokens in features context: weight of the ordinary loss at the end of the network, through the
+            layers after the block, beside the block's own (0 = none: blocks need nothing of one another), which counts
+            exp(ordinary loss - own loss): as much as its head can be trusted.
         prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
     """
 
@@ -73,7 +75,8 @@ class BlocksConfig:
     prelude: int = option(0, least=0)
     coda: int = option(0, least=0)
 
-    # What only makes sense where a label is the target and the network reads something else (masked tokens: with the level).
+    # What only makes sense where a label is the target and the network reads something else (masked tokens: with the
+    # level).
     LABEL_ONLY: ClassVar[tuple[str, ...]] = (
         "target_entry",
         "readout",
@@ -136,7 +139,8 @@ class BlocksConfig:
             )
         if self.target_entry == "none" and self.condition_width:
             raise UserError(
-                "blocks.condition_width is for next-token denoisers that read the noisy target (blocks.target_entry replace)"
+                "blocks.condition_width is for next-token denoisers that read the noisy target (blocks.target_entry "
+                "replace)"
             )
         if self.target_entry == "replace" and self.context == "features" and not self.head_layers:
             raise UserError(
@@ -146,11 +150,13 @@ class BlocksConfig:
     def _check_recurrent(self) -> None:
         if self.num_blocks != 1:
             raise UserError(
-                f"a looped network is not split: its layers are shared by all noise levels; set blocks.num_blocks to 1, got {self.num_blocks}"
+                "a looped network is not split: its layers are shared by all noise levels; set blocks.num_blocks to 1, "
+                f"got {self.num_blocks}"
             )
         if self.layers_per_block:
             raise UserError(
-                "blocks.layers_per_block is for networks that are split; a looped one has blocks.prelude and blocks.coda"
+                "blocks.layers_per_block is for networks that are split; a looped one has blocks.prelude and "
+                "blocks.coda"
             )
         if self.target_entry != "none" or self.context != "input":
             raise UserError(
@@ -162,9 +168,11 @@ class BlocksConfig:
         return 0 if target == "causal" and last and self.target_entry == "none" else self.head_layers
 
     def evaluations(self, layers: int, last: bool, target: str, after: int = 0) -> int:
-        """Layers that a sample passes in a step of a block of `layers`. A noisy sequence beside the clean one counts as much.
+        """Layers that a sample passes in a step of a block of `layers`. A noisy sequence beside the clean one counts as
+        much.
 
-        after: layers behind the block, which the ordinary loss passes (forward, recomputed, and backward without weights).
+        after: layers behind the block, which the ordinary loss passes (forward, recomputed, and backward without
+        weights).
         """
         twice = 2 if target == "causal" and self.target_entry == "replace" else 1
         own = layers * twice if self.context == "input" else layers + self.heads(last, target) * twice
@@ -176,8 +184,8 @@ class BlocksConfig:
         return alike and len(layers) > 1 and self.context == "input" and self.shared == "copies"
 
     def distribution(self, table: Tensor | None = None, prior: Tensor | None = None) -> LevelDistribution:
-        """Of Gaussian noise levels; `table` [V, D] holds the embeddings of a discrete target, `prior` [V] how often each is met
-        (None = all alike)."""
+        """Of Gaussian noise levels; `table` [V, D] holds the embeddings of a discrete target, `prior` [V] how often
+        each is met (None = all alike)."""
         if self.levels == "information" or (self.levels == "auto" and table is not None):
             assert table is not None
             return Information(

@@ -1,17 +1,18 @@
 """Exact training: the ordinary loss at the end of the network, one block's parameters at a time.
 
-Only the active block has gradients and optimizer state on the device. Where idle blocks live elsewhere (residency host or
-disk), their layers visit the device one at a time. The result is the ordinary network. There are two ways to it:
+Only the active block has gradients and optimizer state on the device. Where idle blocks live elsewhere (residency host
+or disk), their layers visit the device one at a time. The result is the ordinary network. There are two ways to it:
 
-in turn   (orders sweep, cyclic, random, sequential) Every block step is a pass of its own. The blocks before the active one run
-          without a graph; those after it are recomputed layer by layer in the backward pass (BAdam, Luo et al. 2024, arXiv
-          2404.02827, trains so with Adam).
-backward  (order backward) One batch visits all blocks, last to first, in one backward pass. The forward pass keeps what enters
-          each block, and no graph but the last block's. Each block in its turn is recomputed, takes the gradient of what it
-          handed on, steps, and passes the gradient of what entered it down (`Passage`). No block is read again after it has
-          changed, so the updates are those of ordinary training, for a quarter more computation (B = 4) and one
-          block's memory (the execution layer by layer of Pudipeddi et al. 2020, arXiv 2002.05645, by blocks). With keep_graphs K
-          the last K blocks are not recomputed: their graphs wait from the forward pass on, without the weights (`WithoutWeights`).
+in turn   (orders sweep, cyclic, random, sequential) Every block step is a pass of its own. The blocks before the active
+          one run without a graph; those after it are recomputed layer by layer in the backward pass (BAdam, Luo et al.
+          2024, arXiv 2404.02827, trains so with Adam).
+backward  (order backward) One batch visits all blocks, last to first, in one backward pass. The forward pass keeps what
+          enters each block, and no graph but the last block's. Each block in its turn is recomputed, takes the gradient
+          of what it handed on, steps, and passes the gradient of what entered it down (`Passage`). No block is read
+          again after it has changed, so the updates are those of ordinary training, for a quarter more computation
+          (B = 4) and one block's memory (the execution layer by layer of Pudipeddi et al. 2020, arXiv 2002.05645, by
+          blocks). With keep_graphs K the last K blocks are not recomputed: their graphs wait from the forward pass on,
+          without the weights (`WithoutWeights`).
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ class Passage:
     """One batch (or part of one) on its way through the network and back, between the steps of its blocks.
 
     Args:
-        trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is recomputed must
-            draw what it drew. kept: those of the trained blocks, the last aside, whose graphs are kept.
-        entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch itself.
-        leaving: kept block -> what the next trained block got of it, with the graph between the two. graphs: what they hold.
-        reached: the block that stepped last. gradient: of the loss with respect to what entered that block. loss: the ordinary one.
+        trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is
+            recomputed must draw what it drew. kept: those of the trained blocks, the last aside, whose graphs are kept.
+        entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch
+            itself.
+        leaving: kept block -> what the next trained block got of it, with the graph between the two. graphs: what they
+            hold.
+        reached: the block that stepped last. gradient: of the loss with respect to what entered that block. loss: the
+            ordinary one.
     """
 
     trained: Sequence[int]
@@ -76,13 +80,14 @@ class Passage:
         return max((block for block in self.trained if block < index), default=None)
 
     def keeps_graph(self, index: int) -> bool:
-        """Whether block `index` belongs to a graph that is kept: is a kept block, or (recomputed) between one and the next trained
-        block."""
+        """Whether block `index` belongs to a graph that is kept: is a kept block, or (recomputed) between one and the
+        next trained block."""
         owner = index if index in self.trained else self.below(index)
         return owner in self.kept
 
     def stepped(self, index: int, loss: Tensor, parts: int) -> None:
-        """After the backward pass of block `index`, whose loss was divided by `parts`: what the next block down needs."""
+        """After the backward pass of block `index`, whose loss was divided by `parts`: what the next block down
+        needs."""
         self.loss = loss if self.loss is None else self.loss
         self.reached, self.gradient = index, None
         if (entered := self.entering.pop(index, None)) is not None and entered.grad is not None:
@@ -110,9 +115,9 @@ class _Named(NamedTuple):
 
 
 class WithoutWeights(saved_tensors_hooks):
-    """Graphs made within save the given weights (views of them, and what autocast makes of them) by name alone: what a weight is
-    when the backward pass comes is what it was, wherever its values have been meanwhile. Weights may thus leave the device between
-    the two passes."""
+    """Graphs made within save the given weights (views of them, and what autocast makes of them) by name alone: what a
+    weight is when the backward pass comes is what it was, wherever its values have been meanwhile. Weights may thus
+    leave the device between the two passes."""
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
         self.weights = {id(weight): weight for weight in weights}
@@ -159,8 +164,8 @@ def layer_evaluations(sizes: Sequence[int], one_pass: bool = False, keep_graphs:
     """Layers that one sample passes in the step of each block, where all are trained. Forward counts a third, so do the
     backward pass to the layer's input and that to its weights.
 
-    In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it. In one
-    pass: the last block as before, the others backward and, but for `keep_graphs` - 1 of them, recomputed.
+    In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it.
+    In one pass: the last block as before, the others backward and, but for `keep_graphs` - 1 of them, recomputed.
     """
     after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
     in_turn = [sum(sizes) / 3 + own * 2 / 3 + rest * 2 / 3 for own, rest in zip(sizes, after, strict=True)]
@@ -183,7 +188,8 @@ class BlockCoordinateModel(EndToEndModel):
         BlockModel.__init__(self)
         if parts.target == "image":
             raise UserError(
-                "exact cannot train a DiT: its readout reads the embedding of the first layer, so no block owns that alone"
+                "exact cannot train a DiT: its readout reads the embedding of the first layer, so no block owns that "
+                "alone"
             )
         if parts.target == "masked":
             raise UserError("exact trains with the next-token or label loss; masked diffusion has no exact mode")
@@ -210,7 +216,8 @@ class BlockCoordinateModel(EndToEndModel):
         return checkpoint(self.readout, hidden, use_reentrant=False)
 
     def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
-        """What the last layer hands to the readout [N, T, D]. With a passage under way, what enters blocks is kept there."""
+        """What the last layer hands to the readout [N, T, D]. With a passage under way, what enters blocks is kept
+        there."""
         passage = self.passage if active is not None else None
         if active is not None:
             self._train(active, *(passage.kept if passage is not None else ()))
@@ -231,8 +238,8 @@ class BlockCoordinateModel(EndToEndModel):
     def going_down(self, index: int, batch: Batch, passage: Passage) -> tuple[Tensor, float]:
         """The loss of a passage for block `index`, and the layers that a sample passed.
 
-        Its value is the ordinary loss's, and so is its gradient in this block and in what enters it, though no later block is
-        read, but those between this one and the last that stepped.
+        Its value is the ordinary loss's, and so is its gradient in this block and in what enters it, though no later
+        block is read, but those between this one and the last that stepped.
         """
         assert passage.gradient is not None and passage.loss is not None
         self._train(index)

@@ -16,7 +16,8 @@ log = logging.getLogger("diffusionblocks")
 
 
 def find_device(name: str, option: str = "train.device") -> torch.device:
-    """The device that `name` means: `auto` (the accelerator that torch finds here, else the CPU), `cpu`, `cuda`, `cuda:1`, `mps` ...
+    """The device that `name` means: `auto` (the accelerator that torch finds here, else the CPU), `cpu`, `cuda`,
+    `cuda:1`, `mps` ...
 
     Args:
         option: what the user set, for messages.

@@ -1,8 +1,9 @@
-"""Files that this package writes and reads back: whole or not at all, with a hash inside, and one message for a damaged one.
+"""Files that this package writes and reads back: whole or not at all, with a hash inside, and one message for a damaged
+one.
 
-A sealed file carries the hash of its own content: JSON in the key `blake2b`, YAML in a comment on its last line. So a file that was
-changed or cut is told from a good one without a second file that could disagree. Files that older versions wrote have no seal and
-are taken as they are, where their shape is right.
+A sealed file carries the hash of its own content: JSON in the key `blake2b`, YAML in a comment on its last line. So a
+file that was changed or cut is told from a good one without a second file that could disagree. Files that older
+versions wrote have no seal and are taken as they are, where their shape is right.
 """
 
 from __future__ import annotations
@@ -248,7 +249,8 @@ _WRONG_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EIS
 def explained(error: BaseException, path: Path | None = None) -> Exception | None:
     """What to tell a user when the system refused to read or write: DiskFull, UserError, or None for any other error.
 
-    Libraries wrap the system's error in types of their own and keep only its text. path: what was to be written, where that is known.
+    Libraries wrap the system's error in types of their own and keep only its text. path: what was to be written, where
+    that is known.
     """
     text, code = " ".join(str(error).split()), getattr(error, "errno", None)
     if isinstance(error, ValueError) and "null byte" in text:

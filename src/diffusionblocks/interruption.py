@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM: what they end, when, and what is saved before.
 
-While a run trains, the first signal lets the visit under way end and a checkpoint be written (`Stop`). Everywhere else it ends what
-is going on at once, and what was half written is removed (`interruptible`). SIGTERM, which schedulers follow up with a kill, waits
-for a visit `GRACE` seconds at most. Nothing interrupts the cleaning up.
+While a run trains, the first signal lets the visit under way end and a checkpoint be written (`Stop`). Everywhere else
+it ends what is going on at once, and what was half written is removed (`interruptible`). SIGTERM, which schedulers
+follow up with a kill, waits for a visit `GRACE` seconds at most. Nothing interrupts the cleaning up.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def ignore() -> None:
 
 @contextlib.contextmanager
 def _handled(handle: Any) -> Iterator[None]:
-    """Both signals go to `handle`, where this is the main thread and they are not ignored (as in what a shell puts in the background)."""
+    """Both signals go to `handle`, where this is the main thread and they are not ignored (as in what a shell puts in
+    the background)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -78,8 +79,8 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_at_once() -> Iterator[None]:
-    """For what only reads: either signal ends the process where it is. An error raised in the middle of torch's tracing, where C++ calls
-    Python, could end it with a core dump."""
+    """For what only reads: either signal ends the process where it is. An error raised in the middle of torch's
+    tracing, where C++ calls Python, could end it with a core dump."""
 
     def handle(number: int, frame: object) -> None:
         _say(f"dblocks: {'terminated' if number == signal.SIGTERM else 'interrupted'}")
@@ -176,8 +177,8 @@ def _say(line: str) -> None:
 
 
 def end_with_parent() -> None:
-    """Where the environment asks for it, SIGTERM comes when the process that started this one is gone: its end of our standard input
-    closes then, however it died."""
+    """Where the environment asks for it, SIGTERM comes when the process that started this one is gone: its end of our
+    standard input closes then, however it died."""
     if os.environ.pop(PARENT, ""):
         threading.Thread(target=_watch, daemon=True).start()
 
@@ -198,6 +199,7 @@ def _terminate() -> None:
 
 
 def worker_ignores_ctrl_c(number: int = 0) -> None:
-    """For processes that load data: Ctrl-C on a terminal reaches them too, and they end with the run that they load for."""
+    """For processes that load data: Ctrl-C on a terminal reaches them too, and they end with the run that they load
+    for."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -4,10 +4,10 @@ For a target y with finitely many values, z = y + sigma eps and eta = 1 / (2 sig
 
     -log p(y) <= integral over eta of E||y - D(z)||^2 d eta        [nats]
 
-with equality for the posterior mean of the model's own p(y) (I-MMSE: Guo, Shamai, Verdu 2005; mismatched case: Verdu 2010;
-continuous-time ELBO: Kingma et al. 2021, arXiv 2107.00630). So every block owns a share of the nats, its noise range's, and
-the shares add up. Outside the range of levels, what is left is added exactly: above, the distance of z from pure noise;
-below, what the lowest level still hides, of a pixel or of a token.
+with equality for the posterior mean of the model's own p(y) (I-MMSE: Guo, Shamai, Verdu 2005; mismatched case: Verdu
+2010; continuous-time ELBO: Kingma et al. 2021, arXiv 2107.00630). So every block owns a share of the nats, its noise
+range's, and the shares add up. Outside the range of levels, what is left is added exactly: above, the distance of z
+from pure noise; below, what the lowest level still hides, of a pixel or of a token.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ GREYS = 256  # values of a pixel, evenly spaced in [-1, 1]
 
 
 class Shares(NamedTuple):
-    """Nats per image [N] each. blocks: of the noise range of each block [N, B]. prior: of the highest level. pixels: of what
-    the lowest level hides."""
+    """Nats per image [N] each. blocks: of the noise range of each block [N, B]. prior: of the highest level. pixels: of
+    what the lowest level hides."""
 
     blocks: Tensor
     prior: Tensor
@@ -72,8 +72,8 @@ def image_bound(
 
 
 class TokenShares(NamedTuple):
-    """Nats per token [M] each. blocks: of the noise range of each block [M, B]. prior: of what lies above the highest level.
-    hidden: of what the lowest level hides, which the last block tells."""
+    """Nats per token [M] each. blocks: of the noise range of each block [M, B]. prior: of what lies above the highest
+    level. hidden: of what the lowest level hides, which the last block tells."""
 
     blocks: Tensor
     prior: Tensor
@@ -98,15 +98,15 @@ def token_bound(
 
     The integral may end at any level: what is left there is the cross-entropy of a token given z.
 
-    In every block's range, `levels_per_block` strata of equal mass; a level is drawn evenly in eta inside each, so that errors
-    are weighed by the length of the stratum alone.
+    In every block's range, `levels_per_block` strata of equal mass; a level is drawn evenly in eta inside each, so that
+    errors are weighed by the length of the stratum alone.
 
     Args:
         measure: (block, sigma of shape `count`) -> squared errors ||y - D(z)||^2 and cross-entropies -log p(y | z), of
             shape [M] or [N, R], for z = y + sigma eps drawn there.
         count: shape of the levels that are drawn: one per text [N], or one per token.
-        lowest: level at which the integral ends; it is moved into the range of the last block. device: where levels are drawn, the
-            generator's.
+        lowest: level at which the integral ends; it is moved into the range of the last block. device: where levels are
+            drawn, the generator's.
     """
     last = partition.range(partition.num_blocks - 1)
     lowest = min(max(lowest, last.low), last.high)
@@ -140,17 +140,17 @@ def walk_bound(
 ) -> Tensor:
     """Upper bounds of -log p(token) in nats [M] when a token is drawn along K levels (`samplers.categorical.bridge`).
 
-    z_1 to z_K are ever less noisy versions of y, each z_k = z_{k+1} + more noise. A walk draws v from p(v | z_k) and z_{k+1} from
-    q(z_{k+1} | z_k, v); so its p(z_{k+1} | z_k) is a mixture, whose distance from q(z_{k+1} | z_k, y) is exact (the ELBO of a
-    chain: [VDM] section 2, here with a discrete target). In all:
+    z_1 to z_K are ever less noisy versions of y, each z_k = z_{k+1} + more noise. A walk draws v from p(v | z_k) and
+    z_{k+1} from q(z_{k+1} | z_k, v); so its p(z_{k+1} | z_k) is a mixture, whose distance from q(z_{k+1} | z_k, y) is
+    exact (the ELBO of a chain: [VDM] section 2, here with a discrete target). In all:
 
         -log p(y) <= E[-log p(y|z_K) + sum over k < K of (log p(y|z_k, z_{k+1}) - log p(y|z_k))] + 1 / (2 sigma_1^2)
 
     For posteriors of one p(y|x) the sum telescopes to -log p(y|x) at any K; with K it comes to `token_bound`.
 
     Args:
-        told: (z, sigma, z', sigma') -> log p(y | z, z') - log p(y | z) [M], where z' at the lower level sigma' is added to what is
-            known; without z' (None, 0) it is known that the token is y, and what remains is -log p(y | z).
+        told: (z, sigma, z', sigma') -> log p(y | z, z') - log p(y | z) [M], where z' at the lower level sigma' is added
+            to what is known; without z' (None, 0) it is known that the token is y, and what remains is -log p(y | z).
         clean: y [N, R, D]. levels: sigma of the K levels, falling.
     """
     z = add_noise(clean, clean.new_full((len(clean),), levels[-1]), generator=generator)

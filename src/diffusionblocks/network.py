@@ -75,10 +75,10 @@ class Parts:
 class DenoiserOutput(NamedTuple):
     """What a block makes of a noisy target.
 
-    estimate: D(z), shaped like z. raw: the network's own output: logits [N, V] for labels (with a Bayes readout these are
-    log p(v | x) up to a constant) or [N, T, V] for tokens, F of [EDM] eq. 7 for images. logits: of p(v | x, z), for discrete
-    targets. context: clean stream for the next block [N, T, D] (features context). loss: mean loss when the batch has the
-    clean target.
+    estimate: D(z), shaped like z. raw: the network's own output: logits [N, V] for labels (with a Bayes readout these
+    are log p(v | x) up to a constant) or [N, T, V] for tokens, F of [EDM] eq. 7 for images. logits: of p(v | x, z), for
+    discrete targets. context: clean stream for the next block [N, T, D] (features context). loss: mean loss when the
+    batch has the clean target.
     """
 
     estimate: Tensor
@@ -120,7 +120,8 @@ class Block(nn.Module):
 
 
 def documents_apart(batch: Batch, hidden: Tensor) -> View | None:
-    """What causal layers must be told about a batch: who attends to whom where several documents share a row; else None."""
+    """What causal layers must be told about a batch: who attends to whom where several documents share a row; else
+    None."""
     return causally(batch, hidden) if "segments" in batch else None
 
 
@@ -275,7 +276,8 @@ class Denoiser(nn.Module):
         return self.shared[name] if own is None else own
 
     def entering(self, batch: Batch) -> Tensor:
-        """Features context: the clean stream that a block after the first goes on from. Raises UserError when it is missing."""
+        """Features context: the clean stream that a block after the first goes on from. Raises UserError when it is
+        missing."""
         if "context" not in batch:
             before = self.index - 1
             raise UserError(f"block {self.index} reads the features of block {before}: pass them as batch['context']")
@@ -285,8 +287,8 @@ class Denoiser(nn.Module):
 class DiffusionBlocksModel(BlockModel):
     """B denoisers, one noise range each. `diffusionblocks.convert` builds the subclass for a network's target.
 
-    A subclass says how blocks are put together (`_build`), what a denoiser is (`_denoiser`) and which distribution noise
-    levels have (`_levels`).
+    A subclass says how blocks are put together (`_build`), what a denoiser is (`_denoiser`) and which distribution
+    noise levels have (`_levels`).
 
     Args:
         parts: from an adapter. config: how to split and condition.
@@ -374,7 +376,8 @@ class DiffusionBlocksModel(BlockModel):
         save_described(self, folder, {"blocks": asdict(self.config), "source": self.source})
 
     def start_from(self, folder: str | Path) -> None:
-        """Takes over the weights that `save_pretrained` wrote. Raises UserError when they are of another kind of model."""
+        """Takes over the weights that `save_pretrained` wrote. Raises UserError when they are of another kind of
+        model."""
         load_weights(self, folder)
 
     def save_block(self, index: int, path: str | Path) -> None:

@@ -133,8 +133,8 @@ class Information(_GaussianLevels):
         prior: probabilities [V]; uniform when None.
         least_hidden: the lowest level still hides this share of the entropy. Below it a batch teaches little, since
             the noisy target almost gives the answer away.
-        samples: Monte-Carlo draws per grid point, fewer for tables of more than 128 rows. The draws are common to all points
-            and seeded, so the same table always gives the same partition.
+        samples: Monte-Carlo draws per grid point, fewer for tables of more than 128 rows. The draws are common to all
+            points and seeded, so the same table always gives the same partition.
     """
 
     def __init__(

@@ -3,7 +3,8 @@
     steps: int = option(1000, least=1)
     betas: list[float] = option([0.9, 0.999], least=0, below=1, count=2)
 
-`check_options` raises one line for the first value that has the wrong type, is no finite number, or lies outside of its range.
+`check_options` raises one line for the first value that has the wrong type, is no finite number, or lies outside of its
+range.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Range:
 
 
 def option(default: Any, **limits: Any) -> Any:
-    """A field of a dataclass with a default and, as keywords, the limits of `Range`. A list is copied for every object."""
+    """A field of a dataclass with a default and, as keywords, the limits of `Range`. A list is copied for every
+    object."""
     metadata = {_KEY: Range(**limits)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -58,7 +60,8 @@ def option(default: Any, **limits: Any) -> Any:
 
 
 def check_options(group: str, options: Any) -> None:
-    """Raises UserError at the first option of a dataclass that is not what its field declares. group: how a recipe calls it."""
+    """Raises UserError at the first option of a dataclass that is not what its field declares. group: how a recipe
+    calls it."""
     kind: Any = type(options)
     kinds = _kinds(kind)
     for field in dataclasses.fields(options):
@@ -104,7 +107,8 @@ def made(kind: Any, group: str, content: Mapping[str, Any]) -> Any:
 
 
 def elements(kind: Any, name: str) -> Any:
-    """The type of a list option's elements; None for an option that takes no list, or that the dataclass does not have."""
+    """The type of a list option's elements; None for an option that takes no list, or that the dataclass does not
+    have."""
     found = [element for one in _alternatives(_kinds(kind).get(name)) if (element := _element(one))]
     return found[0] if found else None
 

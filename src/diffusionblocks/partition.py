@@ -72,7 +72,8 @@ class Partition:
         return self.num_blocks - 1 - torch.searchsorted(inner * (1 + 1e-6), level.contiguous())
 
     def range(self, block: Blocks, *, widened: bool = False) -> NoiseRange:
-        """The range that `block` owns, or the wider one that it trains on. Of several neighbouring blocks: their ranges as one."""
+        """The range that `block` owns, or the wider one that it trains on. Of several neighbouring blocks: their ranges
+        as one."""
         if (known := self._ranges.get((block, widened))) is not None:
             return known
         first, last = (block, block) if isinstance(block, int) else (block[0], block[-1])
@@ -88,15 +89,16 @@ class Partition:
         return found
 
     def sample(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """`count` training levels of `block`, or of several that learn as one, [count], uniform in mass over its widened range;
-        on the generator's device."""
+        """`count` training levels of `block`, or of several that learn as one, [count], uniform in mass over its
+        widened range; on the generator's device."""
         span = self.range(block, widened=True)
         mass = uniform(count, generator=generator)
         return self.levels.level(span.low_mass + (span.high_mass - span.low_mass) * mass)
 
     def spread(self, block: Blocks, count: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """`count` training levels of `block`, or of several that learn as one, at even distances with one random offset, and weights
-        [count] that make a mean over them a mean over mass. Masking schedules only: they are uniform in t, not in mass.
+        """`count` training levels of `block`, or of several that learn as one, at even distances with one random
+        offset, and weights [count] that make a mean over them a mean over mass. Masking schedules only: they are
+        uniform in t, not in mass.
 
         Even distances lower the variance of the loss (low discrepancy: [VDM] appendix I.1, [MD4] section 4).
         """
@@ -139,7 +141,8 @@ def split_layers(num_layers: int, num_blocks: int, sizes: Sequence[int] | None =
         if num_blocks not in divisors:
             raise UserError(
                 f"{num_layers} layers do not divide into {num_blocks} equal blocks; num_blocks can be "
-                f"{', '.join(map(str, divisors))}, or give uneven sizes (--blocks.layers-per-block) that add up to {num_layers}"
+                f"{', '.join(map(str, divisors))}, or give uneven sizes (--blocks.layers-per-block) that add up to "
+                f"{num_layers}"
             )
         sizes = [num_layers // num_blocks] * num_blocks
     ends = list(accumulate(sizes))

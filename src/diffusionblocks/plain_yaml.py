@@ -1,8 +1,8 @@
 """YAML as people expect it: the core schema of YAML 1.2, without what makes a small file large or hides a value.
 
-`yes`, dates and `012` have no second meaning: the first two are text, the last is refused. Anchors, aliases, merge keys, tags,
-duplicate keys and keys that are no text are refused, and so is a text of more than 1 MB or with more than 20 levels. What `dump`
-writes, `parse` reads as it was.
+`yes`, dates and `012` have no second meaning: the first two are text, the last is refused. Anchors, aliases, merge
+keys, tags, duplicate keys and keys that are no text are refused, and so is a text of more than 1 MB or with more than
+20 levels. What `dump` writes, `parse` reads as it was.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class _Loader(yaml.SafeLoader):
     depth = 0
 
     def get_event(self) -> Any:
-        """The next part of the text. What is refused is refused here, before anything is made of it: an anchor that is named often
-        could make that large."""
+        """The next part of the text. What is refused is refused here, before anything is made of it: an anchor that is
+        named often could make that large."""
         event = super().get_event()
         if isinstance(event, yaml.AliasEvent):
             raise _Refused(f"aliases (*{event.anchor}) are not read", event)

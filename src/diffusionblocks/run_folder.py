@@ -2,7 +2,8 @@
 
 DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/      see DESIGN; files.py says how they are written
     .lock  .owner.json                                                  held for the life of a run, by one process
-    .previous/                                                          the run before, until a new one has its first checkpoint
+    .previous/                                                          the run before, until a new one has its first
+                                                                        checkpoint
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _held = set[Path]()  # by this process
 def held(folder: Path) -> Iterator[None]:
     """The folder, made where there is none, for this process alone. A folder that stays empty is removed again.
 
-    The system gives the lock back when its owner dies, however it dies. Within itself, for the same folder, this does nothing.
+    The system gives the lock back when its owner dies, however it dies. Within itself, for the same folder, this does
+    nothing.
 
     Raises UserError when another process holds it, naming that.
     """
@@ -139,7 +141,8 @@ def is_empty(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def tidied(folder: Path) -> Iterator[None]:
-    """The folder without what processes that died left half done, and afterwards without what this one did. Only who holds it may."""
+    """The folder without what processes that died left half done, and afterwards without what this one did. Only who
+    holds it may."""
     _tidy(folder)
     try:
         yield
@@ -157,7 +160,8 @@ def _tidy(folder: Path) -> None:
 
 
 def set_aside(folder: Path) -> None:
-    """Moves the run in a folder aside, to make room for a new one. Of several that never had a checkpoint, the first one stays."""
+    """Moves the run in a folder aside, to make room for a new one. Of several that never had a checkpoint, the first
+    one stays."""
     aside = folder / PREVIOUS
     if aside.is_dir() and not has_checkpoint(folder) and not (folder / SUMMARY).is_file():
         _remove_run(folder)

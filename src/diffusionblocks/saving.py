@@ -1,7 +1,8 @@
 """Models on disk: weights as safetensors, everything else as JSON. Nothing is ever unpickled.
 
-The description of a model has the size and hash of its weights, so that a changed byte is found before it is used. A file that stands
-for itself (a block, say) carries the hash of its tensors in its own header. What older versions wrote has no hashes and is read as it is.
+The description of a model has the size and hash of its weights, so that a changed byte is found before it is used. A
+file that stands for itself (a block, say) carries the hash of its tensors in its own header. What older versions wrote
+has no hashes and is read as it is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def save_described(model: nn.Module, folder: str | Path, description: Mapping[st
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, facts: Mapping[str, str]) -> None:
-    """Writes tensors and facts about them, with the hash of both. Raises DiskFull or UserError where the system refuses."""
+    """Writes tensors and facts about them, with the hash of both. Raises DiskFull or UserError where the system
+    refuses."""
     from safetensors.torch import save_file
 
     with replacing(Path(path)) as partial:
@@ -44,7 +46,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, facts: Mapping
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `save_tensors` wrote. Raises Damaged for another content than was written, and OSError where nothing can be read."""
+    """What `save_tensors` wrote. Raises Damaged for another content than was written, and OSError where nothing can be
+    read."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -69,9 +72,11 @@ def _hash(tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> str:
 
 
 def named_once(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a state_dict on the host, each under one name: of a tensor that has several (tied embeddings), the first.
+    """The weights of a state_dict on the host, each under one name: of a tensor that has several (tied embeddings), the
+    first.
 
-    They may be views of buffers that many tensors share (training/flat.py), which safetensors' own `save_model` refuses.
+    They may be views of buffers that many tensors share (training/flat.py), which safetensors' own `save_model`
+    refuses.
     """
     found: dict[tuple[int, Any], tuple[str, Tensor]] = {}
     for name, tensor in state.items():
@@ -135,7 +140,8 @@ def check_ties(module: nn.Module, names: Iterable[str], path: str | Path) -> Non
     for name in names:
         if name in state and (other := seen.setdefault(state[name].data_ptr(), name)) != name:
             raise UserError(
-                f"{path} is of another version of this network: {other} and {name}, apart in the file, are one tensor now"
+                f"{path} is of another version of this network: {other} and {name}, apart in the file, are one tensor "
+                "now"
             )
 
 

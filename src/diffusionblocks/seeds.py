@@ -20,7 +20,8 @@ def derive(seed: int, *coordinates: str | int) -> int:
 
 
 def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator of its own on `device`. Equal seeds give equal numbers on equal kinds of device; a CPU's differ from a card's."""
+    """A generator of its own on `device`. Equal seeds give equal numbers on equal kinds of device; a CPU's differ from
+    a card's."""
     return torch.Generator(torch.device(device)).manual_seed(seed)
 
 
@@ -30,21 +31,22 @@ def uniform(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Numbers in [0, 1), drawn where they are used: on the generator's device, or on `device` from torch's own generator."""
+    """Numbers in [0, 1), drawn where they are used: on the generator's device, or on `device` from torch's own
+    generator."""
     where = device if generator is None else generator.device
     return torch.rand(size, generator=generator, device=where, dtype=dtype)
 
 
 def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Standard normal numbers of the shape, type and device of `tensor`, which must be the generator's. Drawn in fp32 for types that
-    are narrower, so that precision does not change them."""
+    """Standard normal numbers of the shape, type and device of `tensor`, which must be the generator's. Drawn in fp32
+    for types that are narrower, so that precision does not change them."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return torch.randn(tensor.shape, generator=generator, device=tensor.device, dtype=wide).to(tensor.dtype)
 
 
 class Draws:
-    """All randomness of one step, on the device that it runs on: noise levels, noise and masks come from `generator`, what layers
-    draw for themselves (dropout) from torch's own generators.
+    """All randomness of one step, on the device that it runs on: noise levels, noise and masks come from `generator`,
+    what layers draw for themselves (dropout) from torch's own generators.
 
     A pure function of its arguments, so a step that is made again, resumed or made elsewhere draws the same.
 

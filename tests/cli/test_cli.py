@@ -206,7 +206,8 @@ def test_equal_samples_budget_and_pairs_of_the_same_seed(capsys, tmp_path):
     found = json.loads(out)
     assert len({result["samples_seen"] for result in found["results"]}) == 1
     whole, blocks = (
-        [json.loads((tmp_path / method / f"seed-{seed}" / "summary.json").read_text())["metrics"]["accuracy"]["value"] for seed in (0, 1)]
+        [json.loads((tmp_path / method / f"seed-{seed}" / "summary.json").read_text())["metrics"]["accuracy"]["value"]
+         for seed in (0, 1)]
         for method in methods.split(",")
     )  # fmt: skip
     (pair,) = found["pairs"]

@@ -126,7 +126,8 @@ def test_a_card_without_room_for_a_context_is_one_clear_line(capsys, monkeypatch
 
 
 def test_nothing_forks(monkeypatch):
-    """A forked process can use neither a card's driver nor autograd's threads: on a machine with a card `plan` died of it."""
+    """A forked process can use neither a card's driver nor autograd's threads: on a machine with a card `plan` died of
+    it."""
 
     def fork():
         raise AssertionError("forked")

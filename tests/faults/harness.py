@@ -1,7 +1,7 @@
 """What every attack shares: commands in this process and in others, the laws that each must obey, and what is counted.
 
-A case fails with a `Fault`, whose kind is what the result of `make faults` counts. The suite runs a few cases of every matrix, drawn
-once with a fixed seed; DIFFUSIONBLOCKS_FAULTS=all runs them all.
+A case fails with a `Fault`, whose kind is what the result of `make faults` counts. The suite runs a few cases of every
+matrix, drawn once with a fixed seed; DIFFUSIONBLOCKS_FAULTS=all runs them all.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Case = TypeVar("Case")
 
 # A network that trains in a second, with three blocks and several checkpoints.
 TINY = [
-    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2", "--model.intermediate-size=16",
-    "--model.patch-size=4", "--batch-size=8",
+    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2",
+    "--model.intermediate-size=16", "--model.patch-size=4", "--batch-size=8",
 ]  # fmt: skip
 SHORT = [*TINY, "--steps=6", "--train.checkpoint-every=4", "--train.log-every=2", "--train.keep-checkpoints=3"]
 PLACES: dict[str, Path] = {}  # of what fixtures made, for tables of commands
@@ -354,7 +354,8 @@ def documented(item: Callable[[str, object], None], group: str, what: str, outco
 
 @contextlib.contextmanager
 def tally(record: Callable[[str, object], None], cases: int) -> Iterator[dict[str, list[str]]]:
-    """Many cases in one test: the dict maps a kind of fault to the cases that had it; any makes the test fail at the end."""
+    """Many cases in one test: the dict maps a kind of fault to the cases that had it; any makes the test fail at the
+    end."""
     faults: dict[str, list[str]] = {}
     yield faults
     record("cases", cases)

@@ -1,8 +1,8 @@
 """Starts commands in milliseconds: a process that has imported everything forks one child per command.
 
-It reads one JSON object a line from stdin (`id`, `argv`, `cwd`, `out`, `err`, `memory`) and writes one a line to stdout: `id` and
-`pid` when a child has begun, `pid` and `code` when it has ended (negative: the signal that ended it). A child is a process like any
-other, with the signal handlers that a fresh interpreter has.
+It reads one JSON object a line from stdin (`id`, `argv`, `cwd`, `out`, `err`, `memory`) and writes one a line to
+stdout: `id` and `pid` when a child has begun, `pid` and `code` when it has ended (negative: the signal that ended it).
+A child is a process like any other, with the signal handlers that a fresh interpreter has.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import traceback
 from typing import Any
 
 MODULES = (
-    "diffusionblocks.cli", "diffusionblocks.cli_sample", "diffusionblocks.evaluation.run", "diffusionblocks.evaluation.compare",
-    "diffusionblocks.report.page", "diffusionblocks.recipes.networks", "sklearn.datasets", "matplotlib.figure",
-    "transformers.models.vit.modeling_vit", "transformers.models.llama.modeling_llama", "torch.distributed._tools.mem_tracker",
+    "diffusionblocks.cli", "diffusionblocks.cli_sample", "diffusionblocks.evaluation.run",
+    "diffusionblocks.evaluation.compare", "diffusionblocks.report.page", "diffusionblocks.recipes.networks",
+    "sklearn.datasets", "matplotlib.figure", "transformers.models.vit.modeling_vit",
+    "transformers.models.llama.modeling_llama", "torch.distributed._tools.mem_tracker",
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Planted code: run folders, recipes, networks and data that would leave a file behind if any code in them ran. None may.
+"""Planted code: run folders, recipes, networks and data that would leave a file behind if any code in them ran. None
+may.
 
 A flag on the command line would allow it (--trust-remote-code, --trust-inception); none is given here.
 """
@@ -177,10 +178,13 @@ PLANTS = (
     Plant("optimizer.pt", "digits", _as("optimizer.pt", _torch_pickle)),
     Plant("a YAML object", "digits", _yaml_object),
     Plant("a template", "adapted", _template),
-    Plant("a tokenizer with code", "adapted", _trusting(_remote_network, "data.tokenizer=PATH", "data.trust_remote_code=true")),
-    Plant("a network with code", "adapted", _trusting(_remote_network, "model.pretrained=PATH", "model.trust_remote_code=true")),
+    Plant("a tokenizer with code", "adapted", _trusting(
+        _remote_network, "data.tokenizer=PATH", "data.trust_remote_code=true")),
+    Plant("a network with code", "adapted", _trusting(
+        _remote_network, "model.pretrained=PATH", "model.trust_remote_code=true")),
     Plant("both with code", "adapted", _trusting(
-        _remote_network, "model.pretrained=PATH", "model.trust_remote_code=true", "data.tokenizer=PATH", "data.trust_remote_code=true")),
+        _remote_network, "model.pretrained=PATH", "model.trust_remote_code=true", "data.tokenizer=PATH",
+        "data.trust_remote_code=true")),
     Plant("a data set with code", "adapted", _trusting(
         _remote_data, "data.source=huggingface", "data.path=PATH", "data.trust_remote_code=true")),
     Plant("an image set with code", "digits", _trusting(_remote_data, "data.source=huggingface", "data.path=PATH")),

@@ -1,4 +1,5 @@
-"""Damaged run folders: (command x file x damage). Each is refused in one line, or passed over with the result of the whole one."""
+"""Damaged run folders: (command x file x damage). Each is refused in one line, or passed over with the result of the
+whole one."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ _WRONG: dict[str, Any] = {"null": None, "a text": "text", "a list": [1], "an obj
 
 
 def _key(dotted: str, wrong: str) -> Callable[[Path], None]:
-    """One value of a JSON or YAML file becomes another (or goes); without the seal, as an older version might have written it."""
+    """One value of a JSON or YAML file becomes another (or goes); without the seal, as an older version might have
+    written it."""
 
     def damage(path: Path) -> None:
         as_json = path.suffix == ".json"
@@ -169,7 +171,9 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]
 
 
 OTHER_TENSORS = {
-    "tensors of another shape": _tensors(lambda found: {name: torch.cat([t.reshape(-1)] * 2) for name, t in found.items()}),
+    "tensors of another shape": _tensors(
+        lambda found: {name: torch.cat([t.reshape(-1)] * 2) for name, t in found.items()}
+    ),
     "tensors of another type": _tensors(lambda found: {name: t.to(torch.int16) for name, t in found.items()}),
     "a tensor less": _tensors(lambda found: dict(list(found.items())[1:])),
     "a tensor more": _tensors(lambda found: {**found, "surplus": torch.zeros(2)}),
@@ -181,9 +185,11 @@ _LINES = {
     "a line of a list": "[1, 2]\n",
     "a line without keys": "{}\n",
     "a line with texts": '{"block_steps": "x", "loss": "y", "seconds": []}\n',
-    "a line with loss null": '{"block_steps": 1, "seconds": 1, "layer_evaluations": 1, "loss": null, "learning_rate": {}}\n',
+    "a line with loss null": '{"block_steps": 1, "seconds": 1, "layer_evaluations": 1, '
+    '"loss": null, "learning_rate": {}}\n',
     "a line cut": '{"block_steps": 3, "seco',
-    "a line with NaN": '{"block_steps": 1, "seconds": 1, "layer_evaluations": 1, "loss": {"0": NaN}, "learning_rate": {"0": 1}}\n',
+    "a line with NaN": '{"block_steps": 1, "seconds": 1, "layer_evaluations": 1, '
+    '"loss": {"0": NaN}, "learning_rate": {"0": 1}}\n',
 }
 LINES = {name: _more(text) for name, text in _LINES.items()}
 

@@ -1,6 +1,8 @@
-"""(place x disk): full and read-only disks. One line, exit code 1 (full) or 2 (a wrong place), nothing half written, nothing lost.
+"""(place x disk): full and read-only disks. One line, exit code 1 (full) or 2 (a wrong place), nothing half written,
+nothing lost.
 
-The disks are small file systems in memory, which root may mount; so may anybody below `unshare -rm`, as `make faults` does.
+The disks are small file systems in memory, which root may mount; so may anybody below `unshare -rm`, as `make faults`
+does.
 """
 
 from __future__ import annotations
@@ -149,8 +151,8 @@ class Place:
 
 
 TEXT = [
-    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2", "--model.intermediate-size=16",
-    "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
+    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2",
+    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
 ]  # fmt: skip
 PLACES = (
     Place("report", lambda run, disk: ("report", run, "--output", disk / "report.html")),
@@ -163,12 +165,14 @@ PLACES = (
     Place("evaluate", lambda run, disk: ("evaluate", run), inside=True, reads_only=True),
     Place("sample without an output", lambda run, disk: ("sample", run), inside=True, reads_only=True),
     Place("train of a finished run", lambda run, disk: ("train", "digits", *BASE, "--output-dir", run), inside=True),
-    Place("train of a stopped run", lambda run, disk: ("train", "digits", *BASE, "--output-dir", run), base="stopped", inside=True),
+    Place("train of a stopped run", lambda run, disk: ("train", "digits", *BASE, "--output-dir", run), base="stopped",
+        inside=True),
     Place("train of a new run", lambda run, disk: ("train", "digits", *BASE, "--output-dir", disk / "new")),
     Place("compare", lambda run, disk: ("compare", "digits", *BASE, "--methods=shallow", "--output-dir", disk / "new")),
     Place(
         "text cache",
-        lambda run, disk: ("train", "lm-pydocs", *TEXT, "--output-dir", run / "../new", "--data.cache-dir", disk / "cache"),
+        lambda run, disk: (
+            "train", "lm-pydocs", *TEXT, "--output-dir", run / "../new", "--data.cache-dir", disk / "cache"),
     ),
 )  # fmt: skip
 BASE = [*TINY, "--steps=6", "--train.checkpoint-every=4", "--train.log-every=2", "--train.keep-checkpoints=3"]

@@ -22,8 +22,8 @@ from tests.faults.harness import SHORT, Fault, call, documented, few, files, not
 
 MATRIX = "bad inputs"
 TEXT = [
-    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2", "--model.intermediate-size=16",
-    "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
+    "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2",
+    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
 ]  # fmt: skip
 IMAGES = [*SHORT, "--data.image-size=8", "--num-blocks=3"]
 SPEAK = ["adapt", "@net", "--data.path=@texts", "--data.general=", "--steps=2", "--batch-size=4", "--data.length=16"]
@@ -32,7 +32,8 @@ Files = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Input:
-    """One wrong input. `@run`, `@adapted`, `@net`, `@texts` and `@here` in arguments are folders; files: written into @here before."""
+    """One wrong input. `@run`, `@adapted`, `@net`, `@texts` and `@here` in arguments are folders; files: written into
+    @here before."""
 
     group: str
     what: str
@@ -322,7 +323,8 @@ TABLE: tuple[Input, ...] = (
     _of("evaluate", "the wrong split", "evaluate", "@run", "--evaluate-on=all"),
     _of("evaluate", "an unknown device", "evaluate", "@run", "--device=tpu", row=False),
     _of("evaluate", "an unknown task of the harness", "evaluate", "@adapted", "--harness=nope", row=False),
-    _of("evaluate", "a negative --harness-limit", "evaluate", "@adapted", "--harness=a", "--harness-limit=-1", row=False),
+    _of("evaluate", "a negative --harness-limit", "evaluate", "@adapted", "--harness=a", "--harness-limit=-1",
+        row=False),
     _of("sample", "--num 0", "sample", "@run", "--num=0"),
     _of("sample", "--num -1", "sample", "@run", "--num=-1"),
     _of("sample", "--num that is no number", "sample", "@run", "--num=few"),
@@ -338,13 +340,16 @@ TABLE: tuple[Input, ...] = (
     _of("sample", "a --length that is too long", "sample", "@adapted", "--length=100000"),
     _of("sample", "--length -1", "sample", "@adapted", "--length=-1"),
     _of("sample", "a prompt that is longer than --length", "sample", "@adapted", "--prompt=" + "a " * 90, "--length=4"),
-    _of("sample", "--stop with a lone backslash", "sample", "@adapted", "--num=1", "--stop=\\", codes=(0, 2), row=False),
+    _of("sample", "--stop with a lone backslash", "sample", "@adapted", "--num=1", "--stop=\\", codes=(0, 2),
+        row=False),
     _of("sample", "an empty --stop", "sample", "@adapted", "--num=1", "--stop=", codes=(0, 2), row=False),
     _of("sample", "--stream and --num 3", "sample", "@adapted", "--num=3", "--stream"),
-    _of("sample", "a blank in the prompt of a model that cannot fill it", "sample", "@adapted", "--num=1", "--prompt=a {5} b",
+    _of("sample", "a blank in the prompt of a model that cannot fill it", "sample", "@adapted", "--num=1",
+        "--prompt=a {5} b", codes=(0, 2), row=False),
+    _of("sample", "a huge blank in the prompt", "sample", "@adapted", "--num=1", "--prompt={" + "9" * 400 + "}",
         codes=(0, 2), row=False),
-    _of("sample", "a huge blank in the prompt", "sample", "@adapted", "--num=1", "--prompt={" + "9" * 400 + "}", codes=(0, 2), row=False),
-    _of("sample", "a lone surrogate in the prompt", "sample", "@adapted", "--num=1", "--prompt=\udcff", codes=(0, 2), row=False),
+    _of("sample", "a lone surrogate in the prompt", "sample", "@adapted", "--num=1", "--prompt=\udcff", codes=(0, 2),
+        row=False),
     _of("sample", "--iterations for a network without a loop", "sample", "@adapted", "--iterations=3"),
     _of("sample", "seed -1", "sample", "@adapted", "--num=1", "--seed=-1", codes=(0, 2), row=False),
     _of("sample", "an unknown option", "sample", "@run", "--nmu=3"),
@@ -383,7 +388,8 @@ TABLE: tuple[Input, ...] = (
     _of("adapt", "a config.json that is cut", *OWN, files=_network(_cut("config.json"))),
     _of("adapt", "a tokenizer.json that is cut", *OWN, files=_network(_cut("tokenizer.json"))),
     _of("adapt", "no tokenizer", *OWN, files=_network(
-        lambda folder: [path.unlink() for path in folder.glob("*token*")] and None)),  # type: ignore[func-returns-value]
+        lambda folder: [path.unlink() for path in folder.glob("*token*")]  # type: ignore[func-returns-value]
+        and None)),
     # ------------------------------------------------------------ recipes
     _of("recipes", "an unknown recipe", "train", "digts"),
     _of("recipes", "a file that is not there", "train", "@here/nothing.yaml"),
@@ -422,7 +428,8 @@ TABLE: tuple[Input, ...] = (
     _images("a file", lambda here: _write(here / "data", "x")),
     _images("an empty folder", lambda here: (here / "data").mkdir()),
     _images("one class", lambda here: (here / "data" / "only").mkdir(parents=True)),
-    _images("a class without images", _classes(lambda folder: [path.unlink() for path in folder.iterdir()] and None)),  # type: ignore[func-returns-value]
+    _images("a class without images", _classes(
+        lambda folder: [path.unlink() for path in folder.iterdir()] and None)),  # type: ignore[func-returns-value]
     _images("an empty image", _classes(lambda folder: _write(folder / "a.png", ""))),
     _images("an image that is text", _classes(lambda folder: _write(folder / "a.png", "hello"))),
     _images("an image that is cut", _classes(_cut("3.png"))),
@@ -431,9 +438,11 @@ TABLE: tuple[Input, ...] = (
     _images("a FIFO", _classes(_fifo)),
     _images("PostScript named .png", _classes(_eps)),
     _images("a folder named a.png", _classes(lambda folder: (folder / "a.png").mkdir()), codes=(0, 2), row=False),
-    _images("unreadable images only", _classes(lambda folder: [path.write_text("x") for path in folder.iterdir()] and None),
+    _images("unreadable images only",
+        _classes(lambda folder: [path.write_text("x") for path in folder.iterdir()] and None),
         "--data.skip-unreadable=true"),
-    _images("a class named $\\foo$", _classes(lambda folder: folder.rename(folder.with_name("$\\foo$")) and None), codes=(0,), row=False),
+    _images("a class named $\\foo$", _classes(lambda folder: folder.rename(folder.with_name("$\\foo$")) and None),
+        codes=(0,), row=False),
     _train("image-size 0", "--data.image-size=0"),
     _train("channels 2", "--data.channels=2"),
     _train("test-share 2", "--data.test-share=2"),
@@ -457,17 +466,22 @@ TABLE: tuple[Input, ...] = (
     _texts("a lone surrogate", _rows({"text": "a \ud800 b " * 60}), "data.jsonl", codes=(0, 2)),
     _texts("messages that are a text", _rows({"messages": "hello"}), "data.jsonl", "--data.format=messages"),
     _texts("messages without a role", _rows({"messages": [{"content": "a"}]}), "data.jsonl", "--data.format=messages"),
-    _texts("messages of a tokenizer without a template", _rows({"messages": [{"role": "user", "content": "a"}]}), "data.jsonl"),
+    _texts("messages of a tokenizer without a template", _rows({"messages": [{"role": "user", "content": "a"}]}),
+        "data.jsonl"),
     _texts("a parquet file that is none", lambda here: _write(here / "data.parquet", b"PAR1nope"), "data.parquet"),
     _texts("a parquet file that is cut", _parquet(lambda content: content[:-30]), "data.parquet"),
     _texts("a parquet file with damaged pages", _parquet(_pages), "data.parquet"),
     _texts("a parquet column of numbers", _parquet(lambda content: content, [1.5, 2.5]), "data.parquet"),
-    _texts("an unknown tokenizer", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.tokenizer=@here/no"),
+    _texts("an unknown tokenizer", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt",
+        "--data.tokenizer=@here/no"),
     _texts("length 0", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.length=0"),
-    _texts("length 1", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.length=1", codes=(0, 2), row=False),
-    _texts("max-documents -1", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.max-documents=-1"),
+    _texts("length 1", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.length=1",
+        codes=(0, 2), row=False),
+    _texts("max-documents -1", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt",
+        "--data.max-documents=-1"),
     _texts("evaluated -1", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.evaluated=-1"),
-    _texts("an unknown packing", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt", "--data.packing=tight"),
+    _texts("an unknown packing", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt",
+        "--data.packing=tight"),
     _texts("a cache folder that is a file", lambda here: _write(here / "data.txt", "a b c " * 900), "data.txt",
         "--data.cache-dir=@here/data.txt"),
     _texts("a FIFO", lambda here: __import__("os").mkfifo(here / "data.txt"), "data.txt"),
@@ -538,7 +552,8 @@ def _wrong_values() -> list[Input]:
     found = []
     groups: list[tuple[str, Any, str]] = [
         ("train", TrainingConfig, "classification"), ("blocks", BlocksConfig, "classification"),
-        ("model", ModelConfig, "classification"), ("lora", LoraConfig, "causal-lm"), ("in_context", InContextConfig, "causal-lm"),
+        ("model", ModelConfig, "classification"), ("lora", LoraConfig, "causal-lm"),
+        ("in_context", InContextConfig, "causal-lm"),
         *(("task", kind, name) for name, kind in TASKS.items()),
         ("data", DATA["classification"], "classification"), ("data", DATA["causal-lm"], "causal-lm"),
     ]  # fmt: skip
@@ -594,13 +609,17 @@ def test_a_number_at_the_edge_is_refused_or_works(case, request, tmp_path):
 # ---------------------------------------------------------------- inputs that ask for too much memory
 
 GREEDY = (
-    Input("memory", "nested anchors", ("train", "@here/recipe.yaml"), lambda here: _write(here / "recipe.yaml", ANCHORS)),
+    Input("memory", "nested anchors", ("train", "@here/recipe.yaml"),
+        lambda here: _write(here / "recipe.yaml", ANCHORS)),
     Input("memory", "1e12 samples", ("sample", "@run", "--num=1000000000000"), codes=(0, 1, 2)),
     Input("memory", "a batch of 1e12", ("train", "digits", *SHORT, "--batch-size=1000000000000"), codes=(1, 2)),
-    Input("memory", "a hidden size of 1e9", ("train", "digits", *SHORT, "--model.hidden-size=1000000000"), codes=(1, 2)),
+    Input("memory", "a hidden size of 1e9", ("train", "digits", *SHORT, "--model.hidden-size=1000000000"),
+        codes=(1, 2)),
     Input("memory", "an image of 1e6", ("train", "digits", *SHORT, "--data.image-size=1000000"), codes=(1, 2)),
-    Input("memory", "1e15 steps", ("train", "digits", *SHORT, "--steps=1000000000000000", "--train.learning-rate=nan"), codes=(2,)),
-    Input("memory", "1e9 layers", ("plan", "digits", "--model.num-hidden-layers=1000000000", "--memory=1GiB"), codes=(1, 2)),
+    Input("memory", "1e15 steps", ("train", "digits", *SHORT, "--steps=1000000000000000", "--train.learning-rate=nan"),
+        codes=(2,)),
+    Input("memory", "1e9 layers", ("plan", "digits", "--model.num-hidden-layers=1000000000", "--memory=1GiB"),
+        codes=(1, 2)),
 )  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Properties of everything that is read: options, YAML, JSON, JSONL and state files, on inputs that hypothesis makes up."""
+"""Properties of everything that is read: options, YAML, JSON, JSONL and state files, on inputs that hypothesis makes
+up."""
 
 from __future__ import annotations
 
@@ -120,7 +121,8 @@ def test_any_group_of_a_recipe_is_read_or_one_line(group, value, tmp_path_factor
 @often(10, 200)
 @given(
     steps=st.integers(1, 10**6), rate=st.floats(1e-9, 1.0), name=st.from_regex(r"[a-z][a-z0-9-]{0,12}", fullmatch=True),
-    order=st.sampled_from(["sweep", "cyclic", "random", "sequential"]), hold=st.floats(0, 0.5), seed=st.integers(0, 2**31),
+    order=st.sampled_from(["sweep", "cyclic", "random", "sequential"]), hold=st.floats(0, 0.5),
+    seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_a_recipe_survives_its_own_file(steps, rate, name, order, hold, seed, tmp_path_factory):
     train = {"steps": steps, "learning_rate": rate, "order": order, "hold": hold, "seed": seed}

@@ -1,7 +1,8 @@
 """(phase x signal): Ctrl-C once, twice and three times, and SIGTERM, in every phase of every command.
 
-Each is answered within 10 s with exit code 130 or 143 and one line; the same command then finishes with the result of a run that
-nobody interrupted. A phase is found by looking at the run folder, and by how long an undisturbed run takes from there to its end.
+Each is answered within 10 s with exit code 130 or 143 and one line; the same command then finishes with the result of a
+run that nobody interrupted. A phase is found by looking at the run folder, and by how long an undisturbed run takes
+from there to its end.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def _checkpoints(count: int) -> Callable[[Path], bool]:
 
 @dataclass(frozen=True)
 class Phase:
-    """begins: when it does, by what the run folder holds. share: of the time from there to the end of the run, to wait."""
+    """begins: when it does, by what the run folder holds. share: of the time from there to the end of the run, to
+    wait."""
 
     name: str
     begins: Callable[[Path], bool]
@@ -68,7 +70,8 @@ PHASES = (
     Phase("training", _checkpoints(1), 0.2),
     Phase("saving a checkpoint", _has("checkpoints/*partial*")),
     Phase("saving the model", _has("model", "model.partial")),
-    *(Phase(f"evaluation and measuring, {share:.0%}", _has("model", "model.partial"), share) for share in (0.1, 0.3, 0.5, 0.7, 0.9)),
+    *(Phase(f"evaluation and measuring, {share:.0%}", _has("model", "model.partial"), share)
+        for share in (0.1, 0.3, 0.5, 0.7, 0.9)),
 )  # fmt: skip
 
 

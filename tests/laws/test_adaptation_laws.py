@@ -1,5 +1,5 @@
-"""Adapting pretrained language models: the function is kept, local and ordinary losses are what they say, contexts score the same
-tokens."""
+"""Adapting pretrained language models: the function is kept, local and ordinary losses are what they say, contexts
+score the same tokens."""
 
 import dataclasses
 

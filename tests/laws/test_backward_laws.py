@@ -196,7 +196,8 @@ def test_a_batch_visits_every_block_once_and_its_layers_are_counted():
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_vit])
 def test_a_kept_graph_holds_no_weights(make):
-    """They may be elsewhere between the two passes: what is where they were does not matter, what is there in the backward pass does."""
+    """They may be elsewhere between the two passes: what is where they were does not matter, what is there in the
+    backward pass does."""
     parts = take_apart(make())
     model = dblocks.BlockCoordinateModel(parts, SPANS[3])
     block, width = model.block(1), parts.network.config.hidden_size

@@ -1,4 +1,5 @@
-"""Next-token denoisers: nothing leaks, bounds are likelihoods, caches change nothing, and what is ordinary is ordinary."""
+"""Next-token denoisers: nothing leaks, bounds are likelihoods, caches change nothing, and what is ordinary is
+ordinary."""
 
 import math
 

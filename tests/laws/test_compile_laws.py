@@ -1,4 +1,5 @@
-"""Compiled layers: one graph for all blocks, none made after the first round, and the numbers of the layers as they were.
+"""Compiled layers: one graph for all blocks, none made after the first round, and the numbers of the layers as they
+were.
 
 Graphs are counted by a backend that compiles nothing, so these laws need no compiler.
 """
@@ -110,7 +111,8 @@ def round_of_steps(own, order, batch, carried=False):
 
 
 def count(graphs, own):
-    """Graphs that training a model makes. Fails where one is made after the first round, or a layer is not wholly in one."""
+    """Graphs that training a model makes. Fails where one is made after the first round, or a layer is not wholly in
+    one."""
     calls, up = calls_of(own.model), range(own.model.num_blocks)
     down, mixed = up[::-1], random.Random(0).choices(up, k=6)
     backward = own.config.order == "backward"

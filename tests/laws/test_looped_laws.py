@@ -1,5 +1,5 @@
-"""Looped networks: nothing leaks, unrolling is truncated where it says, a walk's bound is a likelihood, and keeping keys and
-values changes nothing."""
+"""Looped networks: nothing leaks, unrolling is truncated where it says, a walk's bound is a likelihood, and keeping
+keys and values changes nothing."""
 
 import math
 from contextlib import nullcontext
@@ -148,7 +148,8 @@ def gradients(model, loss):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_gradients_flow_through_the_last_iterations_alone(precision):
-    """The same as a loop whose state is detached at the border; under autocast too, where casts of weights are remembered."""
+    """The same as a loop whose state is detached at the border; under autocast too, where casts of weights are
+    remembered."""
     model, batch = stirred(unrolled()).train(), tokens_like(4)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     torch.manual_seed(3)
@@ -426,7 +427,8 @@ def test_unrolling_with_kept_keys_is_unrolling_without(make, monkeypatch):
 
 @torch.no_grad()
 def test_rows_that_stopped_early_are_taken_further_when_others_need_them():
-    """Without a coda, which every row passes where it stopped, what comes after an early exit is as if there had been none."""
+    """Without a coda, which every row passes where it stopped, what comes after an early exit is as if there had been
+    none."""
     start = tokens_like(2, 4)["input_ids"]
     model = stirred(unrolled(coda=0))
     early, whole = (Recorded(model, Choice(temperature=0.0), 5) for _ in range(2))
@@ -445,7 +447,8 @@ def test_rows_that_stopped_early_are_taken_further_when_others_need_them():
 @torch.no_grad()
 @pytest.mark.parametrize("sampler", ["categorical", "euler"])
 def test_walking_levels_with_kept_keys_is_walking_without(make, monkeypatch, sampler):
-    """Rows before the last hold noisy versions of their own tokens; here without the noise, so that they can be made again."""
+    """Rows before the last hold noisy versions of their own tokens; here without the noise, so that they can be made
+    again."""
     model, walked = stirred(denoiser(make())), []
     monkeypatch.setattr(samplers, "add_noise", lambda clean, sigma, generator=None: clean)
 

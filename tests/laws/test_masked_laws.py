@@ -152,7 +152,8 @@ def test_shares_of_the_blocks_add_up_to_the_bound_of_the_one_network(schedule):
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("masking", ["exact", "independent"])
 def test_training_losses_of_the_blocks_add_up_to_the_bound(schedule, masking):
-    """The mean loss of a block times the length of its range, within Monte-Carlo error, whichever way levels are drawn."""
+    """The mean loss of a block times the length of its range, within Monte-Carlo error, whichever way levels are
+    drawn."""
     one = whole(num_layers=2).eval()
     split = blocks(schedule=schedule, overlap=0.0).eval()
     same_in_every_block(split, one)
@@ -171,7 +172,8 @@ def test_training_losses_of_the_blocks_add_up_to_the_bound(schedule, masking):
 
 @pytest.mark.parametrize("loss_weight", ["bound", "root", "equal"])
 def test_the_weight_of_an_answer_grows_with_the_masks_as_said(loss_weight, monkeypatch):
-    """With equal cross-entropies the gradient of an answer is its weight: of n masked tokens, n to the power - 1, - 1/2 or 0."""
+    """With equal cross-entropies the gradient of an answer is its weight: of n masked tokens, n to the power - 1, - 1/2
+    or 0."""
     model, tokens = blocks(), torch.randint(0, MASK, (8, 8))
     seen = {}
 

@@ -1,4 +1,5 @@
-"""The readout's one number and its gradient are those of the plain computation, in little memory, without waiting for a card.
+"""The readout's one number and its gradient are those of the plain computation, in little memory, without waiting for a
+card.
 
 Shapes: M positions, D width, V tokens, E width of the evidence.
 """
@@ -208,7 +209,8 @@ def test_the_logits_of_all_positions_are_never_in_memory():
 @pytest.mark.parametrize("tokens", [256, 8192])
 @pytest.mark.parametrize("power", [1, 3], ids=["rows alike", "rows of few numbers"])
 def test_halves_keep_every_loss_within_a_thousandth_of_a_nat(tokens, width, power):
-    """At every level, with what the network says beside it. Products of bf16 numbers are exact in fp64, so it stands in for a card."""
+    """At every level, with what the network says beside it. Products of bf16 numbers are exact in fp64, so it stands in
+    for a card."""
     generator = torch.Generator().manual_seed(0)
     rows = unit_rows(torch.randn(tokens, width, generator=generator) ** power)
     labels = torch.randint(0, tokens, (48,), generator=generator)
@@ -227,7 +229,8 @@ def test_halves_keep_every_loss_within_a_thousandth_of_a_nat(tokens, width, powe
 
 
 def test_a_card_multiplies_halves_into_fp32(monkeypatch):
-    """On tensors without data: one bf16 product of three halves to a chunk, none in fp32, and rows that are halved once."""
+    """On tensors without data: one bf16 product of three halves to a chunk, none in fp32, and rows that are halved
+    once."""
     monkeypatch.setattr(evidence_module, "multiplies_halves", lambda device: device.type == "cuda")
     monkeypatch.setattr(readout, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(readout, "MOST_CHUNKS", 4)
@@ -254,7 +257,8 @@ def test_a_card_multiplies_halves_into_fp32(monkeypatch):
 
 
 def test_one_rounded_product_would_not_do():
-    """Numbers rounded to the ten bits of TF32, at a level where tokens are being told apart: why three products are made."""
+    """Numbers rounded to the ten bits of TF32, at a level where tokens are being told apart: why three products are
+    made."""
     generator = torch.Generator().manual_seed(0)
     rows = unit_rows(torch.randn(8192, 64, generator=generator))
     labels = torch.randint(0, 8192, (128,), generator=generator)

@@ -1,4 +1,5 @@
-"""Moving blocks in and out: nothing grows, the next block arrives meanwhile, and streamed weights give exact gradients."""
+"""Moving blocks in and out: nothing grows, the next block arrives meanwhile, and streamed weights give exact
+gradients."""
 
 import gc
 import os
@@ -147,7 +148,8 @@ def test_exact_mode_has_the_gradients_of_ordinary_training(kind, streamed):
 
 
 class Elsewhere(lanes.AtOnce):
-    """Copies what `real` holds in place of what is asked for. asked: (module is being called, elements) of each copy."""
+    """Copies what `real` holds in place of what is asked for. asked: (module is being called, elements) of each
+    copy."""
 
     def __init__(self, real):
         super().__init__()
@@ -160,7 +162,8 @@ class Elsewhere(lanes.AtOnce):
 
 
 def test_visiting_layers_are_asked_for_ahead_on_the_way_there_and_back():
-    """All but the first are on their way while the one before computes, each in one copy, and none comes twice in a row."""
+    """All but the first are on their way while the one before computes, each in one copy, and none comes twice in a
+    row."""
     made = exact(3, make_vit())
     model, batch = made.model, next(iter(made.stream.load([0])))
     model.train()

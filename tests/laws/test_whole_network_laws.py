@@ -208,7 +208,8 @@ def test_a_gpu_without_bf16_is_refused_and_a_processor_that_imitates_it_says_so(
 
 
 class StandIn(torch.optim.Optimizer):
-    """Keeps what bitsandbytes' AdamW8bit keeps: a state is new where there is none, and then has its number of steps."""
+    """Keeps what bitsandbytes' AdamW8bit keeps: a state is new where there is none, and then has its number of
+    steps."""
 
     def __init__(self, groups, lr, betas):
         super().__init__(groups, {"lr": lr})

@@ -19,7 +19,8 @@ def name(row):
 
 
 def chosen():
-    """Of every network, the whole one and one in blocks; both kinds of recomputation; what was furthest from its prediction."""
+    """Of every network, the whole one and one in blocks; both kinds of recomputation; what was furthest from its
+    prediction."""
     for number in (3, 7, 12, 13, 18, 21, 22, 24, 27):
         yield pytest.param(ROWS[number], id=name(ROWS[number]))
 

@@ -1,4 +1,5 @@
-"""These tests run where DIFFUSIONBLOCKS_TEST_DEVICE says: on `sim`, or on a card (`cuda`). `make test` runs them on `sim`."""
+"""These tests run where DIFFUSIONBLOCKS_TEST_DEVICE says: on `sim`, or on a card (`cuda`). `make test` runs them on
+`sim`."""
 
 import pytest
 import torch

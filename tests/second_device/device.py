@@ -1,8 +1,9 @@
 """A second device made of CPU memory, as strict as a CUDA card about what lives where.
 
-torch can register a device whose operations are written in Python (`torch.utils.backend_registration`). A tensor of the device `sim`
-wraps a CPU tensor; every operation on it runs on the CPU, and refuses operands and generators that live elsewhere. What crosses
-between host and device is counted (`watched`), so that tests can say what a step moves and waits for.
+torch can register a device whose operations are written in Python (`torch.utils.backend_registration`). A tensor of the
+device `sim` wraps a CPU tensor; every operation on it runs on the CPU, and refuses operands and generators that live
+elsewhere. What crosses between host and device is counted (`watched`), so that tests can say what a step moves and
+waits for.
 
 What it cannot show: time, streams, pinned memory, kernels of a card and their numbers, the caching allocator.
 """
@@ -30,8 +31,9 @@ SIM = torch.device("sim", 0) if torch._C._get_privateuse1_backend_name() == "sim
 
 @dataclass
 class Traffic:
-    """What crossed while it was watched. Bytes of each copy from host to device (up) and back (down); numbers that the host read
-    off the device (each of which waits for it on a card); elements of the largest tensor that was made on the host."""
+    """What crossed while it was watched. Bytes of each copy from host to device (up) and back (down); numbers that the
+    host read off the device (each of which waits for it on a card); elements of the largest tensor that was made on the
+    host."""
 
     up: list[int] = field(default_factory=list)
     down: list[int] = field(default_factory=list)
@@ -81,8 +83,8 @@ class SimTensor(torch.Tensor):
 
 
 class SimGenerator(torch.Generator):
-    """A generator of the device `sim`: it draws what a CPU's draws. On its way through torch it loses its Python type, not its
-    address."""
+    """A generator of the device `sim`: it draws what a CPU's draws. On its way through torch it loses its Python type,
+    not its address."""
 
     addresses: ClassVar[set[int]] = set()
 
@@ -225,7 +227,8 @@ def register() -> torch.device:
 def _patch() -> None:
     """What torch does for devices of its own and not for one that is written in Python."""
     make_tensor, data, generator = torch.tensor, torch._C.TensorBase.data, torch.Generator
-    _device_constructors()  # `with torch.device(...)` knows torch.tensor by identity: it keeps the one that is there now
+    # `with torch.device(...)` knows torch.tensor by identity: it keeps the one that is there now
+    _device_constructors()
 
     def tensor(values: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False, **more: Any) -> Any:
         if device is not None and torch.device(device).type == "sim":

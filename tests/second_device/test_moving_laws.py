@@ -13,8 +13,8 @@ pytestmark = pytest.mark.skipif(DEVICE != "sim", reason="a card decides itself w
 
 
 class Late:
-    """Lanes in which a copy is made as late as possible: when something waits for it. The lane `eager` makes its copies at once instead,
-    as soon as what they come after allows. Meanwhile the place that a copy goes to holds NaN."""
+    """Lanes in which a copy is made as late as possible: when something waits for it. The lane `eager` makes its copies
+    at once instead, as soon as what they come after allows. Meanwhile the place that a copy goes to holds NaN."""
 
     def __init__(self, eager: str | None = None) -> None:
         self.eager, self.asked = eager, {"up": [], "down": []}

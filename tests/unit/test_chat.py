@@ -62,8 +62,8 @@ def test_a_template_that_rewrites_earlier_turns_has_only_the_last_answer(model):
     tokenizer = load_tokenizer(model, False)
     own = tokenizer.own.chat_template
     tokenizer.own.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] if loop.last or m['role'] == 'user' else '...') + '\n' }}"
-        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+        "{% for m in messages %}{{ m['role'] + ': ' + (m['content'] if loop.last or m['role'] == 'user' else '...') "
+        "+ '\n' }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
     try:
         found = chat.encode(talk("Hello?", "One.", "And?", "Two."), tokenizer, "here")

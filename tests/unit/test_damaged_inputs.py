@@ -461,7 +461,8 @@ def test_any_line_of_json_gives_a_document_or_one_line(tmp_path):
 
     values = some.recursive(
         some.none() | some.booleans() | some.floats() | some.integers() | some.text(),
-        lambda inner: some.lists(inner, max_size=3) | some.dictionaries(some.sampled_from(("text", "role", "content", "prompt", "completion", "messages")), inner, max_size=4),
+        lambda inner: some.lists(inner, max_size=3) | some.dictionaries(
+            some.sampled_from(("text", "role", "content", "prompt", "completion", "messages")), inner, max_size=4),
         max_leaves=8,
     )  # fmt: skip
     path, told = tmp_path / "rows.jsonl", []

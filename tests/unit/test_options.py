@@ -119,22 +119,26 @@ def test_a_range_holds_what_its_words_say(value, low, high):
 
 OUTSIDE = [
     *((f"train.{name}", value) for name, value in {
-        "steps": 0, "batch_size": 0, "accumulation": 0, "learning_rate": 0, "weight_decay": -1, "betas": [0.9, 1], "warmup": 5,
-        "hold": -1, "max_grad_norm": -1, "blocks": [-1], "keep_graphs": 0, "visit_steps": 0, "branch_at": 1, "own_batch": -1,
-        "own_rate": 0, "heads_first": 1, "ema_decay": 1, "num_workers": -1, "log_every": -1, "checkpoint_every": -1,
-        "evaluate_every": -1, "keep_checkpoints": 0, "seed": 10**20, "order": "zigzag", "precision": "fp8",
+        "steps": 0, "batch_size": 0, "accumulation": 0, "learning_rate": 0, "weight_decay": -1, "betas": [0.9, 1],
+        "warmup": 5, "hold": -1, "max_grad_norm": -1, "blocks": [-1], "keep_graphs": 0, "visit_steps": 0,
+        "branch_at": 1, "own_batch": -1, "own_rate": 0, "heads_first": 1, "ema_decay": 1, "num_workers": -1,
+        "log_every": -1, "checkpoint_every": -1, "evaluate_every": -1, "keep_checkpoints": 0, "seed": 10**20,
+        "order": "zigzag", "precision": "fp8",
     }.items()),
     *((f"blocks.{name}", value) for name, value in {
-        "num_blocks": 0, "layers_per_block": [0], "p_std": 0, "sigma_min": 0, "sigma_max": -1, "least_hidden": 1, "overlap": -1,
-        "condition_width": -1, "head_layers": -1, "ordinary": -1, "prelude": -1, "coda": -1, "p_mean": math.nan,
+        "num_blocks": 0, "layers_per_block": [0], "p_std": 0, "sigma_min": 0, "sigma_max": -1, "least_hidden": 1,
+        "overlap": -1, "condition_width": -1, "head_layers": -1, "ordinary": -1, "prelude": -1, "coda": -1,
+        "p_mean": math.nan,
     }.items()),
     *((f"model.{name}", value) for name, value in {
-        "hidden_size": 0, "num_hidden_layers": 0, "num_attention_heads": 0, "intermediate_size": 0, "patch_size": 0, "dropout": 2,
+        "hidden_size": 0, "num_hidden_layers": 0, "num_attention_heads": 0, "intermediate_size": 0, "patch_size": 0,
+        "dropout": 2,
     }.items()),
     *((f"data.{name}", value) for name, value in {
         "image_size": 0, "channels": 0, "validation_share": 0, "test_share": 1, "latent_scale": -1,
     }.items()),
-    ("lora.rank", 0), ("lora.alpha", 0), ("in_context.tokens", 0), ("task.label_smoothing", 5), ("task.sampling_steps", -1),
+    ("lora.rank", 0), ("lora.alpha", 0), ("in_context.tokens", 0), ("task.label_smoothing", 5),
+    ("task.sampling_steps", -1),
 ]  # fmt: skip
 
 
@@ -148,7 +152,8 @@ def test_ranges_hold_before_anything_runs(key, value):
     ("recipe", "key", "value"),
     [
         *(("dit-digits", f"task.{name}", value) for name, value in {
-            "guidance": math.nan, "sampling_steps": 0, "label_dropout": 2, "num_samples": -1, "evaluations": 0, "levels_per_image": 0,
+            "guidance": math.nan, "sampling_steps": 0, "label_dropout": 2, "num_samples": -1, "evaluations": 0,
+            "levels_per_image": 0,
         }.items()),
         *(("mdlm-pydocs", f"task.{name}", value) for name, value in {
             "temperature": -1, "top_p": 0, "top_k": -1, "levels_per_text": 0, "num_samples": -1, "sampling_steps": 0,
@@ -160,7 +165,8 @@ def test_ranges_hold_before_anything_runs(key, value):
             "iterations": 0, "mean_iterations": 0, "truncation": 0, "early_exit": -1, "curve": [0],
         }.items()),
         *(("lm-pydocs", f"data.{name}", value) for name, value in {
-            "length": 1, "validation_share": 0, "max_documents": -1, "evaluated": -1, "packing": "tight", "encoding_errors": "ignore",
+            "length": 1, "validation_share": 0, "max_documents": -1, "evaluated": -1, "packing": "tight",
+            "encoding_errors": "ignore",
         }.items()),
     ],
 )  # fmt: skip

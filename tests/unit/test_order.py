@@ -1,4 +1,5 @@
-"""The plan of visits: a function of the visit's number, with the visits of a generator that makes one after the other."""
+"""The plan of visits: a function of the visit's number, with the visits of a generator that makes one after the
+other."""
 
 import random
 import tracemalloc

@@ -12,9 +12,12 @@ import diffusionblocks as dblocks
 from diffusionblocks.plain_yaml import LONGEST, dump, parse
 
 TRICKY = [
-    *("yes", "no", "on", "off", "y", "012", "0", "-0", "0x1F", "0o7", "1e3", "1_000", ".5", "5.", "~", "", "null", "Null", "<<", "="),
-    *("2024-01-01", "2024-01-01 10:00:00", "12:30:45", ".inf", "-.inf", ".NaN", "true", "True", "- a", "a: b", "#x", "a #b", "*a"),
-    *("&a", "!x", "%a", "@a", "`a", " a", "a ", "a\nb", "\n", "\t", "-", "?", ":", "---", "...", "{", "[", "'", '"', "\\", "\x00"),
+    *("yes", "no", "on", "off", "y", "012", "0", "-0", "0x1F", "0o7", "1e3", "1_000", ".5", "5.", "~", "", "null",
+      "Null", "<<", "="),
+    *("2024-01-01", "2024-01-01 10:00:00", "12:30:45", ".inf", "-.inf", ".NaN", "true", "True", "- a", "a: b", "#x",
+      "a #b", "*a"),
+    *("&a", "!x", "%a", "@a", "`a", " a", "a ", "a\nb", "\n", "\t", "-", "?", ":", "---", "...", "{", "[", "'", '"',
+      "\\", "\x00"),
     *("\x85", "\u2028", "\ufeff", "\ud800", "\U0001f600", "x" * 300 + " y" * 100, "C:\\new: x"),
 ]  # fmt: skip
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.sampled_from(TRICKY)
@@ -58,7 +61,8 @@ def test_every_text_is_read_or_refused_in_one_line(text):
 def test_only_what_the_core_schema_names_is_no_text():
     text = "[yes, no, on, off, 2024-01-01, 12:30:45, 0x1F, 1_000, true, false, null, ~, 12, -3, 1e-3, 1.5, .inf, -.inf]"
     assert parse(text, "x") == [
-        *("yes", "no", "on", "off", "2024-01-01", "12:30:45", "0x1F", "1_000", True, False, None, None, 12, -3, 1e-3, 1.5),
+        *("yes", "no", "on", "off", "2024-01-01", "12:30:45", "0x1F", "1_000", True, False, None, None, 12, -3, 1e-3,
+          1.5),
         *(math.inf, -math.inf),
     ]  # fmt: skip
     assert math.isnan(parse(".nan", "x"))

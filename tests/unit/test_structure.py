@@ -51,8 +51,8 @@ def test_importing_the_package_loads_torch_alone_and_fast():
     code = (
         "import torch, sys, time; start = time.perf_counter(); import diffusionblocks; "
         "diffusionblocks.convert, diffusionblocks.Partition; seconds = time.perf_counter() - start; "
-        "heavy = [m for m in ('transformers', 'accelerate', 'matplotlib', 'sklearn', 'rich', 'kornia') if m in sys.modules]; "
-        "print(seconds, heavy)"
+        "heavy = [m for m in ('transformers', 'accelerate', 'matplotlib', 'sklearn', 'rich', 'kornia') "
+        "if m in sys.modules]; print(seconds, heavy)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, heavy = out.strip().split(" ", 1)

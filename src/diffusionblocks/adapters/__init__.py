@@ -59,8 +59,8 @@ def convert(model: Any, num_blocks: int = 3, **options: Any) -> DiffusionBlocksM
     has gives the same logits as before.
 
     Args:
-        model: `transformers.ViTForImageClassification`, `diffusers.DiTTransformer2DModel` or another supported class, new
-            or pretrained.
+        model: `transformers.ViTForImageClassification`, `diffusers.DiTTransformer2DModel` or another supported class,
+            new or pretrained.
         num_blocks: B; must divide the number of layers unless `layers_per_block` is given.
         **options: fields of `BlocksConfig` (context, readout, levels, overlap, ...).
 

@@ -25,7 +25,8 @@ class EmbeddingStem(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """A layer of an encoder: hidden [N, T, D] -> hidden [N, T, D], attending everywhere unless a view says otherwise."""
+    """A layer of an encoder: hidden [N, T, D] -> hidden [N, T, D], attending everywhere unless a view says
+    otherwise."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

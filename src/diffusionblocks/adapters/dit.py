@@ -43,8 +43,8 @@ class DiTLayer(nn.Module):
 class PatchReadout(nn.Module):
     """Modulated norm, projection and unpatchify: hidden [N, T, D], condition -> image [N, channels, height, width].
 
-    The modulation reads the embedding of the network's first layer, which that layer owns; `alone` makes a readout that reads
-    another one. A network that also predicts variances has more channels; only the first ones are kept.
+    The modulation reads the embedding of the network's first layer, which that layer owns; `alone` makes a readout that
+    reads another one. A network that also predicts variances has more channels; only the first ones are kept.
     """
 
     def __init__(self, model: Any, norm: nn.Module, modulation: nn.Module, projection: nn.Module) -> None:
@@ -61,8 +61,8 @@ class PatchReadout(nn.Module):
         )
 
     def alone(self, layer: DiTLayer | None = None) -> PatchReadout:
-        """A copy that reads the embedding of timestep and class of `layer`, as the network's reads that of the first one, or
-        has one of its own."""
+        """A copy that reads the embedding of timestep and class of `layer`, as the network's reads that of the first
+        one, or has one of its own."""
         alone = copy.deepcopy(self)
         alone.embedder, alone._first = alone._first[0] if layer is None else embedder_of(layer.layer), ()
         return alone

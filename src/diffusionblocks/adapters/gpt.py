@@ -28,7 +28,8 @@ class PositionStem(nn.Module):
 
 
 class PositionLayer(nn.Module):
-    """A decoder layer without positions of its own: hidden [N, T, D] -> hidden [N, T, D]. Causal unless a view says otherwise."""
+    """A decoder layer without positions of its own: hidden [N, T, D] -> hidden [N, T, D]. Causal unless a view says
+    otherwise."""
 
     def __init__(self, layer: nn.Module, config: Any) -> None:
         super().__init__()

@@ -24,7 +24,8 @@ class TokenStem(nn.Module):
         return self.embedding(batch["input_ids"])
 
     def place(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """What embeddings [N, T, D] from elsewhere become at `positions`: as they are, layers turn by position themselves."""
+        """What embeddings [N, T, D] from elsewhere become at `positions`: as they are, layers turn by position
+        themselves."""
         return hidden
 
 
@@ -60,7 +61,8 @@ class RotaryLayer(nn.Module):
         )
 
     def constants_to(self, device: torch.device) -> None:
-        """Moves the table of frequencies, which belongs to no block, so that nobody else does: once, not in every call."""
+        """Moves the table of frequencies, which belongs to no block, so that nobody else does: once, not in every
+        call."""
         (rotary,) = self._rotary
         if next(rotary.buffers()).device != device:
             rotary.to(device)

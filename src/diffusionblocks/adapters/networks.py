@@ -24,8 +24,8 @@ CLASSES = ".class_embedder."  # in the layers of diffusion transformers
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """What a network is made from: its class, and the config that its library reads (an object of transformers, a dict for
-    diffusers). subfolder: of a Hugging Face repository, where the network is."""
+    """What a network is made from: its class, and the config that its library reads (an object of transformers, a dict
+    for diffusers). subfolder: of a Hugging Face repository, where the network is."""
 
     adapter: Adapter
     class_name: str
@@ -39,8 +39,8 @@ class NetworkConfig:
         depth = self.get(self.adapter.depth_key)
         if not isinstance(depth, int) or not 1 <= depth <= MOST_LAYERS:
             raise UserError(
-                f"the config of the {self.class_name} is damaged: {self.adapter.depth_key} is {depth!r}, and should be a whole number "
-                f"from 1 to {MOST_LAYERS:,}"
+                f"the config of the {self.class_name} is damaged: {self.adapter.depth_key} is {depth!r}, and should be "
+                f"a whole number from 1 to {MOST_LAYERS:,}"
             )
         return depth
 
@@ -74,8 +74,8 @@ class NetworkConfig:
         return model_class(config)
 
     def load(self, name_or_path: str) -> Any:
-        """The pretrained network. Weights of its readout (and of its classes, where layers see them) that are missing or of another
-        shape are new; only safetensors are read.
+        """The pretrained network. Weights of its readout (and of its classes, where layers see them) that are missing
+        or of another shape are new; only safetensors are read.
 
         Raises UserError where weights are damaged, or those of its layers are missing.
         """
@@ -164,7 +164,8 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[str
     folder = Path(name_or_path)
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
         raise UserError(
-            f"{name_or_path} holds a peft adapter, no network: merge it into its network (merge_and_unload of peft) and save that"
+            f"{name_or_path} holds a peft adapter, no network: merge it into its network (merge_and_unload of peft) "
+            "and save that"
         )
     try:
         config = load_config(name_or_path, trust_remote_code)

@@ -1,4 +1,5 @@
-"""Low-rank adaptation through peft (Hu et al. 2022, arXiv 2106.09685): the network stays frozen, small matrices train."""
+"""Low-rank adaptation through peft (Hu et al. 2022, arXiv 2106.09685): the network stays frozen, small matrices
+train."""
 
 from __future__ import annotations
 

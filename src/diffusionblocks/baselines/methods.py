@@ -44,8 +44,8 @@ def _blocks(recipe: Recipe) -> Recipe:
         return recipe
     if recipe.train.branch_at:
         raise UserError(
-            "train.branch_at copies block 0 over all others, and with them what model.start or model.pretrained brought; "
-            "set it to 0"
+            "train.branch_at copies block 0 over all others, and with them what model.start or model.pretrained "
+            "brought; set it to 0"
         )
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, branch_at=0.0, own_batch=0))
 

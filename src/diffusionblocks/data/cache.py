@@ -86,7 +86,8 @@ def _remove(path: Path) -> None:
 
 
 def publish(partial: Path, folder: Path, proof: str) -> None:
-    """Moves what was made in `partial` to its place; keeps what another process put there first (`proof` is a file of it)."""
+    """Moves what was made in `partial` to its place; keeps what another process put there first (`proof` is a file of
+    it)."""
     try:
         partial.rename(folder)
     except OSError:

@@ -1,7 +1,7 @@
 """Conversations: rows of messages through a tokenizer's own chat template, and which of their tokens are answers.
 
-Answers are what the assistant says, with the tokens that end its turn. Prompt and answers are tokenised apart: at inference too
-the answer begins where the prompt's tokens end.
+Answers are what the assistant says, with the tokens that end its turn. Prompt and answers are tokenised apart: at
+inference too the answer begins where the prompt's tokens end.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def format_of(names: Sequence[str], text_key: str, messages_key: str, where: str
     if {"prompt", "completion"} <= set(names):
         return "prompt"
     raise UserError(
-        f"{where} has no column {text_key!r} (data.text_key), {messages_key!r} (data.messages_key) or 'prompt' and 'completion'; it "
-        f"has {', '.join(names) or 'none'}"
+        f"{where} has no column {text_key!r} (data.text_key), {messages_key!r} (data.messages_key) or 'prompt' and "
+        f"'completion'; it has {', '.join(names) or 'none'}"
     )
 
 
@@ -79,14 +79,15 @@ def template_of(tokenizer: Tokenizer) -> Any:
     if not isinstance(tokenizer, HuggingFace) or not tokenizer.own.chat_template:
         name = tokenizer.name if isinstance(tokenizer, HuggingFace) else type(tokenizer).__name__.lower()
         raise UserError(
-            f"the tokenizer {name!r} has no chat template, which conversations need: take the instruct version of the model, or set "
-            "chat_template in its tokenizer_config.json"
+            f"the tokenizer {name!r} has no chat template, which conversations need: take the instruct version of the "
+            "model, or set chat_template in its tokenizer_config.json"
         )
     return tokenizer.own
 
 
 def encode(messages: Conversation, tokenizer: Tokenizer, where: str) -> Encoded:
-    """A conversation as tokens. Raises UserError where the tokenizer has no chat template, or the template refuses it."""
+    """A conversation as tokens. Raises UserError where the tokenizer has no chat template, or the template refuses
+    it."""
     own = template_of(tokenizer)
     whole = _rendered(own, messages, where)
     spans = _answers(own, messages, whole, where)
@@ -112,8 +113,8 @@ def question(text: str, tokenizer: Tokenizer) -> str:
 def _answers(own: Any, messages: Conversation, whole: str, where: str) -> list[tuple[int, int]]:
     """Where in the whole text the assistant's turns are.
 
-    Some templates tell an earlier turn otherwise once there is a later one (they leave out what was thought): then only the last
-    turn is an answer.
+    Some templates tell an earlier turn otherwise once there is a later one (they leave out what was thought): then only
+    the last turn is an answer.
     """
     found = []
     for index, message in enumerate(messages):

@@ -20,8 +20,9 @@ class DataConfig:
         image_key, label_key: columns of a Hugging Face dataset.
         test_share: share of the samples, split by class with `split_seed`; a source with its own test split keeps it.
             validation_share: share of what that leaves.
-        vae: name or folder of a diffusers AutoencoderKL; then the network reads latents, which are cached in `cache_dir`
-            (empty = below the user's cache folder). latent_scale: factor to unit variance; 0 = the autoencoder's own.
+        vae: name or folder of a diffusers AutoencoderKL; then the network reads latents, which are cached in
+            `cache_dir` (empty = below the user's cache folder). latent_scale: factor to unit variance; 0 = the
+            autoencoder's own.
         augment: any of `shift`, `flip`, `randaugment` (training only; needs the extra [images]).
         skip_unreadable: leave out images that cannot be decoded instead of stopping.
     """

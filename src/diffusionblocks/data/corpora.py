@@ -27,29 +27,32 @@ class TextConfig:
 
     Args:
         source: `pydocs` (CPython's own documentation), `stdlib` (code of the running interpreter's standard library),
-            `folder`, `file` (one text file, such as text8), `jsonl`, `parquet` or `huggingface`. Giving only a path means
-            `folder`, or what the file's ending says.
+            `folder`, `file` (one text file, such as text8), `jsonl`, `parquet` or `huggingface`. Giving only a path
+            means `folder`, or what the file's ending says.
         path: folder, file, or the name of a Hugging Face dataset. text_key: the column that holds the text.
         subset: configuration of a Hugging Face dataset. suffixes: of the files that a folder is searched for
             (none = .txt, .md, .rst and .py).
-        format: what a row of jsonl, parquet or huggingface holds: `text`, `messages` (a conversation: a list of role and content; loss
-            on the assistant's answers alone) or `prompt` (a question, and its `completion`); `auto` = what its columns say.
+        format: what a row of jsonl, parquet or huggingface holds: `text`, `messages` (a conversation: a list of role
+            and content; loss on the assistant's answers alone) or `prompt` (a question, and its `completion`);
+            `auto` = what its columns say.
         messages_key: the column that holds a conversation.
-        tokenizer: `characters` (the 27 of text8), `bytes`, name or folder of a Hugging Face tokenizer, or `auto` (that of
-            model.pretrained). trust_remote_code: run Python code that the tokenizer's repository brings.
+        tokenizer: `characters` (the 27 of text8), `bytes`, name or folder of a Hugging Face tokenizer, or `auto` (that
+            of model.pretrained). trust_remote_code: run Python code that the tokenizer's repository brings.
         length: tokens in a window, T.
-        packing: `stream` (windows of the documents' tokens one after the other), `documents` (the same windows, but tokens
-            attend only inside their own document), `padded` (a window holds one document, or a piece of one), or `auto`: padded for
-            conversations, else stream.
+        packing: `stream` (windows of the documents' tokens one after the other), `documents` (the same windows, but
+            tokens attend only inside their own document), `padded` (a window holds one document, or a piece of one), or
+            `auto`: padded for conversations, else stream.
         too_long: padded documents of more than T tokens: `split` into pieces, `truncate` or `skip`; `auto` = truncate
             conversations, split text.
         split: `documents` (whole documents, drawn with `split_seed`) or `contiguous` (the end of the text: text8).
         validation_share, test_share: of the tokens.
-        max_documents: 0 = all. evaluated: windows of the validation or test text that are evaluated, taken evenly; 0 = all.
-        general: a second text, evaluated beside the test text to see what adapting a network forgets: `pydocs`, `stdlib` or a path
-            (`evaluated` windows of it); empty = none.
+        max_documents: 0 = all. evaluated: windows of the validation or test text that are evaluated, taken evenly;
+            0 = all.
+        general: a second text, evaluated beside the test text to see what adapting a network forgets: `pydocs`,
+            `stdlib` or a path (`evaluated` windows of it); empty = none.
         encoding_errors: `strict` (invalid UTF-8 is an error that names the place) or `replace`.
-        skip_unreadable: leave out rows and files that cannot be read (of a long file what follows the damage) instead of stopping.
+        skip_unreadable: leave out rows and files that cannot be read (of a long file what follows the damage) instead
+            of stopping.
         cache_dir: where tokens are kept (empty = below the user's cache folder).
     """
 
@@ -282,7 +285,8 @@ def _existing(config: TextConfig) -> Path:
 
 
 def _pieces(path: Path, errors: str, left: LeftOut) -> Iterator[str]:
-    """The text of a file, a long one in pieces that end at white space; up to what cannot be read where that is left out."""
+    """The text of a file, a long one in pieces that end at white space; up to what cannot be read where that is left
+    out."""
     try:
         with path.open("rb") as stream:
             start, rest = 0, b""
@@ -339,7 +343,8 @@ def source_of(config: TextConfig) -> str:
 
 
 def documents(config: TextConfig, left: LeftOut | None = None) -> Documents:
-    """Names and texts of a source, in a fixed order. left: counts what is left out, for a caller who says it; else this does.
+    """Names and texts of a source, in a fixed order. left: counts what is left out, for a caller who says it; else this
+    does.
 
     Raises UserError for what cannot be read.
     """

@@ -1,8 +1,8 @@
 """Images as latents of an autoencoder, encoded once and kept on disk (Rombach et al. 2022, arXiv 2112.10752).
 
-A cache is a folder of shards, safetensors with mean and standard deviation of each image's latent (and of its mirror image),
-and an index with the hash of every shard. Encoding that was interrupted goes on where it stopped; a damaged shard is
-encoded again. The name of the folder is a hash of the images, their size and the autoencoder.
+A cache is a folder of shards, safetensors with mean and standard deviation of each image's latent (and of its mirror
+image), and an index with the hash of every shard. Encoding that was interrupted goes on where it stopped; a damaged
+shard is encoded again. The name of the folder is a hash of the images, their size and the autoencoder.
 
 Shapes: n images, v versions (1, or 2 with the mirror image), c channels, s = size of the latent.
 """
@@ -34,7 +34,8 @@ FITTING = (0.25, 4.0)  # standard deviations of scaled latents that a diffusion 
 
 
 class Autoencoder:
-    """A diffusers AutoencoderKL by name or folder, with its latents scaled to the standard deviation of EDM's data (0.5).
+    """A diffusers AutoencoderKL by name or folder, with its latents scaled to the standard deviation of EDM's data
+    (0.5).
 
     Raises UserError when it cannot be loaded or does not fit the images.
     """
@@ -58,7 +59,8 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 [n, channels, size, size] -> mean and standard deviation of the scaled latents, fp32 [n, 2, c, s, s]."""
+        """uint8 [n, channels, size, size] -> mean and standard deviation of the scaled latents, fp32
+        [n, 2, c, s, s]."""
         found = []
         for part in images.split(AT_ONCE):
             latents = self.network.encode(part.to(self.device).float() / 127.5 - 1).latent_dist
@@ -99,12 +101,13 @@ def latent_shape(config: DataConfig) -> tuple[int, int]:
     factor = 2 ** (len(own["block_out_channels"]) - 1)
     if config.image_size % factor:
         raise UserError(
-            f"the autoencoder {config.vae} makes images {factor} times smaller: data.image_size {config.image_size} must "
-            f"be divisible by {factor}"
+            f"the autoencoder {config.vae} makes images {factor} times smaller: data.image_size {config.image_size} "
+            f"must be divisible by {factor}"
         )
     if own["in_channels"] != config.channels:
         raise UserError(
-            f"the autoencoder {config.vae} reads {own['in_channels']} channels; set data.channels to it (got {config.channels})"
+            f"the autoencoder {config.vae} reads {own['in_channels']} channels; set data.channels to it (got "
+            f"{config.channels})"
         )
     return own["latent_channels"], config.image_size // factor
 
@@ -137,7 +140,8 @@ class LatentData(Dataset):
 
 
 def load_data(config: DataConfig, seed: int = 0, device: str = "auto") -> ImageSplits:
-    """The images of a recipe, as latents where it names an autoencoder (which then runs on `device`). See `load_images`."""
+    """The images of a recipe, as latents where it names an autoencoder (which then runs on `device`). See
+    `load_images`."""
     if not config.vae:
         return load_images(config, seed)
     if set(config.augment) - {"flip"}:
@@ -226,8 +230,9 @@ def _encode(encoder: Autoencoder, images: Tensor, mirror: bool, config: DataConf
     spread = (latents[:, :, 0].std() / SIGMA_DATA).item()
     if not FITTING[0] <= spread <= FITTING[1]:
         raise UserError(
-            f"the latents of {config.vae} have a standard deviation of {spread:.3g} after scaling by {encoder.scale:g}, and "
-            f"it should be about 1: set data.latent_scale to {encoder.scale / max(spread, 1e-9):.4g}"
+            f"the latents of {config.vae} have a standard deviation of {spread:.3g} after scaling by "
+            f"{encoder.scale:g}, and it should be about 1: set data.latent_scale to "
+            f"{encoder.scale / max(spread, 1e-9):.4g}"
         )
     return latents.half()
 

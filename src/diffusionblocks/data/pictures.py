@@ -1,6 +1,8 @@
-"""One picture of any kind as 8-bit grey or colour, as a viewer would show it: upright, 16 bits scaled to 8, transparency on white.
+"""One picture of any kind as 8-bit grey or colour, as a viewer would show it: upright, 16 bits scaled to 8,
+transparency on white.
 
-Only the formats that are meant are opened: Pillow knows some that hand a file to another program (Ghostscript reads EPS).
+Only the formats that are meant are opened: Pillow knows some that hand a file to another program (Ghostscript reads
+EPS).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ TURNS = {  # by the value of that tag
 
 
 def checked(path: str | Path) -> os.stat_result:
-    """Size and time of a file. Raises ValueError for what cannot be read: a pipe or a device, for one, is never opened."""
+    """Size and time of a file. Raises ValueError for what cannot be read: a pipe or a device, for one, is never
+    opened."""
     try:
         found = os.stat(path)
     except OSError as error:

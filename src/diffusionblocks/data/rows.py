@@ -15,7 +15,8 @@ SKIP = "pass --data.skip-unreadable to leave such rows and files out"
 
 
 class LeftOut:
-    """Rows and files that cannot be read: the first ends it with its error, or all are counted (`data.skip_unreadable`)."""
+    """Rows and files that cannot be read: the first ends it with its error, or all are counted
+    (`data.skip_unreadable`)."""
 
     def __init__(self, skip: bool) -> None:
         self.skip, self.count, self.first = skip, 0, ""
@@ -37,8 +38,8 @@ def text_of(value: Any, what: str, where: str, errors: str = "strict") -> str:
     """The text that a row holds; an empty one where it is missing.
 
     Args:
-        what: names the value. errors: `strict`, or `replace` for what is not Unicode (half a surrogate pair, which JSON can
-            spell; bytes that are not UTF-8).
+        what: names the value. errors: `strict`, or `replace` for what is not Unicode (half a surrogate pair, which JSON
+            can spell; bytes that are not UTF-8).
 
     Raises UserError where it is no text.
     """

@@ -1,7 +1,7 @@
 """Reading labelled images: embedded sets, folders with one sub-folder per class, and Hugging Face datasets.
 
-A source gives training images, test images where it has its own, and the names of the classes. Images are read into memory,
-or, where they would not fit, decoded one by one when they are needed.
+A source gives training images, test images where it has its own, and the names of the classes. Images are read into
+memory, or, where they would not fit, decoded one by one when they are needed.
 """
 
 from __future__ import annotations
@@ -214,8 +214,8 @@ def _read(decoder: _Decoder, labels: Tensor, identity: str, config: DataConfig) 
 
 
 def decode(source: Any, config: DataConfig, formats: tuple[str, ...] = pictures.ROWS) -> tuple[np.ndarray, bool]:
-    """A path, bytes or a PIL image -> uint8 [channels, size, size], and whether it had transparent places (now white). The short
-    side is scaled, the long one cropped at its middle, as in the protocol of ADM (Dhariwal & Nichol 2021)."""
+    """A path, bytes or a PIL image -> uint8 [channels, size, size], and whether it had transparent places (now white).
+    The short side is scaled, the long one cropped at its middle, as in the protocol of ADM (Dhariwal & Nichol 2021)."""
     from PIL import Image, ImageOps
 
     image, transparent = pictures.read(source, "L" if config.channels == 1 else "RGB", formats)
@@ -313,8 +313,9 @@ def _labels(values: Sequence[Any], split: str, names: Sequence[str] | None, conf
         if not isinstance(value, int) or not 0 <= value < limit:
             needed = f"a whole number from 0 to {limit - 1}" + ("" if names else ", one for each class")
             raise UserError(
-                f"column {config.label_key!r} of {config.path}, row {row} of the split {split!r}: a label must be {needed}; "
-                f"got {str(value)[:60]!s}" + ("" if isinstance(value, int) else f" ({type(value).__name__})")
+                f"column {config.label_key!r} of {config.path}, row {row} of the split {split!r}: "
+                f"a label must be {needed}; got {str(value)[:60]!s}"
+                + ("" if isinstance(value, int) else f" ({type(value).__name__})")
             )
     return torch.tensor(values, dtype=torch.int64)
 

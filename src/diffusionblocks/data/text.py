@@ -1,8 +1,8 @@
 """Documents as windows of tokens: tokenised once into a file that is mapped, never loaded, and split by document.
 
 The cache is a folder with tokens.npy (all documents, one after the other), ends.npy (where each ends), of conversations
-answers.npy (which tokens are answers), and index.json with their hashes. Its name is a hash of the source and the tokenizer; a
-damaged cache is made again.
+answers.npy (which tokens are answers), and index.json with their hashes. Its name is a hash of the source and the
+tokenizer; a damaged cache is made again.
 
 Shapes: N batch, T positions.
 """
@@ -45,10 +45,12 @@ class TextData(Dataset):
     Args:
         tokens: all tokens. spans: documents of this split, rows of [start, end), each text ending with its separator.
         length: T. packing: see `TextConfig`.
-        seed: None = windows lie side by side (evaluation); else each is moved by a random offset, drawn from the seed and from
-            which windows meet in a batch (training; not where windows are padded).
-        too_long: what becomes of padded documents of more than T tokens: `split`, `truncate` or `skip` (`long` counts them).
-        answers: which of all tokens are answers; None = all count. Padded documents without one are left out (`mute` counts them).
+        seed: None = windows lie side by side (evaluation); else each is moved by a random offset, drawn from the seed
+            and from which windows meet in a batch (training; not where windows are padded).
+        too_long: what becomes of padded documents of more than T tokens: `split`, `truncate` or `skip` (`long` counts
+            them).
+        answers: which of all tokens are answers; None = all count. Padded documents without one are left out (`mute`
+            counts them).
     """
 
     def __init__(
@@ -178,15 +180,16 @@ def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSp
     """Tokenises (once), checks and splits.
 
     Args:
-        seed: steers the random offsets of training windows, nothing else. mask: the tokenizer has a token that hides others
-            (masked diffusion); without one it is as it was made.
+        seed: steers the random offsets of training windows, nothing else. mask: the tokenizer has a token that hides
+            others (masked diffusion); without one it is as it was made.
 
     Raises UserError for anything wrong with the data.
     """
     check_options("data", config)
     if config.validation_share + config.test_share >= 1:
         raise UserError(
-            f"data.validation_share {config.validation_share} and data.test_share {config.test_share} leave nothing to train on"
+            f"data.validation_share {config.validation_share} and data.test_share {config.test_share} leave nothing to "
+            "train on"
         )
     tokenizer = load_tokenizer(config.tokenizer, mask, config.trust_remote_code)
     tokens, ends, answers = _tokens(config, tokenizer)
@@ -220,15 +223,15 @@ def _check_part(name: str, part: TextData, config: TextConfig) -> None:
         spans = part.spans if len(part) else np.zeros((0, 2), np.int64)
         if not any(part.answers[start + 1 : end].any() for start, end in spans):
             raise UserError(
-                f"the {name} conversations have no answer tokens: nothing that the assistant says lies within {config.length} tokens "
-                "(data.length)"
+                f"the {name} conversations have no answer tokens: nothing that the assistant says lies within "
+                f"{config.length} tokens (data.length)"
             )
     if len(part) == 0 and part.packing == "padded":
         raise UserError(f"the {name} text has no document of at least two tokens" + (" that fits" if part.long else ""))
     if len(part) == 0:
         raise UserError(
-            f"the {name} text has {part.num_tokens} tokens, less than one window of {config.length}: give it more text, "
-            "or a smaller --data.length"
+            f"the {name} text has {part.num_tokens} tokens, less than one window of {config.length}: give it more "
+            "text, or a smaller --data.length"
         )
 
 
@@ -272,7 +275,8 @@ def _spans(ends: np.ndarray) -> np.ndarray:
 
 
 def _split(ends: np.ndarray, config: TextConfig) -> list[np.ndarray]:
-    """Documents of training, validation and test, in the order of the source. ends [documents] -> rows of [start, end)."""
+    """Documents of training, validation and test, in the order of the source. ends [documents] -> rows of
+    [start, end)."""
     spans = _spans(ends)
     total = int(ends[-1]) if len(ends) else 0
     if config.split == "contiguous":
@@ -282,8 +286,8 @@ def _split(ends: np.ndarray, config: TextConfig) -> list[np.ndarray]:
         return [_between(spans, low, high) for low, high in borders]
     if len(spans) < 3:
         raise UserError(
-            f"{len(spans)} document(s) cannot be split into training, validation and test: pass --data.split contiguous, "
-            "which cuts the text itself"
+            f"{len(spans)} document(s) cannot be split into training, validation and test: pass --data.split "
+            "contiguous, which cuts the text itself"
         )
     order = np.random.default_rng(derive(config.split_seed, "documents")).permutation(len(spans))
     sizes = spans[order, 1] - spans[order, 0]
@@ -296,8 +300,8 @@ def _split(ends: np.ndarray, config: TextConfig) -> list[np.ndarray]:
     left = 1 - config.test_share - config.validation_share
     if not (test.any() and validation.any()) or sizes[rest].sum() < left / 2 * total:
         raise UserError(
-            f"the {len(spans)} documents are too uneven to be split (the longest has {sizes.max() / total:.0%} of the text): pass "
-            "--data.split contiguous, which cuts the text itself, or another --data.split-seed"
+            f"the {len(spans)} documents are too uneven to be split (the longest has {sizes.max() / total:.0%} of the "
+            "text): pass --data.split contiguous, which cuts the text itself, or another --data.split-seed"
         )
     return [spans[np.sort(order[chosen])] for chosen in (rest, validation, test)]
 
@@ -376,7 +380,8 @@ def _tokenise(config: TextConfig, tokenizer: Tokenizer, folder: Path) -> None:
 def _write_tokens(
     config: TextConfig, tokenizer: Tokenizer, path: Path, left: LeftOut
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Writes all tokens of a source as an array [tokens]. Returns where documents end, and which tokens of conversations are answers."""
+    """Writes all tokens of a source as an array [tokens]. Returns where documents end, and which tokens of
+    conversations are answers."""
     kind, end = np.dtype(np.uint16 if tokenizer.size <= 1 << 16 else np.uint32), np.array([tokenizer.separator])
     total, ends, last = 0, list[int](), None
     answers: list[np.ndarray] = []

@@ -1,4 +1,5 @@
-"""Text to token ids and back: characters, bytes, or any tokenizer of Hugging Face transformers, with a mask token or without."""
+"""Text to token ids and back: characters, bytes, or any tokenizer of Hugging Face transformers, with a mask token or
+without."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ MOST_GAPS = 4  # numbers of tokens per token: more are a mistake
 
 
 class Tokenizer(Protocol):
-    """size: number of ids, the mask included. mask_id: of what hides a token, None without one. separator: id that ends a document. between: ids
-    that join the pieces of a long document, which are cut after white space and encoded apart."""
+    """size: number of ids, the mask included. mask_id: of what hides a token, None without one. separator: id that ends
+    a document. between: ids that join the pieces of a long document, which are cut after white space and encoded
+    apart."""
 
     size: int
     mask_id: int | None
@@ -47,8 +49,8 @@ class Tokenizer(Protocol):
 
 
 class Characters:
-    """The 27 characters of text8: a to z and the space (Mahoney's protocol: lower case, digits spelled out, everything else
-    is a space, spaces collapse). Text that is in this form already stays as it is."""
+    """The 27 characters of text8: a to z and the space (Mahoney's protocol: lower case, digits spelled out, everything
+    else is a space, spaces collapse). Text that is in this form already stays as it is."""
 
     separator = 26
     between: tuple[int, ...] = (26,)  # encoding strips the white space
@@ -118,7 +120,8 @@ class HuggingFace:
         self.size = 1 + max(self.own.get_vocab().values(), default=-1)  # of some, ids have gaps
         if not 0 < self.size <= MOST_GAPS * len(self.own):
             raise UserError(
-                f"the tokenizer {name_or_path!r} is damaged: it has {len(self.own)} tokens with numbers up to {self.size - 1}"
+                f"the tokenizer {name_or_path!r} is damaged: it has {len(self.own)} tokens with numbers up to "
+                f"{self.size - 1}"
             )
         self.mask_id = int(self.own.mask_token_id) if mask else None
         ends = (self.own.eos_token_id, self.own.sep_token_id, self.own.bos_token_id)
@@ -157,7 +160,8 @@ def load_tokenizer(name: str, mask: bool = True, trust_remote_code: bool = False
     """`characters`, `bytes`, or a Hugging Face tokenizer by name or folder. mask: with a token that hides others."""
     if name == "auto":
         raise UserError(
-            "data.tokenizer auto is that of a pretrained network: set model.pretrained to its name or folder, or choose a tokenizer"
+            "data.tokenizer auto is that of a pretrained network: set model.pretrained to its name or folder, or "
+            "choose a tokenizer"
         )
     if name == "characters":
         return Characters(mask)

@@ -1,4 +1,5 @@
-"""What denoisers estimate: labels, images, masked or next tokens (in looped networks too). The registry maps a network's target to its model."""
+"""What denoisers estimate: labels, images, masked or next tokens (in looped networks too). The registry maps a
+network's target to its model."""
 
 from __future__ import annotations
 
@@ -22,8 +23,8 @@ BLOCKS: dict[str, type[DiffusionBlocksModel]] = {
 
 
 def whole_network(parts: Parts, config: BlocksConfig, num_layers: int | None = None, **options: Any) -> BlockModel:
-    """The network as one block, trained as networks of its kind are: a diffusion network as one denoiser of all levels, a looped
-    one by unrolling it.
+    """The network as one block, trained as networks of its kind are: a diffusion network as one denoiser of all levels,
+    a looped one by unrolling it.
 
     config: supplies the distribution of noise levels, where there is one.
     """

@@ -1,17 +1,18 @@
 """Denoisers of the next token: y is the embedding of a token, x the tokens before it ([DB] section 5.4).
 
-Row r of a text of T tokens predicts token r + 1 from the clean tokens 0 to r and from z, the noisy embedding of token r + 1.
-The first token has no row. What reads z (`BlocksConfig.target_entry`):
+Row r of a text of T tokens predicts token r + 1 from the clean tokens 0 to r and from z, the noisy embedding of token
+r + 1. The first token has no row. What reads z (`BlocksConfig.target_entry`):
 
-    replace  layers: the R = T - 1 noisy targets stand beside the R clean tokens as a second sequence (`attention.side_by_side`),
-             and their norms see the level. Clean tokens see neither, so at inference they pass a block once.
+    replace  layers: the R = T - 1 noisy targets stand beside the R clean tokens as a second sequence
+             (`attention.side_by_side`), and their norms see the level. Clean tokens see neither, so at inference they
+             pass a block once.
     none     the readout alone, as exact evidence z . e_v / sigma^2. The layers are an ordinary causal network.
 
 Context:
 
     input     every block reads the tokens, and is a predictor of L/B layers.
-    features  block b goes on from the clean stream that leaves block b-1, detached. Its head, layers and a readout that are
-              not handed on, makes it a complete predictor. With entry `none` all layers and the last readout are an
+    features  block b goes on from the clean stream that leaves block b-1, detached. Its head, layers and a readout that
+              are not handed on, makes it a complete predictor. With entry `none` all layers and the last readout are an
               ordinary language model (`CausalBlocks.network`), and the other heads are only needed for training.
 
 Shapes: N batch, T tokens, R = T - 1 rows, D width, V tokens of the vocabulary.
@@ -43,8 +44,8 @@ HIDDEN = 1e-3
 
 
 def following(batch: Batch) -> Tensor:
-    """What the rows of a batch predict [N, R]: the next token, or `IGNORED` where `labels` says so, at padding, and at the
-    first token of a document packed behind another."""
+    """What the rows of a batch predict [N, R]: the next token, or `IGNORED` where `labels` says so, at padding, and at
+    the first token of a document packed behind another."""
     labels = batch.get("labels", batch["input_ids"])[:, 1:]
     if "attention_mask" in batch:
         labels = labels.masked_fill(batch["attention_mask"][:, 1:] == 0, IGNORED)
@@ -74,7 +75,8 @@ class CausalBlock(Block):
         self.level, self.head, self.features = level, nn.ModuleList(head), features
 
     def forward(self, use: str, *arguments: Any) -> Tensor:
-        """use `read`: (hidden, c_noise of the noisy rows or None, the first of them, view) -> hidden, through the reader."""
+        """use `read`: (hidden, c_noise of the noisy rows or None, the first of them, view) -> hidden, through the
+        reader."""
         if use == "read":
             hidden, c_noise, first, view = arguments
             embedding = None if c_noise is None or self.level is None else self.level(c_noise)
@@ -90,10 +92,10 @@ class CausalBlock(Block):
 class CausalDenoiser(Denoiser):
     """forward(batch, level) -> DenoiserOutput of the R rows: logits [N, R, V], estimate [N, R, D], and a loss.
 
-    batch: `input_ids` [N, T]; optionally `noisy_target` [N, R, D] (drawn here where it is missing), `labels`, `attention_mask`
-    (0 = padding at the end) and `segments` (documents packed into one row). In features context `context` [N, R, D], the
-    detached output of the block before, is needed for every block but the first. level: sigma [N], or [N, R] where layers
-    do not see it.
+    batch: `input_ids` [N, T]; optionally `noisy_target` [N, R, D] (drawn here where it is missing), `labels`,
+    `attention_mask` (0 = padding at the end) and `segments` (documents packed into one row). In features context
+    `context` [N, R, D], the detached output of the block before, is needed for every block but the first. level: sigma
+    [N], or [N, R] where layers do not see it.
     """
 
     def __init__(self, index: int, block: Block, shared: nn.ModuleDict, config: BlocksConfig, flex: bool) -> None:
@@ -130,8 +132,8 @@ class CausalDenoiser(Denoiser):
     def losses(
         self, batch: Batch, noisy: Tensor, level: Tensor, weights: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Cross-entropies of the rows [N, R] in nats, 0 where there is nothing to predict, or, with weights [N, R], the sum of
-        them times these; and the clean stream for the next block."""
+        """Cross-entropies of the rows [N, R] in nats, 0 where there is nothing to predict, or, with weights [N, R], the
+        sum of them times these; and the clean stream for the next block."""
         hidden, context = self.rows(batch, noisy, level)
         evidence = self.target.evidence(noisy, level)
         return self.head()(hidden, following(batch), evidence=evidence, weights=weights), context
@@ -156,7 +158,8 @@ class CausalDenoiser(Denoiser):
         return both[:, first:], context
 
     def enter(self, noisy: Tensor, level: Tensor, positions: Tensor) -> Tensor:
-        """z [N, R, D] at level [N] -> what the layers read of it: c_in z, at the positions of the tokens that it hides."""
+        """z [N, R, D] at level [N] -> what the layers read of it: c_in z, at the positions of the tokens that it
+        hides."""
         scaled = coefficients(level.float()).input[:, None, None] * noisy
         scaled = scaled.to(next(self.block.parameters()).dtype)
         return scaled if self.config.context == "features" else self.part("stem").place(scaled, positions)
@@ -197,7 +200,8 @@ class CausalBlocks(DiffusionBlocksModel):
         return self.config.distribution(target.rows.detach(), zipf(parts.num_classes))
 
     def revealing_level(self) -> float:
-        """The level below which noise hides a token no more: a thousandth of what it hides at most, by the rows alone."""
+        """The level below which noise hides a token no more: a thousandth of what it hides at most, by the rows
+        alone."""
         rows = self.denoiser(0).target.rows
         return Information(rows, zipf(len(rows))).level(torch.tensor(HIDDEN)).item()
 
@@ -213,7 +217,8 @@ class CausalBlocks(DiffusionBlocksModel):
                 block.requires_grad_(block is self.block(index))
 
     def answer(self, index: int, hidden: Tensor, batch: Batch) -> Tensor:
-        """Features context: what the layers after block `index` make of its output, hidden [N, R, D], before the readout.
+        """Features context: what the layers after block `index` make of its output, hidden [N, R, D], before the
+        readout.
 
         Their activations are recomputed in the backward pass, which leaves them as they are (see `learning`).
         """
@@ -285,13 +290,15 @@ class CausalBlocks(DiffusionBlocksModel):
 
     @property
     def network(self) -> Any:
-        """The ordinary language model of transformers that the blocks are without their heads. Its parameters are theirs.
+        """The ordinary language model of transformers that the blocks are without their heads. Its parameters are
+        theirs.
 
         Raises UserError where there is none.
         """
         if not self.is_ordinary:
             raise UserError(
-                "these blocks are no ordinary language model: only blocks.context features with blocks.target_entry none are"
+                "these blocks are no ordinary language model: only blocks.context features with blocks.target_entry "
+                "none are"
             )
         return self._ordinary[0]
 
@@ -301,8 +308,8 @@ class CausalBlocks(DiffusionBlocksModel):
 
 
 def zipf(count: int) -> Tensor:
-    """Weights [V] that stand in for how often tokens are met. Which of them is the most frequent does not matter to random
-    rows."""
+    """Weights [V] that stand in for how often tokens are met. Which of them is the most frequent does not matter to
+    random rows."""
     return 1 / torch.arange(1.0, count + 1)
 
 

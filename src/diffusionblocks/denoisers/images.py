@@ -1,7 +1,7 @@
 """Denoisers of images (or of latents): y is the image itself, the condition its class ([DB] section 5.2, [EDM]).
 
-The noisy image is what the network reads, so every block has a stem and a readout of its own, and depth needs no detour:
-a block of L/B layers denoises its range of noise levels, and sampling runs one block per step.
+The noisy image is what the network reads, so every block has a stem and a readout of its own, and depth needs no
+detour: a block of L/B layers denoises its range of noise levels, and sampling runs one block per step.
 
 Shapes: N batch, image [channels, height, width].
 """
@@ -73,7 +73,8 @@ def denoise(call: Call, batch: Batch, level: Tensor) -> DenoiserOutput:
 
 
 def weighted_error(estimate: Tensor, clean: Tensor, level: Tensor) -> Tensor:
-    """EDM-weighted mean square error per image [N]: 1 for a network that only knows the data's variance ([EDM] eq. 2, 8)."""
+    """EDM-weighted mean square error per image [N]: 1 for a network that only knows the data's variance ([EDM]
+    eq. 2, 8)."""
     return edm_weight(level.float()) * (estimate - clean.float()).square().mean((1, 2, 3))
 
 

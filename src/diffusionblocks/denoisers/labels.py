@@ -51,8 +51,8 @@ class TargetEntry(nn.Module):
 class LabelBlock(Block):
     """A block with a place for the noisy target.
 
-    `level` embeds the noise level for conditioned layers; a block without it runs its trunk unconditioned. `head`: layers
-    between trunk and readout that are not handed on.
+    `level` embeds the noise level for conditioned layers; a block without it runs its trunk unconditioned. `head`:
+    layers between trunk and readout that are not handed on.
     """
 
     def __init__(
@@ -95,9 +95,9 @@ class LabelBlock(Block):
 
 
 class LabelDenoiser(Denoiser):
-    """forward(batch, level) reads from `batch` the stem's inputs, and one of `noisy_target` [N, D] and `labels` [N] (then
-    z = table[labels] + level * eps is drawn here). In features context `context` [N, T, D], the detached output of
-    the block before, is needed for every block but the first: `DiffusionBlocksModel.context` computes it.
+    """forward(batch, level) reads from `batch` the stem's inputs, and one of `noisy_target` [N, D] and `labels` [N]
+    (then z = table[labels] + level * eps is drawn here). In features context `context` [N, T, D], the detached output
+    of the block before, is needed for every block but the first: `DiffusionBlocksModel.context` computes it.
     """
 
     def __init__(self, index: int, block: Block, shared: nn.ModuleDict, config: BlocksConfig) -> None:

@@ -1,14 +1,17 @@
-"""Looped networks: a prelude, a core that is applied over and over, and a coda (recurrent depth, [Huginn], arXiv 2502.05171).
+"""Looped networks: a prelude, a core that is applied over and over, and a coda (recurrent depth, [Huginn],
+arXiv 2502.05171).
 
 The prelude turns tokens into embeddings, once. The core reads them beside its own state, at every iteration; the coda
-and the readout make logits of the last state. `LoopedNetwork` is trained as such networks are: by unrolling the core from a
-random state. `LoopedBlocks` is the same network as ONE denoiser of all noise levels ([DB] section 5.5): the noisy embedding of
-the next token is the core's state, one pass is a whole training step, and K iterations at inference are K noise levels.
+and the readout make logits of the last state. `LoopedNetwork` is trained as such networks are: by unrolling the core
+from a random state. `LoopedBlocks` is the same network as ONE denoiser of all noise levels ([DB] section 5.5): the
+noisy embedding of the next token is the core's state, one pass is a whole training step, and K iterations at inference
+are K noise levels.
 
-Row r attends, in the core, to the states of the rows up to r. They are noisy versions of tokens up to r + 1, of which all but
-its own target are tokens that it reads anyway: nothing leaks.
+Row r attends, in the core, to the states of the rows up to r. They are noisy versions of tokens up to r + 1, of which
+all but its own target are tokens that it reads anyway: nothing leaks.
 
-Shapes: N batch, T tokens, R = T - 1 rows that predict the next token, D width, C width of the level embedding, K iterations.
+Shapes: N batch, T tokens, R = T - 1 rows that predict the next token, D width, C width of the level embedding, K
+iterations.
 """
 
 from __future__ import annotations
@@ -38,10 +41,11 @@ KIND = "looped network"  # what the description of a saved LoopedNetwork says
 
 
 class Injection(nn.Module):
-    """What the core reads: a linear map of its normalised state, zero at first, and of the prelude's output, at first the identity.
+    """What the core reads: a linear map of its normalised state, zero at first, and of the prelude's output, at first
+    the identity.
 
-    So a network that is taken apart into a loop starts with its own function, however often the core runs. What a state weighs is
-    not seen, only its direction: the noise level is a condition of the layers (`blocks.condition_width`).
+    So a network that is taken apart into a loop starts with its own function, however often the core runs. What a state
+    weighs is not seen, only its direction: the noise level is a condition of the layers (`blocks.condition_width`).
     """
 
     def __init__(self, width: int) -> None:
@@ -66,7 +70,8 @@ class LoopedBlock(Block):
         layers, first, last = list(parts.layers), config.prelude, len(parts.layers) - config.coda
         if first >= last:
             raise UserError(
-                f"blocks.prelude {config.prelude} and blocks.coda {config.coda} leave no layer of {len(layers)} for the core"
+                f"blocks.prelude {config.prelude} and blocks.coda {config.coda} leave no layer of {len(layers)} for "
+                "the core"
             )
         if level is not None:
             width = config.condition_width
@@ -79,8 +84,8 @@ class LoopedBlock(Block):
         self.spans = {"prelude": range(first), "core": range(first, last), "coda": range(last, len(layers))}
 
     def forward(self, use: str, *arguments: Any) -> Tensor:
-        """use `prelude`: (hidden, view) -> what the core reads. `core`: (state, the prelude's output, condition, view) -> state.
-        `coda`: (state, condition, view) -> hidden [N, R, D]. condition [N, C] or None."""
+        """use `prelude`: (hidden, view) -> what the core reads. `core`: (state, the prelude's output, condition,
+        view) -> state. `coda`: (state, condition, view) -> hidden [N, R, D]. condition [N, C] or None."""
         if use == "core":
             state, injected, *rest = arguments
             first, *others = self.part("core")
@@ -97,14 +102,15 @@ class LoopedBlock(Block):
         return self.layers[span.start : span.stop]
 
     def passed(self, iterations: float, *, trained: float | None = None) -> float:
-        """Layers that a token passes in so many iterations. Those of the core without gradients, all but `trained`, count a third."""
+        """Layers that a token passes in so many iterations. Those of the core without gradients, all but `trained`,
+        count a third."""
         trained = iterations if trained is None else trained
         once = len(self.spans["prelude"]) + len(self.spans["coda"])
         return once + len(self.spans["core"]) * (trained + (iterations - trained) / 3)
 
     def table(self, repeated: Sequence[str], more: Sequence[tuple[str, str, str, str]] = ()) -> str:
-        """Part, its layers, how often an inference applies them, parameters. repeated: parts that every iteration applies. more:
-        rows to add."""
+        """Part, its layers, how often an inference applies them, parameters. repeated: parts that every iteration
+        applies. more: rows to add."""
         rows = [("part", "layers", "applied", "parameters")]
         for name, span in self.spans.items():
             if not span:
@@ -153,7 +159,8 @@ class LoopedNetwork(BlockModel):
         trained: int | None = None,
         generator: torch.Generator | None = None,
     ) -> list[Tensor]:
-        """Last hidden states [N, R, D] after each of these numbers of iterations, from a state of standard Gaussian noise.
+        """Last hidden states [N, R, D] after each of these numbers of iterations, from a state of standard Gaussian
+        noise.
 
         trained: gradients flow through this many of the last iterations only (truncated backpropagation); None = all.
         """
@@ -190,14 +197,18 @@ class LoopedNetwork(BlockModel):
         """A table: part, layers, how often they are applied, parameters; and layer applications per token."""
         once, core = round(self.loop.passed(0)), len(self.loop.spans["core"])
         training = "as many in training as iterations are drawn, those without gradients a third"
-        return f"{self.loop.table(['core'])}\nlayers per token: {once} + {core} K with K iterations at inference; {training}"
+        return (
+            f"{self.loop.table(['core'])}\n"
+            f"layers per token: {once} + {core} K with K iterations at inference; {training}"
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes weights as safetensors and everything else as JSON; `diffusionblocks.load` reads them back."""
         save_described(self, folder, {"kind": KIND, "blocks": asdict(self.config), "source": self.source})
 
     def start_from(self, folder: str | Path) -> None:
-        """Takes over the weights of a looped network that `save_pretrained` wrote. Raises UserError when they are of another kind."""
+        """Takes over the weights of a looped network that `save_pretrained` wrote. Raises UserError when they are of
+        another kind."""
         description = read_description(folder)
         if description.get("kind") != KIND:
             raise UserError(f"{folder} holds denoisers; this method unrolls a looped network (method end-to-end)")
@@ -238,8 +249,8 @@ class LoopedDenoiser(CausalDenoiser):
     def told(
         self, hidden: Tensor, labels: Tensor, known: tuple[Tensor, Tensor], more: tuple[Tensor, Tensor] | None
     ) -> Tensor:
-        """How many nats `more` adds to what is known of the labels [M]: log p(y | z, z') - log p(y | z), or -log p(y | z) if it is
-        all (None). In chunks.
+        """How many nats `more` adds to what is known of the labels [M]: log p(y | z, z') - log p(y | z), or
+        -log p(y | z) if it is all (None). In chunks.
 
         hidden [M, D]: last states. known, more: z [M, D] and its level [M].
         """
@@ -280,7 +291,8 @@ class LoopedBlocks(CausalBlocks):
         return block
 
     def inference_layers(self, iterations: int) -> int:
-        """Layer applications per token that is written: below the highest level a row runs on its walk and with its token."""
+        """Layer applications per token that is written: below the highest level a row runs on its walk and with its
+        token."""
         spans = self.loop.spans
         return len(spans["prelude"]) + (len(spans["core"]) + len(spans["coda"])) * (2 * iterations - 1)
 
@@ -310,5 +322,6 @@ def check_parts(folder: str | Path, description: Mapping[str, Any], config: Bloc
     theirs = tuple(description.get("blocks", {}).get(name, 0) for name in ("prelude", "coda"))
     if own != theirs:
         raise UserError(
-            f"{folder} has blocks.prelude and blocks.coda {theirs[0]} and {theirs[1]}, this network {own[0]} and {own[1]}"
+            f"{folder} has blocks.prelude and blocks.coda {theirs[0]} and {theirs[1]}, this network {own[0]} and "
+            f"{own[1]}"
         )

@@ -1,12 +1,13 @@
-"""Denoisers of masked tokens: y are the tokens of a text, z the same with some of them hidden behind a mask ([MD4], [DB]
-appendix D; Sahoo et al. 2024, arXiv 2406.07524).
+"""Denoisers of masked tokens: y are the tokens of a text, z the same with some of them hidden behind a mask ([MD4],
+[DB] appendix D; Sahoo et al. 2024, arXiv 2406.07524).
 
-A network that reads the text in both directions predicts what the mask hides. Block b owns the levels at which a share u of
-the tokens is masked, u between b's borders, so sampling runs one block per step. With u uniform in [0, 1],
+A network that reads the text in both directions predicts what the mask hides. Block b owns the levels at which a share
+u of the tokens is masked, u between b's borders, so sampling runs one block per step. With u uniform in [0, 1],
 
     -log p(y) <= E_u [ (1/u) * sum over masked positions of cross-entropy ]        [nats per text]
 
-whatever the schedule alpha(t) = 1 - u (change of variables in [MD4] eq. 4), and the integral splits into one share per block.
+whatever the schedule alpha(t) = 1 - u (change of variables in [MD4] eq. 4), and the integral splits into one share per
+block.
 
 Shapes: N batch, T positions, D width, V tokens.
 """
@@ -43,8 +44,9 @@ from diffusionblocks.seeds import uniform
 
 
 class Masked(NamedTuple):
-    """tokens: with the mask at hidden ones [N, T]. labels: the hidden tokens, `IGNORED` elsewhere [N, T]. weights: [N], the sum
-    of a text's cross-entropies times its weight is an estimate of the bound at this level, in nats per token."""
+    """tokens: with the mask at hidden ones [N, T]. labels: the hidden tokens, `IGNORED` elsewhere [N, T]. weights: [N],
+    the sum of a text's cross-entropies times its weight is an estimate of the bound at this level, in nats per
+    token."""
 
     tokens: Tensor
     labels: Tensor
@@ -64,13 +66,13 @@ def hide(
 
     Args:
         tokens: [N, T]. shares: u [N]. real: 0 at padding [N, T], which is never masked; None = no padding.
-        exact: exactly u of a text's tokens (rounded up, at least one), at random places; else every token independently with
-            probability u ([MD4] eq. 1).
+        exact: exactly u of a text's tokens (rounded up, at least one), at random places; else every token independently
+            with probability u ([MD4] eq. 1).
 
-    Given how many tokens are masked, their places are uniform in both. With u uniform, the bound is the mean over n = 1..T of
-    the mean cross-entropy over n masked tokens: integrating the binomial counts of independent masks over u comes to just
-    that (the bound of Uria et al. 2014, arXiv 1310.1757, on texts in any order). Exact counts save the variance of 1/u and
-    of the count.
+    Given how many tokens are masked, their places are uniform in both. With u uniform, the bound is the mean over
+    n = 1..T of the mean cross-entropy over n masked tokens: integrating the binomial counts of independent masks over u
+    comes to just that (the bound of Uria et al. 2014, arXiv 1310.1757, on texts in any order). Exact counts save the
+    variance of 1/u and of the count.
     """
     scores = uniform(*tokens.shape, generator=generator, device=tokens.device)
     present = torch.ones_like(tokens, dtype=torch.bool) if real is None else real.bool()
@@ -97,10 +99,11 @@ class Answers:
         raise NotImplementedError
 
     def loss(self, batch: Batch, level: Tensor, labels: Tensor, weights: Tensor, most: int) -> Tensor:
-        """Sum of the cross-entropies at the positions whose labels [N, T] are not `IGNORED`, each times the weight [N] of its text.
+        """Sum of the cross-entropies at the positions whose labels [N, T] are not `IGNORED`, each times the weight [N]
+        of its text.
 
-        most: not more of these positions than so many, which the readout works at: a size that is known without waiting for the
-        device to count them. Those it lacks are made up of others, which add nothing.
+        most: not more of these positions than so many, which the readout works at: a size that is known without waiting
+        for the device to count them. Those it lacks are made up of others, which add nothing.
         """
         hidden, labels = self.hidden(batch, level).flatten(0, 1), labels.flatten()
         first = (labels == IGNORED).argsort(stable=True)[:most]
@@ -108,7 +111,8 @@ class Answers:
         return self.head()(hidden[first], labels[first], self.mask_id, weights=each[first])
 
     def each_loss(self, batch: Batch, level: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`. The readout works at the other positions alone."""
+        """Cross-entropies in nats [N, T], 0 where labels are `IGNORED`. The readout works at the other positions
+        alone."""
         hidden, hides = self.hidden(batch, level), labels != IGNORED
         losses = self.head()(hidden[hides], labels[hides], self.mask_id)
         return losses.new_zeros(labels.shape).masked_scatter(hides, losses)
@@ -169,9 +173,9 @@ class MaskedBlock(Block):
 class MaskedDenoiser(Denoiser, Answers):
     """forward(batch, level) -> DenoiserOutput with logits [N, T, V] and estimate [N, T], the likeliest tokens.
 
-    batch: `noisy_target` [N, T], the tokens with the mask at hidden ones, and optionally `attention_mask` (0 = padding) and
-    `segments` (see `attention.both_ways`). With the clean tokens `input_ids` [N, T] there is a loss, in nats per token; without
-    `noisy_target` the masks are drawn here. level: t [N].
+    batch: `noisy_target` [N, T], the tokens with the mask at hidden ones, and optionally `attention_mask` (0 = padding)
+    and `segments` (see `attention.both_ways`). With the clean tokens `input_ids` [N, T] there is a loss, in nats per
+    token; without `noisy_target` the masks are drawn here. level: t [N].
     """
 
     def __init__(

@@ -1,5 +1,5 @@
-"""What adapting a pretrained language model changed: likelihood before and after, of the domain's text and of general text, and
-what the model writes.
+"""What adapting a pretrained language model changed: likelihood before and after, of the domain's text and of general
+text, and what the model writes.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def general(run: Any) -> dict[str, Metric]:
 
 
 def before(run: Any, split: Any, folder: Path) -> dict[str, Metric]:
-    """Likelihoods of the model as it came, measured once per run: `nats_per_token_before` and the like. Call it before the first step
-    and before a checkpoint is restored."""
+    """Likelihoods of the model as it came, measured once per run: `nats_per_token_before` and the like. Call it before
+    the first step and before a checkpoint is restored."""
     if not (adapts(run) and run.recipe.task.before and find_method(run.recipe.method).trains):
         return {}
     path = folder / BEFORE
@@ -88,7 +88,8 @@ def _read_before(path: Path) -> dict[str, Any]:
 
 
 def write_samples(run: Any, split: Any, folder: Path) -> None:
-    """samples.json: how the adapted model goes on from held-out texts, beside the real text and what the model wrote before."""
+    """samples.json: how the adapted model goes on from held-out texts, beside the real text and what the model wrote
+    before."""
     made = continuations(run, split)
     if not made:
         return
@@ -119,8 +120,8 @@ def _is_text(one: dict[str, Any]) -> bool:
 
 
 def continuations(run: Any, split: Any) -> list[dict[str, str]]:
-    """`task.continuations` held-out texts, each cut in the middle (conversations: where the first answer begins), and the likeliest
-    `task.continued` tokens after the cut. Each has `prompt`, `real` and `written`."""
+    """`task.continuations` held-out texts, each cut in the middle (conversations: where the first answer begins), and
+    the likeliest `task.continued` tokens after the cut. Each has `prompt`, `real` and `written`."""
     if not adapts(run) or not run.recipe.task.continuations:
         return []
     task, tokenizer = run.recipe.task, run.data.tokenizer

@@ -1,8 +1,8 @@
 """Methods side by side: the same recipe, data and budget, several seeds, one table.
 
 Every run is a process of its own (`dblocks train`), so that memory and random state are its own, and has its own run
-folder, so that an interrupted comparison goes on where it stopped. These processes end with this one, however it ends: each has a
-pipe as its standard input, and takes the end of that for SIGTERM.
+folder, so that an interrupted comparison goes on where it stopped. These processes end with this one, however it ends:
+each has a pipe as its standard input, and takes the end of that for SIGTERM.
 """
 
 from __future__ import annotations
@@ -186,7 +186,8 @@ def _log_of(job: _Job) -> Path:
 
 
 def _start(job: _Job, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    # -P: nothing in the current folder is imported. A session of its own: Ctrl-C on a terminal comes to us, who pass it on.
+    # -P: nothing in the current folder is imported. A session of its own: Ctrl-C on a terminal comes to us, who pass it
+    # on.
     command = [sys.executable, "-P", "-m", "diffusionblocks.cli", "train", str(job.config)]
     command += ["--output-dir", str(job.folder), *job.flags]
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,8 @@ def _where(running: dict[_Job, Any]) -> str:
 
 
 def summarise(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Several seeds of one method -> one result: means, standard errors over seeds (over samples for one seed), and each seed's value."""
+    """Several seeds of one method -> one result: means, standard errors over seeds (over samples for one seed), and
+    each seed's value."""
     first = runs[0]
     metrics = {name: _over_seeds([run["metrics"][name] for run in runs]) for name in first["metrics"]}
     return {
@@ -244,8 +246,8 @@ def _over_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
 def pairs(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """By how much methods that train blocks differ from the others in the first metric, seed by seed.
 
-    Runs of one seed share the split of the data and, where shapes allow, first weights and batches, so that differences within
-    a seed spread less than methods do over seeds.
+    Runs of one seed share the split of the data and, where shapes allow, first weights and batches, so that differences
+    within a seed spread less than methods do over seeds.
 
     Args:
         results: of `compare`, with at least two seeds (else there are no pairs).

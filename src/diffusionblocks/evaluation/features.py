@@ -1,8 +1,8 @@
 """Distances between sets of images in the features of a network.
 
-The original Inception network makes them FID and KID (Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018, arXiv
-1801.01401). Without its weights a small residual network is trained to classify the recipe's own training images; its
-distances are called feature_distance and kernel_distance, and are comparable only among runs on the same data.
+The original Inception network makes them FID and KID (Heusel et al. 2017, arXiv 1706.08500; Binkowski et al. 2018,
+arXiv 1801.01401). Without its weights a small residual network is trained to classify the recipe's own training images;
+its distances are called feature_distance and kernel_distance, and are comparable only among runs on the same data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ AT_ONCE = 256  # images through a network at once
 
 
 class Features(nn.Module):
-    """uint8 images [N, channels, height, width] -> features [N, F]. names: of the distances. classes: logits, if it has any."""
+    """uint8 images [N, channels, height, width] -> features [N, F]. names: of the distances. classes: logits, if it has
+    any."""
 
     num_features: int
     names: tuple[str, str]
@@ -157,7 +158,8 @@ def _fit(network: SmallNetwork, train: ImageData) -> None:
 
 
 def check(what: str, count: int, num_features: int) -> None:
-    """Raises UserError when so many images do not determine a covariance of the features, or torchmetrics is missing."""
+    """Raises UserError when so many images do not determine a covariance of the features, or torchmetrics is
+    missing."""
     if importlib.util.find_spec("torchmetrics") is None:
         raise UserError("metrics of samples need torchmetrics: pip install 'diffusionblocks[images]'")
     if count <= num_features:
@@ -176,7 +178,8 @@ def extract(network: Features, images: Tensor) -> Tensor:
 
 
 def distances(names: tuple[str, str], samples: Tensor, reference: Tensor) -> dict[str, Metric]:
-    """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of features [N, F] and [M, F].
+    """Frechet distance, and kernel distance (unbiased MMD with a cubic polynomial kernel), of features [N, F] and
+    [M, F].
 
     Raises UserError when there are too few images.
     """

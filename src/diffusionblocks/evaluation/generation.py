@@ -89,11 +89,11 @@ def source(part: Any) -> ImageData:
 def metrics(run: Any, split: Any) -> dict[str, Metric]:
     """Of `task.num_samples` images with the classes of `split` in its shares, against the images of `split`.
 
-    `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py; `class_accuracy_real` is what the images of
-    `split` themselves reach), or `fid` and `kid` where the recipe names the
-    Inception network, each also against the training images (`..._train`). With several `task.evaluations`, of the set of samples
-    that comes nearest, as the protocol of FID wants it ([EDM] section 5). `bits_per_dimension` for images that are not latents (an upper bound, likelihood.py) and, with
-    several blocks, the share of each block in it.
+    `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py; `class_accuracy_real` is what the
+    images of `split` themselves reach), or `fid` and `kid` where the recipe names the Inception network, each also
+    against the training images (`..._train`). With several `task.evaluations`, of the set of samples that comes
+    nearest, as the protocol of FID wants it ([EDM] section 5). `bits_per_dimension` for images that are not latents (an
+    upper bound, likelihood.py) and, with several blocks, the share of each block in it.
     """
     task, recipe, reference = run.recipe.task, run.recipe, source(split)
     found: dict[str, Metric] = {}
@@ -149,7 +149,10 @@ def bits_per_dimension(run: Any, split: Any) -> dict[str, Metric]:
         batch = {name: tensor.to(device) for name, tensor in split.__getitems__(rows).items()}
 
         def estimate(block: int, rows: Tensor, z: Tensor, sigma: Tensor) -> Tensor:
-            return model.denoiser(block)({"noisy_target": z, "labels": batch["labels"][rows]}, sigma).estimate  # noqa: B023
+            return model.denoiser(block)(
+                {"noisy_target": z, "labels": batch["labels"][rows]},  # noqa: B023
+                sigma,
+            ).estimate
 
         bound = image_bound(
             estimate,
@@ -172,8 +175,8 @@ def bits_per_dimension(run: Any, split: Any) -> dict[str, Metric]:
 def sample_to_file(
     run: Any, num: int, output: Path, *, classes: Sequence[int] = (), seed: int = 0, **settings: Any
 ) -> dict[str, Any]:
-    """Makes `num` images and writes a PNG grid or an .npz (arr_0 uint8 [N, height, width, 3], arr_1 labels [N]: what the
-    evaluator of ADM, Dhariwal & Nichol 2021, reads).
+    """Makes `num` images and writes a PNG grid or an .npz (arr_0 uint8 [N, height, width, 3], arr_1 labels [N]: what
+    the evaluator of ADM, Dhariwal & Nichol 2021, reads).
 
     Args:
         classes: taken in turn; all when empty. settings: fields of `ImageGeneration` that differ from the run's.

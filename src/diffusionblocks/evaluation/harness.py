@@ -1,7 +1,7 @@
 """Trained runs in EleutherAI's lm-evaluation-harness: any next-token model of this package, denoisers too.
 
-An ordinary result needs no adapter: `lm_eval --model hf --model_args pretrained=RUN/model`. What is not one (blocks that read the
-noisy target, looped networks) is scored by its own likelihood here, which is a bound for denoisers.
+An ordinary result needs no adapter: `lm_eval --model hf --model_args pretrained=RUN/model`. What is not one (blocks
+that read the noisy target, looped networks) is scored by its own likelihood here, which is a bound for denoisers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def evaluate_tasks(
     """Metrics of lm-evaluation-harness by task.
 
     Args:
-        tasks: names that the harness knows; most download their data. folder: with more of them, as YAML. limit: examples per task.
+        tasks: names that the harness knows; most download their data. folder: with more of them, as YAML. limit:
+            examples per task.
 
     Raises UserError without the harness, for an unknown task, or for a run that does not write token by token.
     """
@@ -112,8 +113,8 @@ def _model(run: Any) -> Any:
 def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float, bool]:
     """log p(after | before) in nats, and whether `after` is what the model finds likeliest at every place.
 
-    Contexts longer than the window lose their beginning. Denoisers that are no ordinary network have a bound in place of the first,
-    and False in place of the second.
+    Contexts longer than the window lose their beginning. Denoisers that are no ordinary network have a bound in place
+    of the first, and False in place of the second.
     """
     model, window = run.model, window_of(run)
     ids = [*before, *after][-window:]
@@ -131,7 +132,8 @@ def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float,
 
 
 def window_of(run: Any) -> int:
-    """Tokens that the model reads at most: what its positions allow, for denoisers the window that they were trained on."""
+    """Tokens that the model reads at most: what its positions allow, for denoisers the window that they were trained
+    on."""
     return int(run.model.network.config.max_position_embeddings) if is_ordinary(run) else int(run.recipe.data.length)
 
 

@@ -1,9 +1,10 @@
 """What a pretrained model can do without training: the methods `prompt` and `retrieval`.
 
-Both put tokens before a text and score the text's own tokens, the same ones that every other method is scored on, so their nats
-compare. `prompt` takes the same training examples for every text. `retrieval` takes the passages of the training text that BM25
-(Robertson and Zaragoza 2009) finds best for what stands before a stretch of the text, anew for every stretch (in-context RALM,
-Ram et al. 2023, arXiv 2302.00083); in conversations the query is what stands before the first answer.
+Both put tokens before a text and score the text's own tokens, the same ones that every other method is scored on, so
+their nats compare. `prompt` takes the same training examples for every text. `retrieval` takes the passages of the
+training text that BM25 (Robertson and Zaragoza 2009) finds best for what stands before a stretch of the text, anew for
+every stretch (in-context RALM, Ram et al. 2023, arXiv 2302.00083); in conversations the query is what stands before the
+first answer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Stretch(NamedTuple):
 
 
 class Passages:
-    """Pieces of a training text: documents where they are padded (conversations), else pieces of `settings.passage` tokens.
+    """Pieces of a training text: documents where they are padded (conversations), else pieces of `settings.passage`
+    tokens.
 
     Raises UserError where the text has none.
     """
@@ -89,8 +91,8 @@ class Passages:
 
 
 class InContext(Dataset):
-    """Windows with a context before them -> dicts `input_ids`, `attention_mask` and `labels` [N, C + T]: only tokens of the windows
-    have labels, each exactly once, and the first of a window, which no method predicts, has none.
+    """Windows with a context before them -> dicts `input_ids`, `attention_mask` and `labels` [N, C + T]: only tokens of
+    the windows have labels, each exactly once, and the first of a window, which no method predicts, has none.
 
     Args:
         split: windows of T tokens. passages: of the training text. method: `prompt` or `retrieval`.
@@ -170,8 +172,8 @@ def check(run: Any) -> None:
     longest = run.model.network.config.max_position_embeddings
     if settings.tokens + recipe.data.length > longest:
         raise UserError(
-            f"in_context.tokens {settings.tokens} and data.length {recipe.data.length} exceed the {longest} positions of "
-            f"{recipe.model.pretrained}"
+            f"in_context.tokens {settings.tokens} and data.length {recipe.data.length} exceed the {longest} positions "
+            f"of {recipe.model.pretrained}"
         )
 
 

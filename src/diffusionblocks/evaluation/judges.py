@@ -78,8 +78,8 @@ SCALE, FEWEST = 0.2, 8  # scaling factor of MAUVE in [DB] app. E.4; texts that i
 
 
 def mauve(name: str, texts: Sequence[str], real: Sequence[str], device: torch.device) -> Metric:
-    """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) of texts against real ones, with the features of the teacher `name`: its
-    hidden state at the end of a text. 1 = alike. Raises UserError where it cannot be measured."""
+    """MAUVE (Pillutla et al. 2021, arXiv 2102.01454) of texts against real ones, with the features of the teacher
+    `name`: its hidden state at the end of a text. 1 = alike. Raises UserError where it cannot be measured."""
     try:
         from mauve import compute_mauve
     except ImportError:

@@ -77,11 +77,11 @@ def plan(
     """Rows and, given `memory` in bytes, what fits and a recommendation.
 
     Args:
-        memory: of the device that is planned for; a training device of `auto` is a card then. free: what is free of it now, if it is this
-            machine's card.
+        memory: of the device that is planned for; a training device of `auto` is a card then. free: what is free of it
+            now, if it is this machine's card.
 
-    Returns {"rows": [...], "recommendation": {...} or None, "memory", "free", "usable", "target", "traced_on", "workspaces",
-    "batch_size"}; bytes throughout.
+    Returns {"rows": [...], "recommendation": {...} or None, "memory", "free", "usable", "target", "traced_on",
+    "workspaces", "batch_size"}; bytes throughout.
     """
     if isinstance(work.task, RecurrentLM) and set(counts) != {1}:
         raise UserError(f"a looped network is not split: --num-blocks must be 1, got {', '.join(map(str, counts))}")
@@ -207,8 +207,8 @@ REASONS = {
     "full": "full fine-tuning fits, and nothing is better understood",
     "checkpointing": "it trains the whole network exactly, for a third more computation",
     "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
-    "exact": "it makes the updates of ordinary training with the gradients and optimizer state of one block on the device at a time, "
-    "for the transfers and, where activations are recomputed, up to a third more computation",
+    "exact": "it makes the updates of ordinary training with the gradients and optimizer state of one block on the "
+    "device at a time, for the transfers and, where activations are recomputed, up to a third more computation",
     "mixed": "it trains the whole network, one block at a time, partly on the ordinary loss",
     "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
 }
@@ -260,8 +260,8 @@ def _recommend(
     return {
         "method": None,
         "num_blocks": None,
-        "reason": f"nothing fits, even one sample at a time; the least is {least.label} with {least.num_blocks} blocks, "
-        f"which needs a card of {need / 2**30:.2f} GiB. "
+        "reason": f"nothing fits, even one sample at a time; the least is {least.label} with "
+        f"{least.num_blocks} blocks, which needs a card of {need / 2**30:.2f} GiB. "
         + ("" if isinstance(work.task, RecurrentLM) else "More blocks, ")
         + "bf16-true or adamw-8bit need less",
         "command": None,
@@ -289,8 +289,8 @@ def _could_fit(predicting: Predictor, limit: int, batch_size: int) -> bool:
 
 
 def _preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
-    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the whole network,
-    # unless its embeddings would stay as they were drawn.
+    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the
+    # whole network, unless its embeddings would stay as they were drawn.
     ordinary = work.pretrained or (work.blocks.target == "causal" and not tied)
     blocks = ("exact", "mixed", "diffusionblocks") if ordinary else ("diffusionblocks", "exact")
     order = ("full", "end-to-end", "checkpointing", "lora", *blocks, "last-block", "shallow")
@@ -306,9 +306,9 @@ def _accumulations(batch_size: int, at_least: int) -> list[int]:
 def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[tuple[str, Prediction]]]:
     """The prediction of a recipe's own run, and the changes that fit `limit` bytes, cheapest first.
 
-    One of each kind, three at most: fewer kept graphs (method exact), the batch in smaller parts (costs no computation), recomputed
-    activations (a third more), more blocks (another method, or smaller blocks). For an unrolled loop a shorter truncation and one pass per
-    step come before recomputation: they compute less than now.
+    One of each kind, three at most: fewer kept graphs (method exact), the batch in smaller parts (costs no
+    computation), recomputed activations (a third more), more blocks (another method, or smaller blocks). For an
+    unrolled loop a shorter truncation and one pass per step come before recomputation: they compute less than now.
     """
     work, parts = from_recipe(recipe, name), recipe.train.accumulation
     batch_size = recipe.train.batch_size

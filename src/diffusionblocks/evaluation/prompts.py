@@ -17,8 +17,8 @@ def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) ->
     """A text with blanks -> tokens [T], masked where they are to be filled in.
 
     Args:
-        prompt: `{n}` stands for n masked tokens. window: T of the trained network. length: of the result, what follows the
-            prompt is masked; 0 = the window, or just the prompt where it has blanks.
+        prompt: `{n}` stands for n masked tokens. window: T of the trained network. length: of the result, what follows
+            the prompt is masked; 0 = the window, or just the prompt where it has blanks.
 
     Raises UserError when the prompt is longer than the window, or leaves nothing to fill in.
     """
@@ -48,8 +48,8 @@ def start_of(prompt: str, tokenizer: Tokenizer, window: int, length: int = 0) ->
     parts += [tokenizer.mask_id] * (length - len(parts))
     if tokenizer.mask_id not in parts:
         raise UserError(
-            f"the prompt fills the window of {window} tokens and leaves nothing to write; shorten it, or put blanks in it: {{5}} "
-            "stands for 5 tokens"
+            f"the prompt fills the window of {window} tokens and leaves nothing to write; shorten it, or put blanks in "
+            "it: {5} stands for 5 tokens"
         )
     return torch.tensor(parts)
 

@@ -41,8 +41,8 @@ from diffusionblocks.training.trainer import Progress, Trainer
 
 log = logging.getLogger("diffusionblocks")
 
-# Keys that may differ between a run folder and the command that resumes it: they do not change the result, or (the last four, which
-# memory may ask for in the middle of a run) hardly.
+# Keys that may differ between a run folder and the command that resumes it: they do not change the result, or (the last
+# four, which memory may ask for in the middle of a run) hardly.
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device"),
     *("keep_graphs", "prefetch", "activation_checkpointing", "accumulation"),
@@ -126,8 +126,8 @@ def _start(model: BlockModel, folder: Path) -> None:
 def train(recipe: Recipe, output_dir: Path, *, resume: bool = True) -> dict[str, Any]:
     """Trains (or finishes) a run and returns what summary.json holds. A finished run is not trained again.
 
-    The folder is this process's alone in the meantime. resume: False = start over; the run that was there is kept until the new one
-    has a checkpoint, and put back where that fails.
+    The folder is this process's alone in the meantime. resume: False = start over; the run that was there is kept until
+    the new one has a checkpoint, and put back where that fails.
 
     Raises UserError for what cannot run, in the recipe or in the folder.
     """
@@ -204,7 +204,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that is finished; None where it is not, or the summary is damaged and has to be made again."""
+    """The summary of a run that is finished; None where it is not, or the summary is damaged and has to be made
+    again."""
     try:
         return read_summary(folder) if (folder / SUMMARY).is_file() else None
     except files.Damaged as error:
@@ -318,7 +319,8 @@ def export_block(folder: Path, block: int, output: Path | None, overrides: Itera
 
 
 def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[str, Any]] = ()) -> Path:
-    """Writes a trained run as an ordinary Hugging Face model, with its tokenizer where that is one, and returns the folder.
+    """Writes a trained run as an ordinary Hugging Face model, with its tokenizer where that is one, and returns the
+    folder.
 
     Raises UserError where the blocks are none.
     """
@@ -496,7 +498,8 @@ def git_commit() -> str | None:
 
 
 def _check_place(folder: Path) -> None:
-    """Raises UserError where a run must not be: nothing that this package did not make is ever overwritten or removed."""
+    """Raises UserError where a run must not be: nothing that this package did not make is ever overwritten or
+    removed."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file, where a folder is needed; choose another --output-dir")
     if run_folder.is_empty(folder):

@@ -40,7 +40,8 @@ CONTROLLED = 128  # windows on which the scrambled-target control is measured
 
 
 class Texts(NamedTuple):
-    """tokens [N, T]. layer_evaluations: forward passes of a layer, in all. iterations: of a looped network, per token."""
+    """tokens [N, T]. layer_evaluations: forward passes of a layer, in all. iterations: of a looped network, per
+    token."""
 
     tokens: Tensor
     layer_evaluations: int
@@ -75,8 +76,8 @@ def generate(
 def go_on(
     run: Any, start: Tensor, length: int, *, seed: int = 0, task: NextToken | None = None, watch: Any = None
 ) -> Texts:
-    """Causal models: continues `start` [N, P] to [N, length]. watch: as in `NextToken.sample`; then all texts are written
-    together."""
+    """Causal models: continues `start` [N, P] to [N, length]. watch: as in `NextToken.sample`; then all texts are
+    written together."""
     task, model, found, began = task or run.recipe.task, run.model, list[Tensor](), time.perf_counter()
     passes, exits = 0, list[int]()
     together = len(start) if watch is not None else _together(run, task, length)
@@ -118,10 +119,10 @@ def metrics(run: Any, split: Any, measured: dict[str, Metric]) -> dict[str, Metr
     """What the task measured, in bits per character and per byte, and what samples are like.
 
     `entropy` (of the tokens of a text, in nats), `distinct_2` (share of different pairs of neighbouring tokens),
-    `repetition_4` (share of runs of four tokens that a text had before) and, with a teacher, `generative_perplexity` and
-    `mauve`; the first three also of as many real texts (`..._real`): a perplexity alone rewards repetition. Of next-token
-    denoisers also what their losses owe to the noisy target (`NextToken.scrambled`), and of looped networks what other numbers of
-    iterations give.
+    `repetition_4` (share of runs of four tokens that a text had before) and, with a teacher, `generative_perplexity`
+    and `mauve`; the first three also of as many real texts (`..._real`): a perplexity alone rewards repetition. Of
+    next-token denoisers also what their losses owe to the noisy target (`NextToken.scrambled`), and of looped networks
+    what other numbers of iterations give.
     """
     task, tokenizer = run.recipe.task, run.data.tokenizer
     per_token = units(split, tokenizer)
@@ -254,8 +255,8 @@ class _Writing:
     """Watches texts being written: ends them at stop strings, and shows the first as it grows.
 
     Args:
-        before: tokens that are no part of the text. prompted: tokens of the prompt, in which no stop string is looked for. answers: show
-            only what comes after the prompt.
+        before: tokens that are no part of the text. prompted: tokens of the prompt, in which no stop string is looked
+            for. answers: show only what comes after the prompt.
     """
 
     def __init__(
@@ -311,8 +312,8 @@ class _Writing:
 def path(run: Any, seed: int = 0, shown: int = 8) -> list[dict[str, Any]]:
     """How one text comes out of masks, at `shown` moments.
 
-    Each has the `level`, the `block` that runs next (None at the end) and `tokens`: text and the block that wrote it (None
-    while it is masked).
+    Each has the `level`, the `block` that runs next (None at the end) and `tokens`: text and the block that wrote it
+    (None while it is masked).
     """
     steps: list[tuple[int | None, float, Tensor]] = []
     made = generate(

@@ -44,8 +44,8 @@ class Workload:
         network: number of layers -> the Hugging Face network of that depth (called on the meta device).
         batch: number of samples -> batch. num_layers: L. blocks, task: settings of DiffusionBlocks and its objective.
         train: method -> training settings. pretrained: there are weights to adapt. lora: rank and alpha.
-        train_readout: adapting trains a new readout. command: what every run starts with. layers: method -> layers per block, where a
-            method has a split of its own (None: as `blocks` says).
+        train_readout: adapting trains a new readout. command: what every run starts with. layers: method -> layers per
+            block, where a method has a split of its own (None: as `blocks` says).
     """
 
     network: Callable[[int], Any]

@@ -1,7 +1,7 @@
 """What a CUDA card does differently from the CPU, as far as memory is concerned.
 
-Plans for cards are made on laptops, so steps are often traced on the CPU. Two things differ on a card: matrix products need workspaces,
-and attention may take another kernel.
+Plans for cards are made on laptops, so steps are often traced on the CPU. Two things differ on a card: matrix products
+need workspaces, and attention may take another kernel.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# Bytes of a card that belong to no allocation of PyTorch's: the CUDA context. Reported: 426 MiB on an RTX 6000 Ada (torch 2.10, CUDA
-# 13.0), "around 400MB" (pytorch issue 109888), 300 MiB (issue 107667). Kernels are loaded into it as they are first used, hence the
-# margin. An assumption, not measured by this project.
+# Bytes of a card that belong to no allocation of PyTorch's: the CUDA context. Reported: 426 MiB on an RTX 6000 Ada
+# (torch 2.10, CUDA 13.0), "around 400MB" (pytorch issue 109888), 300 MiB (issue 107667). Kernels are loaded into it as
+# they are first used, hence the margin. An assumption, not measured by this project.
 CONTEXT = 512 << 20
-# What the caching allocator reserves over what is allocated. Measured on an H100, 28 runs (benchmarks/results/memory-h100.json): median
-# 1.09, 1.04 to 1.19; the large shares are those of networks below 250 MiB, whose last 20 MiB segment is hardly used.
+# What the caching allocator reserves over what is allocated. Measured on an H100, 28 runs
+# (benchmarks/results/memory-h100.json): median 1.09, 1.04 to 1.19; the large shares are those of networks below 250
+# MiB, whose last 20 MiB segment is hardly used.
 RESERVED = 1.1
-# A cuBLAS workspace, which torch takes from its allocator for every handle and stream: 32 MiB from Hopper on, ":4096:2:16:8" before
-# (aten/src/ATen/cuda/CublasHandlePool.cpp).
+# A cuBLAS workspace, which torch takes from its allocator for every handle and stream: 32 MiB from Hopper on,
+# ":4096:2:16:8" before (aten/src/ATen/cuda/CublasHandlePool.cpp).
 WORKSPACE, WORKSPACE_BEFORE_HOPPER = 32 << 20, 8320 << 10
 HANDLES = 2  # of a training process: the main thread's, and the one of the thread that runs the backward pass
 
@@ -43,8 +44,8 @@ def target_device(device: str, *, for_a_card: bool = False) -> str:
 
 
 def traced_device(target: str) -> str:
-    """The device whose fake tensors show the steps of `target`. Without a CUDA build of torch and a card, autograd on fake CUDA tensors
-    ends the process."""
+    """The device whose fake tensors show the steps of `target`. Without a CUDA build of torch and a card, autograd on
+    fake CUDA tensors ends the process."""
     return "cuda" if target == "cuda" and torch.backends.cuda.is_built() and torch.cuda.is_available() else "cpu"
 
 
@@ -54,8 +55,8 @@ def workspaces(
     """Bytes of the workspaces of matrix products, which stay allocated once they have been used.
 
     Args:
-        capability: of the card; None = not known, which is taken for the larger workspaces of Hopper. environment: where
-            CUBLAS_WORKSPACE_CONFIG (pairs of KiB and a count, ":4096:2:16:8") may set the size.
+        capability: of the card; None = not known, which is taken for the larger workspaces of Hopper. environment:
+            where CUBLAS_WORKSPACE_CONFIG (pairs of KiB and a count, ":4096:2:16:8") may set the size.
     """
     if target != "cuda":
         return 0
@@ -71,7 +72,8 @@ def usable(memory: int, target: str) -> int:
 
 
 def usable_of_free(free: int) -> int:
-    """Bytes that allocations may take of `free` bytes of a card, as `torch.cuda.mem_get_info` reports them: the context exists already."""
+    """Bytes that allocations may take of `free` bytes of a card, as `torch.cuda.mem_get_info` reports them: the context
+    exists already."""
     return int(free / RESERVED)
 
 
@@ -81,15 +83,17 @@ def needed(allocated: float, target: str) -> int:
 
 
 def attention_kernel(dtype: torch.dtype, *, grouped: bool, masked: bool) -> str:
-    """What torch's `scaled_dot_product_attention` runs on a CUDA card: `fused`, or `math`, which keeps the scores and its softmax.
+    """What torch's `scaled_dot_product_attention` runs on a CUDA card: `fused`, or `math`, which keeps the scores and
+    its softmax.
 
-    The flash kernel takes grouped keys (fewer heads of keys than of queries), but neither fp32 nor a mask; the memory-efficient kernel takes
-    fp32 and masks, but no grouped keys (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Both keep queries, keys, values, the
-    result and one number per row, as the CPU's fused kernel does.
+    The flash kernel takes grouped keys (fewer heads of keys than of queries), but neither fp32 nor a mask; the
+    memory-efficient kernel takes fp32 and masks, but no grouped keys
+    (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp). Both keep queries, keys, values, the result and one number
+    per row, as the CPU's fused kernel does.
 
     Args:
-        dtype: of the products (under autocast, its type). grouped: `enable_gqa`, and there are fewer heads of keys. masked: a mask is
-            given as a tensor.
+        dtype: of the products (under autocast, its type). grouped: `enable_gqa`, and there are fewer heads of keys.
+            masked: a mask is given as a tensor.
     """
     flash = dtype in (torch.float16, torch.bfloat16) and not masked
     return "fused" if flash or not grouped else "math"
@@ -99,7 +103,8 @@ def attention_kernel(dtype: torch.dtype, *, grouped: bool, masked: bool) -> str:
 def kernels_of_a_card() -> Iterator[None]:
     """Within it, attention on CPU tensors keeps what it would keep on a CUDA card.
 
-    A mode (`TorchFunctionMode`) would not do: it is off while `Tensor.backward` runs, which recomputes checkpointed activations.
+    A mode (`TorchFunctionMode`) would not do: it is off while `Tensor.backward` runs, which recomputes checkpointed
+    activations.
     """
     plain = F.scaled_dot_product_attention
     F.scaled_dot_product_attention = partial(_attention, plain)

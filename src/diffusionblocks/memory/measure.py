@@ -83,8 +83,8 @@ def profiled_peak(build: Callable[[], Trainer], batch: dict[str, Tensor]) -> int
     window = next(event for event in results.events() if event.name() == "measured steps")
     start, end = window.start_ns(), window.start_ns() + window.duration_ns()
     current = peak = 0
-    # By address: what was allocated before (garbage of an earlier run, collected now) is released here as well, and does
-    # not count.
+    # By address: what was allocated before (garbage of an earlier run, collected now) is released here as well, and
+    # does not count.
     live: dict[int, int] = {}
     for time, pointer, size, in_file in sorted(_allocations(results.experimental_event_tree())):
         if size > 0:

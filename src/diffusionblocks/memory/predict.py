@@ -1,12 +1,12 @@
 """Peak training memory before the run: the trainer's own steps, traced on tensors without data.
 
 Model, optimizers and batch are fake tensors (shapes and types, no storage), so a network of any size can be traced on a
-laptop. MemTracker counts what every operation of `Trainer.block_step` would allocate, in the steady state: a first update
-has created the optimizer state.
+laptop. MemTracker counts what every operation of `Trainer.block_step` would allocate, in the steady state: a first
+update has created the optimizer state.
 
-A residual network repeats one layer, so in every phase of a step the peak is linear in the layers of the active block and
-in those around it. Numbers of layers above `FULL` are therefore traced at two small values. The peak is the maximum over
-phases of what each phase comes to; it is never interpolated across phases.
+A residual network repeats one layer, so in every phase of a step the peak is linear in the layers of the active block
+and in those around it. Numbers of layers above `FULL` are therefore traced at two small values. The peak is the maximum
+over phases of what each phase comes to; it is never interpolated across phases.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class Network:
         kind: networks of one kind have the same `build`, so they share traces.
         build: layers per block -> model (called on the meta device: weights get no storage).
         batch: number of samples -> batch of that size, as the training data would give it.
-        steps: one per block. masked_share: of the tokens of a text that are masked in the block where most are, on average.
+        steps: one per block. masked_share: of the tokens of a text that are masked in the block where most are, on
+            average.
 
     All layers have the same shape in every supported family, so depth can be extrapolated.
     """
@@ -77,8 +78,8 @@ class Network:
 class BlockPrediction:
     """One block. phases: the highest point of each phase of its step, shared parts included. state: its parameters,
     averages and optimizer state, which travel when it is parked. streamed: the largest piece of weights that visits
-    the device while another block is active (exact mode). border: order backward, what enters a block of one part of the batch.
-    graph: order backward, what the block's graph holds beside weights and that."""
+    the device while another block is active (exact mode). border: order backward, what enters a block of one part of
+    the batch. graph: order backward, what the block's graph holds beside weights and that."""
 
     phases: dict[str, Bytes]
     state: Bytes
@@ -97,8 +98,8 @@ class BlockPrediction:
         return BlockPrediction(phases, state, max(self.streamed, other.streamed), self.border, graph)
 
     def with_borders(self, index: int, accumulation: int, graphs: float) -> BlockPrediction:
-        """As block `index` of a passage: what enters the blocks before it waits too, for every part of the batch, and so do their
-        `graphs` where these are kept. One state and one gradient of (up to) two parts are in the trace."""
+        """As block `index` of a passage: what enters the blocks before it waits too, for every part of the batch, and
+        so do their `graphs` where these are kept. One state and one gradient of (up to) two parts are in the trace."""
         traced = min(accumulation, 2)
         waiting = max(0, index - 1) * traced + (accumulation - traced) * (index + 1)
         extra = Bytes(activations=waiting * self.border + graphs)
@@ -113,9 +114,9 @@ class BlockPrediction:
 class Prediction:
     """Predicted bytes of training.
 
-    blocks: each alone. device: the peak in the worst block, with the idle blocks if they stay on the device. host, disk:
-    where blocks are kept otherwise. transfer_per_step: to and from there, per optimizer step. spare: of `device`, the room for a second
-    block that a run does without where memory is short (train.prefetch null).
+    blocks: each alone. device: the peak in the worst block, with the idle blocks if they stay on the device. host,
+    disk: where blocks are kept otherwise. transfer_per_step: to and from there, per optimizer step. spare: of `device`,
+    the room for a second block that a run does without where memory is short (train.prefetch null).
     """
 
     blocks: tuple[BlockPrediction, ...]
@@ -181,8 +182,8 @@ class Predictor:
         return dataclasses.replace(found, transfer_per_step=found.transfer_per_step + round(visiting))
 
     def _visiting(self, blocks: Sequence[BlockPrediction]) -> float:
-        """Bytes of weights that visit the device in a step, on average: those before the active block on the way through, those
-        after it there and back; in a passage, each but the last block's once for all steps."""
+        """Bytes of weights that visit the device in a step, on average: those before the active block on the way
+        through, those after it there and back; in a passage, each but the last block's once for all steps."""
         if self.target == "cpu" or not any(block.streamed for block in blocks):
             return 0
         weights = [block.state.parameters for block in blocks]
@@ -261,7 +262,8 @@ class Predictor:
         return [i for i, size in enumerate(step.sizes) if size > FULL]
 
     def _parts(self, step: Step) -> list[Step]:
-        """The steps to be traced for one: itself with small numbers of layers, and with each of them a little larger."""
+        """The steps to be traced for one: itself with small numbers of layers, and with each of them a little
+        larger."""
         large = self._large(step)
         base = [SHORT[0] if i in large else size for i, size in enumerate(step.sizes)]
         grown = [[SHORT[1] if i == j else size for j, size in enumerate(base)] for i in large]
@@ -392,8 +394,8 @@ class _AnyLevels(Partition):
 
 @contextmanager
 def _no_states() -> Iterator[None]:
-    """Within it, checkpointing keeps no state of an accelerator's generator: putting it back copies it, to a tensor without data, which the
-    generator cannot read. No shape depends on it."""
+    """Within it, checkpointing keeps no state of an accelerator's generator: putting it back copies it, to a tensor
+    without data, which the generator cannot read. No shape depends on it."""
     plain = checkpoint.get_device_states
     checkpoint.get_device_states = lambda *inputs: ([], [])
     try:

@@ -30,13 +30,15 @@ class ModelConfig:
 
     Args:
         model_class: a supported class of transformers or diffusers.
-        pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one; then only
-            `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's repository brings (in a
-            recipe that is read from a file only with --trust-remote-code on the command line).
+        pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one;
+            then only `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's
+            repository brings (in a recipe that is read from a file only with --trust-remote-code on the command line).
         intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
         patch_size: of networks that read images.
-        start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts from.
-        attention: the attention implementation, `sdpa`, `eager` or, for text, `flex_attention` (GPU: a mask without a table).
+        start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts
+            from.
+        attention: the attention implementation, `sdpa`, `eager` or, for text, `flex_attention` (GPU: a mask without a
+            table).
     """
 
     model_class: str = "ViTForImageClassification"
@@ -65,8 +67,8 @@ class InContextConfig:
     """What the methods `prompt` and `retrieval` put before a text, in tokens.
 
     Args:
-        tokens: at most, in all. passage: of a passage of running text (conversations are whole). query: before a stretch, which
-            passages are searched with. stride: length of a stretch; passages are searched anew for each.
+        tokens: at most, in all. passage: of a passage of running text (conversations are whole). query: before a
+            stretch, which passages are searched with. stride: length of a stretch; passages are searched anew for each.
     """
 
     tokens: int = option(512, least=1)
@@ -86,8 +88,8 @@ class Recipe:
     Args:
         method: a name of `baselines.METHODS`. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm`, `causal-lm` and `recurrent-lm`.
-            data: `TextConfig` for text.
+        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm`, `causal-lm` and
+            `recurrent-lm`. data: `TextConfig` for text.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -216,9 +218,9 @@ PRESETS["causal-lm"] |= {
         },
         "task": {"sampler": "categorical"},
     },
-    # Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly any
-    # evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers 1) helps at
-    # equal samples and costs memory and a third more computation (docs/LOG.md).
+    # Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly
+    # any evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers
+    # 1) helps at equal samples and costs memory and a third more computation (docs/LOG.md).
     "features": {
         "blocks": {
             "context": "features",
@@ -344,7 +346,8 @@ def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Rec
 
 
 def check_groups(recipe: Recipe) -> None:
-    """Raises UserError for an option of the network, the data or adaptation that is outside of its range: of a recipe that Python made."""
+    """Raises UserError for an option of the network, the data or adaptation that is outside of its range: of a recipe
+    that Python made."""
     for name in ("model", "data", "lora", "in_context"):
         check_options(name, getattr(recipe, name))
 
@@ -356,7 +359,8 @@ def _check_file_name(key: str, name: str) -> None:
     )
     if not fine:
         raise UserError(
-            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got {shown(name)}"
+            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got "
+            f"{shown(name)}"
         )
 
 
@@ -396,8 +400,8 @@ def _with_tokenizer(recipe: Recipe) -> Recipe:
 
 
 def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
-    """Raises UserError at the first key that `kind` does not have, naming the nearest one, or where a group has no keys. task: kind of
-    its task."""
+    """Raises UserError at the first key that `kind` does not have, naming the nearest one, or where a group has no
+    keys. task: kind of its task."""
     task = task or (task_kind(content) if kind is Recipe else "")
     fields = {f.name: f for f in dataclasses.fields(kind)}
     for key, value in content.items():
@@ -523,7 +527,8 @@ def read_value(key: str, text: str) -> Any:
 
 
 def _listed(key: str, value: Any) -> Any:
-    """`0,2` or a single value for a key that takes a list -> the list. An option that takes a number too keeps a single one."""
+    """`0,2` or a single value for a key that takes a list -> the list. An option that takes a number too keeps a single
+    one."""
     kinds, name = _owners(key)
     element = next((found for kind in kinds if (found := elements(kind, name))), None)
     if element is None or isinstance(value, list | tuple):

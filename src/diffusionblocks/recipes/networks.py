@@ -58,7 +58,8 @@ def build_network(recipe: Recipe, num_outputs: int) -> Any:
 
 
 def sample_shape(data: DataConfig) -> tuple[int, int]:
-    """Channels and size of what the network reads: images, or the latents that the recipe's autoencoder makes of them."""
+    """Channels and size of what the network reads: images, or the latents that the recipe's autoencoder makes of
+    them."""
     if data.vae:
         return latent_shape(data)
     return data.channels, data.image_size
@@ -173,14 +174,14 @@ def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig,
     added = tokenizer.mask_id is not None  # at most the mask
     if tokenizer.size > own.vocab_size + added:
         raise UserError(
-            f"the tokenizer {data.tokenizer!r} has {tokenizer.size} tokens, {name} knows {own.vocab_size}: set data.tokenizer to its "
-            "own"
+            f"the tokenizer {data.tokenizer!r} has {tokenizer.size} tokens, {name} knows {own.vocab_size}: set "
+            "data.tokenizer to its own"
         )
     use = Path(local(name)) / "denoiser.json"
     if use.is_file() and read_json(use).get("conditioned"):
         raise UserError(
-            f"{name} was trained with layers that see the level (blocks.condition_width), and would lose that: only networks "
-            "trained with condition_width 0 can be started from"
+            f"{name} was trained with layers that see the level (blocks.condition_width), and would lose that: only "
+            "networks trained with condition_width 0 can be started from"
         )
 
 
@@ -207,7 +208,8 @@ def _load_of_tokens(config: NetworkConfig, settings: ModelConfig) -> Any:
 
 
 def _check_rotary(adapter: Adapter, settings: ModelConfig) -> None:
-    """Raises UserError where a head cannot have rotary positions, in words of the recipe (transformers may raise its own)."""
+    """Raises UserError where a head cannot have rotary positions, in words of the recipe (transformers may raise its
+    own)."""
     rotary = getattr(network_class(settings.model_class, adapter).config_class(), "rope_parameters", None)
     if rotary is None:
         return
@@ -223,5 +225,6 @@ def _check_rotary(adapter: Adapter, settings: ModelConfig) -> None:
 def _check_heads(settings: ModelConfig) -> None:
     if settings.hidden_size % settings.num_attention_heads:
         raise UserError(
-            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads {settings.num_attention_heads}"
+            f"model.hidden_size {settings.hidden_size} is not divisible by model.num_attention_heads "
+            f"{settings.num_attention_heads}"
         )

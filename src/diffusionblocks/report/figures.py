@@ -99,7 +99,8 @@ def quality(results: Sequence[dict[str, Any]], metric: str) -> str:
 
 
 def iterations(results: Sequence[dict[str, Any]]) -> str:
-    """Nats per token over the iterations K of looped networks at inference, one line per method; empty for other networks."""
+    """Nats per token over the iterations K of looped networks at inference, one line per method; empty for other
+    networks."""
     curves = []
     for result in results:
         found = {
@@ -145,8 +146,8 @@ def picture(array: np.ndarray) -> str:
 
 
 def path(steps: Sequence[dict[str, Any]], num_blocks: int) -> str:
-    """From noise to images, one column per step {block, sigma, noisy [rows, height, width(, 3)]}; the bar above a column has
-    the colour of the block that ran."""
+    """From noise to images, one column per step {block, sigma, noisy [rows, height, width(, 3)]}; the bar above a
+    column has the colour of the block that ran."""
     rows = len(steps[0]["noisy"])
     figure, axes = plt.subplots(rows, len(steps), figsize=(6.4, 0.35 + 6.4 / len(steps) * rows), squeeze=False)
     for column, step in enumerate(steps):

@@ -137,7 +137,8 @@ def _run(folder: Path) -> dict[str, Any]:
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
         "note": f"{summary['block_steps']} optimizer steps in all, batch {train.batch_size}, {order}"
-        f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, torch {summary['versions']['torch']}",
+        f"{summary['wall_seconds']:.0f} s, commit {summary['git_commit'] or 'unknown'}, "
+        f"torch {summary['versions']['torch']}",
         "warnings": summary["warnings"],
         "ranges": figures.noise_ranges(ranges, unit_of_level) if ranges else "",
         "losses": figures.losses(curves, summary["num_blocks"], unit) if curves else "",

@@ -67,10 +67,12 @@ def show(results: Sequence[dict[str, Any]]) -> None:
 
 
 def paired(results: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence per pair of a method that trains blocks and one that does not: the difference of the first metric within a seed."""
+    """A sentence per pair of a method that trains blocks and one that does not: the difference of the first metric
+    within a seed."""
     return [
         f"{pair['method']} minus {pair['against']}, pairs of the same seed: {pair['metric'].replace('_', ' ')} "
-        f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero in {sum(one < 0 for one in pair['each'])} of {len(pair['each'])}"
+        f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero in "
+        f"{sum(one < 0 for one in pair['each'])} of {len(pair['each'])}"
         for pair in pairs(results)
     ]
 
@@ -116,8 +118,8 @@ def _traced(traced_on: str, target: str, workspaces: int) -> str:
     if target != "cuda":
         return f"traced on {on} for {planned}: its kernels may keep other tensors."
     return (
-        f"traced on {on} for {planned}: attention is counted as the card's kernels keep it, activations include {size(workspaces)} of "
-        "workspaces for matrix products."
+        f"traced on {on} for {planned}: attention is counted as the card's kernels keep it, activations include "
+        f"{size(workspaces)} of workspaces for matrix products."
     )
 
 

@@ -40,8 +40,8 @@ def bridge(
 ) -> Tensor:
     """z' at the level `following` < `level`, given z and the clean target: what lies between the two.
 
-    z [..., D] is z' with more noise, so z' ~ N(y + r (z - y), following^2 (1 - r)) with r = following^2 / level^2. Unlike fresh noise
-    on y it keeps what z knew: decisions are taken step by step.
+    z [..., D] is z' with more noise, so z' ~ N(y + r (z - y), following^2 (1 - r)) with r = following^2 / level^2.
+    Unlike fresh noise on y it keeps what z knew: decisions are taken step by step.
     """
     ratio = (following / level) ** 2
     mean = clean + ratio * (z - clean)

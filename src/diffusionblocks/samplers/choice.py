@@ -19,8 +19,8 @@ class Choice:
     """Draws tokens from logits.
 
     Args:
-        temperature: 0 takes the likeliest. top_p: keeps the likeliest tokens that together have this probability (Holtzman et
-            al. 2020, arXiv 1904.09751). top_k: keeps so many of the likeliest; 0 = all.
+        temperature: 0 takes the likeliest. top_p: keeps the likeliest tokens that together have this probability
+            (Holtzman et al. 2020, arXiv 1904.09751). top_k: keeps so many of the likeliest; 0 = all.
 
     Raises UserError for values that mean nothing.
     """

@@ -1,8 +1,8 @@
 """Writing with looped networks, on keys and values that are kept for every iteration.
 
 Both readers are lazy: an iteration runs, for a row, when a prediction asks for it. A row that stopped early is taken
-further once a later row goes further, so what the core keeps is the same with early exit and without. (Of an unrolled network
-the coda keeps what a row had where it stopped.)
+further once a later row goes further, so what the core keeps is the same with early exit and without. (Of an unrolled
+network the coda keeps what a row had where it stopped.)
 
 Shapes: N texts, P tokens read at once, R rows that run together, D width.
 """
@@ -32,8 +32,8 @@ class _LoopReader:
     """What both kinds share: tokens, the prelude's output, early exit, and the count of what was done.
 
     Args:
-        early_exit: a token's iterations end when the divergence of two successive predictions is at most this (KL, nats), in all
-            texts; 0 = never.
+        early_exit: a token's iterations end when the divergence of two successive predictions is at most this (KL,
+            nats), in all texts; 0 = never.
     """
 
     def __init__(self, loop: LoopedBlock, choice: Choice, iterations: int, early_exit: float) -> None:
@@ -62,7 +62,8 @@ class _LoopReader:
         return self._injected.shape[1]
 
     def _run(self, use: str, cache: Cache, first: int, *inputs: Tensor | None) -> Tensor:
-        """`use` of the loop on rows from number `first` on; the cache holds those before. inputs: hidden states [N, R, D], ..."""
+        """`use` of the loop on rows from number `first` on; the cache holds those before. inputs: hidden states
+        [N, R, D], ..."""
         assert inputs[0] is not None
         texts, rows = inputs[0].shape[:2]
         self.layer_evaluations += texts * rows * len(self.loop.spans[use])
@@ -137,12 +138,13 @@ class UnrolledReader(_LoopReader):
 class LevelsReader(_LoopReader):
     """A looped network that was trained as a denoiser: a token walks K noise levels, one iteration each.
 
-    Rows before the last hold noisy versions of the tokens that were written, as in training: below the highest level, where all
-    is noise, a row runs once on its walk and once more when its token is known. With a Bayes readout temperature, top-k and
-    top-p shape p(v | x, state), and the evidence in z stays as it is.
+    Rows before the last hold noisy versions of the tokens that were written, as in training: below the highest level,
+    where all is noise, a row runs once on its walk and once more when its token is known. With a Bayes readout
+    temperature, top-k and top-p shape p(v | x, state), and the evidence in z stays as it is.
 
     Args:
-        sampler: `categorical` (draws v, and goes on with `samplers.categorical.bridge`) or `euler` ([DB]: along the estimate).
+        sampler: `categorical` (draws v, and goes on with `samplers.categorical.bridge`) or `euler` ([DB]: along the
+            estimate).
     """
 
     def __init__(
@@ -191,8 +193,8 @@ class LevelsReader(_LoopReader):
         return token
 
     def _denoise(self, number: int, z: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Raw logits [N, V] of the last row, for its z [N, D] at level `number`. Rows before it that this level has not met run
-        beside it, and are kept."""
+        """Raw logits [N, V] of the last row, for its z [N, D] at level `number`. Rows before it that this level has not
+        met run beside it, and are kept."""
         first, level = self._seen[number], self.levels[number]
         sigma = torch.full((len(z),), level, device=z.device)
         known = self.denoiser.target.clean(self._tokens[:, first + 1 :])
@@ -206,8 +208,8 @@ class LevelsReader(_LoopReader):
 
 
 def _after(first: int, rows: int, cache: Cache, like: Tensor) -> View:
-    """Of `rows` rows behind `first` that the cache holds: each attends to all rows up to itself. like: hidden states; the mask
-    gets their type."""
+    """Of `rows` rows behind `first` that the cache holds: each attends to all rows up to itself. like: hidden states;
+    the mask gets their type."""
     positions = torch.arange(first, first + rows, device=like.device)[None]
     if rows == 1:
         return View(positions, causal=True, cache=cache)

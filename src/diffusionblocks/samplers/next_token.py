@@ -1,7 +1,7 @@
 """Writing a text token by token, on keys and values that are kept: every clean token passes a network once.
 
-A reader reads clean tokens and draws the next one. `OrdinaryReader` runs a language model of transformers; `BlocksReader`
-walks the noise levels of blocks, one block per level.
+A reader reads clean tokens and draws the next one. `OrdinaryReader` runs a language model of transformers;
+`BlocksReader` walks the noise levels of blocks, one block per level.
 
 Shapes: N texts, P tokens read at once, D width, V tokens of the vocabulary.
 """
@@ -27,8 +27,8 @@ from diffusionblocks.seeds import normal_like
 
 
 class Reader(Protocol):
-    """Reads clean tokens [N, P] and draws the next one of every text [N]. layer_evaluations: forward passes of a layer on a row,
-    so far."""
+    """Reads clean tokens [N, P] and draws the next one of every text [N]. layer_evaluations: forward passes of a layer
+    on a row, so far."""
 
     layer_evaluations: int
 
@@ -66,8 +66,8 @@ class OrdinaryReader:
 class BlocksReader:
     """Blocks write a token from pure noise: at each level the block that owns it runs on one noisy row.
 
-    With a Bayes readout, a level draws v from p(v | x, z), where temperature, top-k and top-p shape p(v | x) and the evidence
-    in z stays as it is: the walk is exact for the shaped distribution, at any number of levels.
+    With a Bayes readout, a level draws v from p(v | x, z), where temperature, top-k and top-p shape p(v | x) and the
+    evidence in z stays as it is: the walk is exact for the shaped distribution, at any number of levels.
 
     Args:
         sampler: `categorical` (see `samplers.categorical`) or `euler` ([DB]). steps: levels; 0 = one per block.

@@ -1,8 +1,8 @@
 """Samplers of masked diffusion: from a text of masks to one without.
 
-The walk is that of the other samplers, with tokens for z: `sampler(denoise, z, levels, *, generator=None)`, levels t fall to
-0. `denoise(z, level, where)` gives logits [M, V] of the M positions of z [N, T] that `where` marks, so that the readout works
-only where a token is chosen. Given tokens (not masked in the first z) stay.
+The walk is that of the other samplers, with tokens for z: `sampler(denoise, z, levels, *, generator=None)`, levels t
+fall to 0. `denoise(z, level, where)` gives logits [M, V] of the M positions of z [N, T] that `where` marks, so that the
+readout works only where a token is chosen. Given tokens (not masked in the first z) stay.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from diffusionblocks.seeds import uniform
 
 
 def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sampler:
-    """Every masked token is unmasked with probability (alpha(s) - alpha(t)) / (1 - alpha(t)) in the step from t to s ([MD4]
-    eq. 6), and never changes again. choose: logits [M, V] -> tokens [M]."""
+    """Every masked token is unmasked with probability (alpha(s) - alpha(t)) / (1 - alpha(t)) in the step from t to s
+    ([MD4] eq. 6), and never changes again. choose: logits [M, V] -> tokens [M]."""
 
     def sample(
         denoise: Callable, z: Tensor, levels: list[float], *, generator: torch.Generator | None = None
@@ -39,7 +39,8 @@ def ancestral(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sample
 
 
 def by_confidence(mask_id: int, schedule: MaskingSchedule, choose: Choose) -> Sampler:
-    """As many tokens per step as `ancestral` unmasks on average, the likeliest first (Chang et al. 2022, arXiv 2202.04200)."""
+    """As many tokens per step as `ancestral` unmasks on average, the likeliest first (Chang et al. 2022,
+    arXiv 2202.04200)."""
 
     def sample(
         denoise: Callable, z: Tensor, levels: list[float], *, generator: torch.Generator | None = None

@@ -15,8 +15,8 @@ from diffusionblocks.seeds import Draws
 
 
 class StepOutput(NamedTuple):
-    """loss: scalar to differentiate. context: detached features for the next block, or None. layers: layers that a sample passed,
-    forward and backward (forward alone counts a third), where that is not the same in every step."""
+    """loss: scalar to differentiate. context: detached features for the next block, or None. layers: layers that a
+    sample passed, forward and backward (forward alone counts a third), where that is not the same in every step."""
 
     loss: Tensor
     context: Tensor | None
@@ -35,8 +35,8 @@ def check_finite(metrics: dict[str, Metric]) -> dict[str, Metric]:
     for name, metric in metrics.items():
         if not math.isfinite(metric.value) or not math.isfinite(metric.stderr or 0.0):
             raise Failed(
-                f"the evaluation's {name} is {metric.value} (standard error {metric.stderr}), no finite number: the weights, or a sample "
-                "of the evaluated split, hold values that are not finite or far too large"
+                f"the evaluation's {name} is {metric.value} (standard error {metric.stderr}), no finite number: the "
+                "weights, or a sample of the evaluated split, hold values that are not finite or far too large"
             )
     return metrics
 
@@ -49,8 +49,8 @@ class Task(Protocol):
     ) -> StepOutput:
         """Loss of block `block` on a batch.
 
-        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own. draws: the randomness of
-        the step, on the batch's device; None = new ones (`drawn_for`).
+        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own. draws: the
+        randomness of the step, on the batch's device; None = new ones (`drawn_for`).
         """
         ...
 
@@ -79,7 +79,8 @@ def drawn_for(batch: Batch, draws: Draws | None) -> Draws:
 
 
 def beside(model: BlockModel, tensor: Tensor) -> Tensor:
-    """A tensor on the host goes to where the model is; one that is on a device stays (weights of idle blocks visit it there)."""
+    """A tensor on the host goes to where the model is; one that is on a device stays (weights of idle blocks visit it
+    there)."""
     return tensor if tensor.device.type != "cpu" else tensor.to(next(iter(model.parameters())).device)
 
 

@@ -30,8 +30,8 @@ class CausalLM(NextToken):
     Args:
         levels_per_block: strata of every block's noise range in which evaluation measures the likelihood.
         sampling_steps: of blocks that draw along noise levels: levels per token, 0 = one per block.
-        before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts that it goes on
-            from, before and after (samples.json). continued: tokens that it writes there.
+        before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts
+            that it goes on from, before and after (samples.json). continued: tokens that it writes there.
     """
 
     kind: str = option("causal-lm", choices=("causal-lm",))
@@ -59,9 +59,9 @@ class CausalLM(NextToken):
     def measurer(self, model: BlockModel) -> Measure:
         """Cross-entropies. Of blocks:
 
-        Where they are an ordinary language model (features context), its cross-entropy, and that of every block with its
-        own head, `nats_block_<i>`: the last is the model. Else the bound, and the share of each block, `share_block_<i>`:
-        they add up.
+        Where they are an ordinary language model (features context), its cross-entropy, and that of every block with
+        its own head, `nats_block_<i>`: the last is the model. Else the bound, and the share of each block,
+        `share_block_<i>`: they add up.
         """
         if not isinstance(model, CausalBlocks):
             return lambda batch, generator: {"nats_per_token": self.whole_losses(model, batch)}

@@ -33,11 +33,11 @@ class ImageGeneration:
     Args:
         kind: the name of this task in a recipe.
         label_dropout: share of training samples whose class is replaced by the null class, for guidance.
-        sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7) or
-            `equal-mass`.
+        sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7)
+            or `equal-mass`.
         guidance: classifier-free guidance scale; 1 = none ([DB] has 2.0). Other values run every step twice.
-        num_samples: images that the finished run makes for its metrics; 0 = none are made. evaluations: how many such sets;
-            the nearest to the real images counts (the protocol of FID: 3).
+        num_samples: images that the finished run makes for its metrics; 0 = none are made. evaluations: how many such
+            sets; the nearest to the real images counts (the protocol of FID: 3).
         levels_per_image: noise levels at which validation measures every image.
         inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
             trained on the recipe's own images, reported as feature_distance.
@@ -76,8 +76,8 @@ class ImageGeneration:
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
-        """`validation_loss`: EDM-weighted error over the training distribution of noise levels, with its standard error over
-        images; with several blocks also `loss_block_<i>`, over each block's own range.
+        """`validation_loss`: EDM-weighted error over the training distribution of noise levels, with its standard error
+        over images; with several blocks also `loss_block_<i>`, over each block's own range.
 
         Levels are stratified and their noise is seeded: with equal batches, every network meets the same noisy images.
         """

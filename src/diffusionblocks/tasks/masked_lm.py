@@ -35,17 +35,18 @@ class MaskedLM:
 
     Args:
         kind: the name of this task in a recipe.
-        masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the same bound,
-            with less variance the first way.
-        loss_weight: in training, of an answer of a text in which n tokens are masked: `bound` 1/n (the likelihood's, [MD4]), `equal`
-            (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or `root`, 1/sqrt(n), between the two. A network that can be right at all
-            levels has the same optimum by any; the bound's own weight has the most variance. Evaluation is by the bound.
+        masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the
+            same bound, with less variance the first way.
+        loss_weight: in training, of an answer of a text in which n tokens are masked: `bound` 1/n (the likelihood's,
+            [MD4]), `equal` (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or `root`, 1/sqrt(n), between the two. A
+            network that can be right at all levels has the same optimum by any; the bound's own weight has the most
+            variance. Evaluation is by the bound.
         levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
         sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
         temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see `Choice`).
         num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none. mauve:
-            also compare them with real texts, as the teacher sees both.
+        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
+            empty = none. mauve: also compare them with real texts, as the teacher sees both.
     """
 
     kind: str = option("masked-lm", choices=("masked-lm",))
@@ -70,8 +71,9 @@ class MaskedLM:
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
     ) -> StepOutput:
-        """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats (by `loss_weight`
-        bound). A block's share of the bound is that times the length of its range, so that shares add up and losses compare."""
+        """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats (by
+        `loss_weight` bound). A block's share of the bound is that times the length of its range, so that shares add up
+        and losses compare."""
         network, tokens, own = _masked(model), batch["input_ids"], block if ranges is None else ranges
         source = drawn_for(batch, draws).generator
         level, weights = network.partition.spread(own, len(tokens), generator=source)
@@ -159,12 +161,13 @@ class MaskedLM:
 
 
 def most_masked(partition: Partition, blocks: Blocks, tokens: Tensor, *, exact: bool) -> int:
-    """Not more tokens of a training batch [N, T] are masked: N T times the mean share and a little, known without reading it.
+    """Not more tokens of a training batch [N, T] are masked: N T times the mean share and a little, known without
+    reading it.
 
-    The shares u_i of the N texts come at even distances (`Partition.spread`), so their sum is within the length of the range of N
-    times the mean u; rounding up adds less than a token to each text. exact: that is all. Independent masks have no bound: beyond
-    six standard deviations, each at most sqrt(N T u (1 - u)), which a step in 10^9 exceeds, the last tokens of the batch teach
-    nothing.
+    The shares u_i of the N texts come at even distances (`Partition.spread`), so their sum is within the length of the
+    range of N times the mean u; rounding up adds less than a token to each text. exact: that is all. Independent masks
+    have no bound: beyond six standard deviations, each at most sqrt(N T u (1 - u)), which a step in 10^9 exceeds, the
+    last tokens of the batch teach nothing.
     """
     (texts, length), share = tokens.shape, partition.mean_mass(blocks)
     span = partition.range(blocks, widened=True)

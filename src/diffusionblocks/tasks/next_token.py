@@ -1,8 +1,10 @@
-"""What all language models that write token by token have in common: y = the next token, x = those before it ([DB] section 5.4).
+"""What all language models that write token by token have in common: y = the next token, x = those before it ([DB]
+section 5.4).
 
-Whole networks train with the ordinary next-token cross-entropy. A block trains as a denoiser of the next token's embedding.
-Their likelihoods compare: that of blocks is the area under their error curves (likelihood.py), or, where blocks are an
-ordinary language model, its cross-entropy. The logits of a batch are never in memory together (readout.py).
+Whole networks train with the ordinary next-token cross-entropy. A block trains as a denoiser of the next token's
+embedding. Their likelihoods compare: that of blocks is the area under their error curves (likelihood.py), or, where
+blocks are an ordinary language model, its cross-entropy. The logits of a batch are never in memory together
+(readout.py).
 
 Shapes: N batch, T tokens, R = T - 1 rows that predict, V tokens of the vocabulary.
 """
@@ -41,8 +43,8 @@ class NextToken:
         sampler: of blocks that draw along noise levels, `categorical` or `euler` ([DB]).
         temperature, top_p, top_k: of the distribution that a token is drawn from (see `Choice`).
         num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity); empty = none. mauve:
-            also compare them with real texts, as the teacher sees both.
+        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
+            empty = none. mauve: also compare them with real texts, as the teacher sees both.
     """
 
     kind: str = ""
@@ -114,8 +116,8 @@ class NextToken:
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:
-        """`nats_per_token`, with its standard error over texts, and whatever else the task measures of every row. Noise is seeded:
-        the same batches give the same numbers."""
+        """`nats_per_token`, with its standard error over texts, and whatever else the task measures of every row. Noise
+        is seeded: the same batches give the same numbers."""
         self.check_model(model)
         return summed(self.measurer(model), all_beside(model, batches))
 
@@ -171,8 +173,8 @@ class NextToken:
     ) -> Tensor:
         """Continues `tokens` [N, P] to [N, length].
 
-        watch: called with all tokens [N, t] after every new one; True ends the texts there. reader: a new one of `model`, for
-        callers that want to know what it did.
+        watch: called with all tokens [N, t] after every new one; True ends the texts there. reader: a new one of
+        `model`, for callers that want to know what it did.
         """
         self.check_model(model)
         tokens = beside(model, tokens)
@@ -188,14 +190,15 @@ class NextToken:
 
 
 def mean_weights(labels: Tensor) -> Tensor:
-    """Labels of the rows [N, R or T] -> the weights of the same shape that make a sum of losses their mean: 0 where there is nothing
-    to predict."""
+    """Labels of the rows [N, R or T] -> the weights of the same shape that make a sum of losses their mean: 0 where
+    there is nothing to predict."""
     wanted = labels != IGNORED
     return wanted / wanted.sum().clamp(min=1)
 
 
 def summed(measure: Measure, batches: Iterable[Batch]) -> dict[str, Metric]:
-    """Nats per token of what `measure` finds in every row, by name; the noise of every batch is seeded by its number."""
+    """Nats per token of what `measure` finds in every row, by name; the noise of every batch is seeded by its
+    number."""
     sums: list[dict[str, Tensor]] = []
     counts: list[Tensor] = []
     for index, batch in enumerate(batches):

@@ -1,7 +1,8 @@
-"""Language modelling with looped networks ([Huginn], arXiv 2502.05171; [DB] section 5.5). See next_token.py, denoisers/looped.py.
+"""Language modelling with looped networks ([Huginn], arXiv 2502.05171; [DB] section 5.5). See next_token.py,
+denoisers/looped.py.
 
-The ordinary training unrolls the core: iterations are drawn at random, and gradients flow through the last of them. Blocks
-train with one pass per step. Both run K iterations at inference, and K is free.
+The ordinary training unrolls the core: iterations are drawn at random, and gradients flow through the last of them.
+Blocks train with one pass per step. Both run K iterations at inference, and K is free.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ class RecurrentLM(NextToken):
 
     Args:
         iterations: K, of the core at inference: in evaluation and for every token that is written.
-        mean_iterations: of training by unrolling, on average. draw: `log-normal-poisson` ([Huginn]: Poisson numbers whose mean is
-            log-normal, and one) or `constant`.
+        mean_iterations: of training by unrolling, on average. draw: `log-normal-poisson` ([Huginn]: Poisson numbers
+            whose mean is log-normal, and one) or `constant`.
         truncation: gradients flow through this many of the last iterations.
-        early_exit: writing ends a token's iterations when the divergence of two successive predictions is at most this (KL,
-            nats); 0 = never.
+        early_exit: writing ends a token's iterations when the divergence of two successive predictions is at most this
+            (KL, nats); 0 = never.
         curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
     """
 
@@ -56,8 +57,8 @@ class RecurrentLM(NextToken):
         super().__post_init__()
         if self.truncation > self.mean_iterations:
             raise UserError(
-                f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: gradients cannot flow "
-                "through iterations that are not made"
+                f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: "
+                "gradients cannot flow through iterations that are not made"
             )
 
     def once(self) -> RecurrentLM:
@@ -101,7 +102,8 @@ class RecurrentLM(NextToken):
         return StepOutput(model.readout(hidden, labels, weights=mean_weights(labels)), None, passed)
 
     def measurer(self, model: BlockModel) -> Measure:
-        """With `iterations` of the core: the cross-entropy, or, of a denoiser, the bound of walks along so many levels."""
+        """With `iterations` of the core: the cross-entropy, or, of a denoiser, the bound of walks along so many
+        levels."""
         return lambda batch, generator: {
             "nats_per_token": next(iter(self._after(model, batch, [self.iterations], generator)))
         }

@@ -38,7 +38,8 @@ class NotFinite(UserError):
 def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Mapping[str, Any], keep: int) -> Path:
     """Writes checkpoints/step-N below `folder` and removes all but the newest `keep`.
 
-    Raises NotFinite where a tensor is not finite and DiskFull when the disk is full; older checkpoints stay as they are.
+    Raises NotFinite where a tensor is not finite and DiskFull when the disk is full; older checkpoints stay as they
+    are.
     """
     root = folder / CHECKPOINTS
     final, partial = root / f"step-{step}", root / f".partial-{step}"
@@ -71,7 +72,8 @@ def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Ma
             kept = existing(folder)
             left = f"{kept[-1]} stays valid" if kept else "there is none yet"
             raise DiskFull(
-                f"the disk is full: no checkpoint written at step {step}; {left}. Free some space and run the same command again"
+                f"the disk is full: no checkpoint written at step {step}; {left}. Free some space and run the same "
+                "command again"
             ) from None
         if better is not None:
             raise better from None

@@ -17,41 +17,43 @@ class TrainingConfig:
         steps: optimizer steps per block. With B blocks B * steps block steps run, which is as many layer evaluations
             as `steps` end-to-end steps of the same batch size.
         batch_size: samples per optimizer step. accumulation: parts into which a batch is cut to save memory.
-        optimizer: `adamw`, `adamw-8bit` (bitsandbytes), `sgd` (momentum betas[0]) or `adafactor`; one per block, one for
-            shared parts. learning_rate, weight_decay, betas: its settings.
+        optimizer: `adamw`, `adamw-8bit` (bitsandbytes), `sgd` (momentum betas[0]) or `adafactor`; one per block, one
+            for shared parts. learning_rate, weight_decay, betas: its settings.
         schedule: `cosine` to zero or `constant`, after `warmup` and, for cosine, `hold` at the peak (shares of the
             steps).
         max_grad_norm: gradient clipping per block, 0 = off.
         blocks: train only these; the others, and shared parts, stay as they are. Empty = all.
-        order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order), `cyclic` (blocks take turns, each
-            with batches of its own), `sequential` (one block to its end, then the next) or, for the method exact, `backward` (a batch
-            visits all blocks, last to first, in one backward pass: the updates of ordinary training). keep_graphs: in the order
-            backward, so many of the last blocks keep their activations from the forward pass on instead of recomputing them (1, whatever
-            is set, where accumulation cuts batches).
+        order: `random` (a random block per step, [DB]), `sweep` (a batch visits all blocks in order), `cyclic` (blocks
+            take turns, each with batches of its own), `sequential` (one block to its end, then the next) or, for the
+            method exact, `backward` (a batch visits all blocks, last to first, in one backward pass: the updates of
+            ordinary training). keep_graphs: in the order backward, so many of the last blocks keep their activations
+            from the forward pass on instead of recomputing them (1, whatever is set, where accumulation cuts batches).
         visit_steps: optimizer steps per visit to a block, so that moving a block in and out pays.
         residency: where idle blocks keep weights and optimizer state: `device`, `host` or `disk`. prefetch: bring the
-            next block in while the active one computes, which needs room on the device for the state of both; null = from host
-            memory to a card, as soon as a first round has shown that there is room.
+            next block in while the active one computes, which needs room on the device for the state of both;
+            null = from host memory to a card, as soon as a first round has shown that there is room.
         branch_at: share of the layer evaluations in which one block learns all noise ranges before it is copied
             into B; 0 = [DB]. None: 0.5 where blocks can start as copies (input context, equal depth, own stem and
-            readout), else 0. Or a share for each border between blocks, [0.6, 0.9]: block 0 parts from the others at 0.6, blocks 1
-            and 2, which learn as one until then, at 0.9 (with own_batch). decay_from: where a branching run's rate begins to fall: `branch` (each copy settles in a minimum
-            of its own: right where they vote) or `hold` (the common block settles first, its copies go on from there).
+            readout), else 0. Or a share for each border between blocks, [0.6, 0.9]: block 0 parts from the others at
+            0.6, blocks 1 and 2, which learn as one until then, at 0.9 (with own_batch). decay_from: where a branching
+            run's rate begins to fall: `branch` (each copy settles in a minimum of its own: right where they vote) or
+            `hold` (the common block settles first, its copies go on from there).
         own_batch: samples of a block's step after branching, 0 = batch_size. A block meets only its own noise range, so
-            batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its steps grow
-            in number so that samples and layer evaluations stay.
+            batch_size / num_blocks samples tell it as much about that as a whole batch tells the common block; its
+            steps grow in number so that samples and layer evaluations stay.
         own_rate: factor on the learning rate of these steps: a smaller batch has noisier gradients.
-        heads_first: share of a block's steps in which only its head learns, where it has one (blocks.head_layers): gradients through a
-            head that knows nothing would harm what a pretrained block knows.
-        trust: factor exp(loss of the last block - loss of this one, in nats) on the rate of a block's layers: how likely its head finds
-            the right answers, against the whole network. For blocks with heads, not in the order sequential.
+        heads_first: share of a block's steps in which only its head learns, where it has one (blocks.head_layers):
+            gradients through a head that knows nothing would harm what a pretrained block knows.
+        trust: factor exp(loss of the last block - loss of this one, in nats) on the rate of a block's layers: how
+            likely its head finds the right answers, against the whole network. For blocks with heads, not in the order
+            sequential.
         precision: `fp32`; `bf16` (autocast: products in bf16, weights and optimizer state in fp32); or `bf16-true`
-            (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device: `auto` (an accelerator if
-            there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
+            (weights, gradients and optimizer state in bf16 too: half the memory, small updates are lost). device:
+            `auto` (an accelerator if there is one), `cpu`, `cuda`, `cuda:1`, `mps`.
         ema_decay: exponential moving average of the weights, used for evaluation; 0 = off.
         activation_checkpointing: recompute activations inside the active block. compile: torch.compile for
-            layers while they train; one graph serves all blocks (Llama of 6 layers x 256 on one CPU thread: end-to-end 1.15 +- 0.01,
-            features blocks 1.12 +- 0.02 times as fast; benchmarks/results/compile.json).
+            layers while they train; one graph serves all blocks (Llama of 6 layers x 256 on one CPU thread: end-to-end
+            1.15 +- 0.01, features blocks 1.12 +- 0.02 times as fast; benchmarks/results/compile.json).
         seed: of every random decision. num_workers: data loading processes.
         log_every, checkpoint_every, evaluate_every: in block steps of the whole run; 0 = only at the end.
         keep_checkpoints: how many to keep. tensorboard: also log to TensorBoard.
@@ -106,12 +108,13 @@ class TrainingConfig:
             raise UserError(f"train.accumulation {self.accumulation} must divide train.batch_size {self.batch_size}")
         if self.own_batch % self.accumulation:
             raise UserError(
-                f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got {self.own_batch}"
+                f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got "
+                f"{self.own_batch}"
             )
         if self.order == "backward" and self.visit_steps > 1:
             raise UserError(
-                "train.order backward takes one batch through all blocks: set train.visit_steps 1 (larger batches, with "
-                "train.accumulation, make visits longer)"
+                "train.order backward takes one batch through all blocks: set train.visit_steps 1 (larger batches, "
+                "with train.accumulation, make visits longer)"
             )
         if self.trust and self.order == "sequential":
             raise UserError("train.trust compares blocks as they learn: set train.order to sweep, cyclic or random")
@@ -125,8 +128,8 @@ class TrainingConfig:
             raise UserError("train.branch_at trains all blocks as one; with train.blocks set it to 0")
         if len(set(shares)) > 1 and self.order not in ("cyclic", "sequential"):
             raise UserError(
-                "with several train.branch_at batches differ in size, so networks take turns: set train.order to cyclic or "
-                f"sequential, not {self.order}"
+                "with several train.branch_at batches differ in size, so networks take turns: set train.order to "
+                f"cyclic or sequential, not {self.order}"
             )
         if len(set(shares)) > 1 and not self.own_batch:
             raise UserError("several train.branch_at need train.own_batch, the samples of a step of one block")

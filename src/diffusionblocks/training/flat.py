@@ -62,8 +62,8 @@ class Layout:
 class Arena:
     """Room on the device for blocks, allocated once: one block at the lower end or, with room for two, one at each end.
 
-    So the next block arrives at one end while the other end computes, and the room is that of the two largest blocks, not twice that
-    of the largest.
+    So the next block arrives at one end while the other end computes, and the room is that of the two largest blocks,
+    not twice that of the largest.
 
     Args:
         layouts: of all blocks that will be there. sides: 1 or 2.
@@ -101,8 +101,8 @@ def _room(layouts: list[Layout], sides: int) -> dict[torch.dtype, int]:
 
 
 def span(tensors: list[Tensor]) -> tuple[Tensor, list[int]] | None:
-    """The flat stretch of memory that holds contiguous tensors of one dtype, and where each begins in it; None where they do not lie
-    close together in one storage."""
+    """The flat stretch of memory that holds contiguous tensors of one dtype, and where each begins in it; None where
+    they do not lie close together in one storage."""
     first = min(tensors, key=lambda tensor: tensor.storage_offset())
     base = first.untyped_storage()
     if any(tensor.untyped_storage()._cdata != base._cdata or not tensor.is_contiguous() for tensor in tensors):

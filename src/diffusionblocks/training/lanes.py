@@ -1,7 +1,7 @@
 """Two lanes between host and device, one up and one down, beside the device's own work.
 
-On CUDA a lane is a stream: a copy is asked for and goes on while kernels run, and events say what must come before what. Elsewhere a
-copy is made at once. Nothing here waits on the host but `finish`.
+On CUDA a lane is a stream: a copy is asked for and goes on while kernels run, and events say what must come before
+what. Elsewhere a copy is made at once. Nothing here waits on the host but `finish`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Lanes(Protocol):
         ...
 
     def copy(self, lane: Lane, pairs: Sequence[Pair], after: Iterable[Event], *, slow: bool = False) -> Event:
-        """Copies tensors once the events `after` have passed. slow: the source is read from a disk, which a thread waits for."""
+        """Copies tensors once the events `after` have passed. slow: the source is read from a disk, which a thread
+        waits for."""
         ...
 
     def wait(self, event: Event) -> None:

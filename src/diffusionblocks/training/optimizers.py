@@ -79,7 +79,8 @@ def put_state(optimizer: Optimizer, parameter: nn.Parameter, key: str, value: Te
 def state_shapes(
     parameters: Mapping[str, nn.Parameter], config: TrainingConfig
 ) -> dict[str, tuple[torch.dtype, torch.Size]]:
-    """`<parameter>.<key>` -> dtype and shape of all that the optimizer will keep: what a step makes on tensors without data."""
+    """`<parameter>.<key>` -> dtype and shape of all that the optimizer will keep: what a step makes on tensors without
+    data."""
     return _state_shapes(
         tuple((name, p.dtype, p.shape) for name, p in parameters.items()), config.optimizer, *config.betas
     )
@@ -128,8 +129,8 @@ def _is_fake(tensor: Tensor) -> bool:
 class _ShapesOfAdamW8bit(Optimizer):
     """The state bitsandbytes' AdamW8bit makes, on tensors without data, which its kernels cannot read.
 
-    Tensors of at least 4,096 elements: two moments of one byte and a scale per 256 elements each; smaller ones in fp32. And the
-    number of steps.
+    Tensors of at least 4,096 elements: two moments of one byte and a scale per 256 elements each; smaller ones in fp32.
+    And the number of steps.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:

@@ -1,7 +1,7 @@
 """In which order blocks are visited, as a plan that can be entered at any point.
 
-A visit trains one block for some consecutive batches. The plan is a pure function of the configuration and of the visit's number, so
-resuming means going on with the number that comes next.
+A visit trains one block for some consecutive batches. The plan is a pure function of the configuration and of the
+visit's number, so resuming means going on with the number that comes next.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Visit:
         carried: the batches are those of the visit before. handed: in features context, so are their clean streams: the
             visit before was to the block before.
         samples: of each batch.
-        ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with it (None = its
-            own).
+        ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with
+            it (None = its own).
         copies: before this visit, blocks that part from a network: (block that holds it, block that gets a copy).
         border: nothing is carried out of this visit, so a checkpoint may follow it.
     """
@@ -50,7 +50,8 @@ class Phase:
     """A part of a run between branchings.
 
     Args:
-        networks: the blocks, in layer order, grouped: neighbours that are still one network. The first of them holds it.
+        networks: the blocks, in layer order, grouped: neighbours that are still one network. The first of them holds
+            it.
         steps: optimizer steps of each network.
     """
 
@@ -80,7 +81,8 @@ def phases(config: TrainingConfig, num_blocks: int) -> list[Phase]:
 
 
 def phase_at(config: TrainingConfig, num_blocks: int, block_steps: int) -> Phase:
-    """The phase of a run that has made so many block steps; at a branching, the one before it: copies come with the next step."""
+    """The phase of a run that has made so many block steps; at a branching, the one before it: copies come with the
+    next step."""
     found, made = phases(config, num_blocks), 0
     for phase in found:
         made += phase.steps * len(phase.networks)
@@ -90,7 +92,8 @@ def phase_at(config: TrainingConfig, num_blocks: int, block_steps: int) -> Phase
 
 
 def samples_per_step(config: TrainingConfig, network: range, num_blocks: int) -> int:
-    """`batch_size`, and after branching `own_batch` for each block of a network: a noise range meets as many samples as before."""
+    """`batch_size`, and after branching `own_batch` for each block of a network: a noise range meets as many samples as
+    before."""
     whole = len(network) == num_blocks or not config.own_batch
     return config.batch_size if whole else config.own_batch * len(network)
 
@@ -100,8 +103,8 @@ class _Stage:
     """The visits of a phase.
 
     Args:
-        first: number of its first visit. count: of its visits. start: its first batch. blocks: that train, in layer order. networks:
-            of each, and samples: of its batches.
+        first: number of its first visit. count: of its visits. start: its first batch. blocks: that train, in layer
+            order. networks: of each, and samples: of its batches.
     """
 
     first: int
@@ -117,8 +120,8 @@ class _Stage:
 class Plan:
     """All visits of a run, in order: `plan[number]` is one, of `len(plan)`. Block steps add up to `total_steps`.
 
-    A visit is worked out when it is asked for, from its number alone (in the order `random` from the numbers drawn before it, too), so
-    a plan takes no memory, however long the run is.
+    A visit is worked out when it is asked for, from its number alone (in the order `random` from the numbers drawn
+    before it, too), so a plan takes no memory, however long the run is.
     """
 
     def __init__(self, config: TrainingConfig, num_blocks: int) -> None:
@@ -174,7 +177,8 @@ class Plan:
                 yield self._visit(stage, number, draws)
 
     def batches(self, first: int, samples: int) -> Iterator[int]:
-        """Numbers of the batches, of so many samples, that visits from number `first` on load: those that are not carried."""
+        """Numbers of the batches, of so many samples, that visits from number `first` on load: those that are not
+        carried."""
         for visit in self.since(first, samples):
             if not visit.carried and visit.samples == samples:
                 yield from visit.batches
@@ -254,28 +258,30 @@ def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
 
 
 def _opening(config: TrainingConfig, num_blocks: int) -> list[int]:
-    """For each border between blocks: of `steps`, how many are made when they part. At least one is left: copies are made before
-    a block's own steps."""
+    """For each border between blocks: of `steps`, how many are made when they part. At least one is left: copies are
+    made before a block's own steps."""
     shares = config.branch_at or 0.0
     if not isinstance(shares, list | tuple):
         shares = [shares] * (num_blocks - 1)
     if len(shares) != num_blocks - 1:
         raise UserError(
-            f"train.branch_at is one share (which does for any number of blocks), or one for each of the {num_blocks - 1} borders "
-            f"between {num_blocks} blocks; got {len(shares)}: {shares}"
+            "train.branch_at is one share (which does for any number of blocks), or one for each of the "
+            f"{num_blocks - 1} borders between {num_blocks} blocks; got {len(shares)}: {shares}"
         )
     return [min(round(share * config.steps), config.steps - 1) for share in shares]
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
-    """The length of a block's schedule: its optimizer steps, common ones included. With own batches it is as many steps as the
-    shallow network makes with the same layer evaluations, so that the common block is that network until the branch."""
+    """The length of a block's schedule: its optimizer steps, common ones included. With own batches it is as many steps
+    as the shallow network makes with the same layer evaluations, so that the common block is that network until the
+    branch."""
     common = branch_steps(config, num_blocks)
     return config.steps * num_blocks if common and config.own_batch else common + own_steps(config, num_blocks)
 
 
 def own_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps that each block makes after the first branching: what it leaves of `steps`, more of them where own batches are smaller."""
+    """Steps that each block makes after the first branching: what it leaves of `steps`, more of them where own batches
+    are smaller."""
     common = branch_steps(config, num_blocks)
     return sum(phase.steps for phase in phases(config, num_blocks)[1 if common else 0 :])
 
@@ -323,8 +329,9 @@ def _backward(number: int, start: int, steps: int, blocks: list[int], size: int)
 
 @dataclass(frozen=True)
 class _Order:
-    """count: (steps, number of blocks, steps of a visit) -> visits of a phase. visit: (number, first batch, steps, blocks, steps of a
-    visit) -> the visit; None where blocks are drawn. own_batches: every block has batches of its own."""
+    """count: (steps, number of blocks, steps of a visit) -> visits of a phase. visit: (number, first batch, steps,
+    blocks, steps of a visit) -> the visit; None where blocks are drawn. own_batches: every block has batches of its
+    own."""
 
     count: Callable[[int, int, int], int]
     visit: Callable[[int, int, int, list[int], int], _Place] | None

@@ -32,9 +32,9 @@ class Journal:
     """metrics.jsonl: one line per log interval with the mean loss of every block that trained in it.
 
     Args:
-        folder: run folder, None = keep nothing. length, digest: bytes to keep of an existing file (resume), and what `digest` said of
-            them; of a damaged file the lines before the damage are kept. tensorboard: also write the same numbers below
-            folder/tensorboard.
+        folder: run folder, None = keep nothing. length, digest: bytes to keep of an existing file (resume), and what
+            `digest` said of them; of a damaged file the lines before the damage are kept. tensorboard: also write the
+            same numbers below folder/tensorboard.
 
     Raises UserError when TensorBoard is asked for and not installed.
     """

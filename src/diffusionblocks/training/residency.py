@@ -4,10 +4,10 @@ device  everything stays on the device (no saving, no transfers).
 host    idle blocks live in host memory, in flat buffers that are pinned when there is a CUDA card.
 disk    idle blocks live in one file each, memory-mapped: they cost no memory until they are read.
 
-A block's tensors are views of flat buffers, one per dtype (flat.py): on the host, or in the room that the device has for the blocks that
-are there, allocated once. So a block moves with one copy per dtype, in lanes of their own (lanes.py). `prefetch` brings the next block
-in while the active one computes and the one before goes out; it needs room for two blocks. Gradients of idle blocks do not exist under
-any residency: a step frees them.
+A block's tensors are views of flat buffers, one per dtype (flat.py): on the host, or in the room that the device has
+for the blocks that are there, allocated once. So a block moves with one copy per dtype, in lanes of their own
+(lanes.py). `prefetch` brings the next block in while the active one computes and the one before goes out; it needs room
+for two blocks. Gradients of idle blocks do not exist under any residency: a step frees them.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ class Residency:
         self._seen.add(index)
 
     def prefetch(self, index: int) -> None:
-        """Starts to bring an idle block to the device, where that is wanted and there is room; `fetch` takes it over."""
+        """Starts to bring an idle block to the device, where that is wanted and there is room; `fetch` takes it
+        over."""
         if self.prefetches and index not in self._present and index not in self._coming:
             self._bring(index)
 
@@ -166,7 +167,8 @@ class Residency:
     # ------------------------------------------------------------------ copies
 
     def _bring(self, index: int) -> None:
-        """Asks for a block to be copied to a side where none is. One that is on its way, and not wanted yet, makes room."""
+        """Asks for a block to be copied to a side where none is. One that is on its way, and not wanted yet, makes
+        room."""
         if self._arena is None:
             self._arena = Arena(self._layouts, self.device, 2 if self._prefetch else 1)
             # Its memory may have been another's, whose last kernels are still to run.
@@ -210,8 +212,8 @@ class Residency:
         return self._views[index, AWAY]
 
     def _decide(self, index: int) -> None:
-        """Prefetching, if nobody said: every block has shown what a step of it needs, so it is known whether a second one fits. From
-        disk it is for those who ask: on a CPU the second block is memory that was to be saved."""
+        """Prefetching, if nobody said: every block has shown what a step of it needs, so it is known whether a second
+        one fits. From disk it is for those who ask: on a CPU the second block is memory that was to be saved."""
         self._prefetch = self.kind == "host" and self.moves and self._has_room()
         if self._prefetch:  # the room is made anew
             self.park(index)
@@ -286,10 +288,12 @@ class Residency:
     # ------------------------------------------------------------------ blocks that are read where they are not
 
     def borrowed(self, *, whole: bool = False) -> AbstractContextManager[None]:
-        """Lets absent blocks run forward: each of their modules visits the device for the length of its own call (`Visitors`).
+        """Lets absent blocks run forward: each of their modules visits the device for the length of its own call
+        (`Visitors`).
 
-        For evaluation, and for steps that pass layers of other blocks. Only weights travel, one layer at a time and the next one
-        ahead. whole: also when the network that the blocks are made of is called itself, as transformers calls it.
+        For evaluation, and for steps that pass layers of other blocks. Only weights travel, one layer at a time and the
+        next one ahead. whole: also when the network that the blocks are made of is called itself, as transformers calls
+        it.
         """
         absent = [state.module for index, state in enumerate(self.states) if index not in self._present]
         if not self.moves or self.device.type == "cpu" or not absent:  # a CPU reads host memory and mapped files
@@ -305,7 +309,8 @@ def _empty(layout: Layout, *, pinned: bool) -> Buffers:
         return layout.empty(pinned=pinned)
     except RuntimeError as error:
         raise UserError(
-            f"cannot pin {layout.nbytes / 2**30:.1f} GiB of host memory ({str(error).splitlines()[0]}); use --residency disk"
+            f"cannot pin {layout.nbytes / 2**30:.1f} GiB of host memory ({str(error).splitlines()[0]}); use "
+            "--residency disk"
         ) from None
 
 

@@ -20,8 +20,8 @@ class BlockState:
 
     Args:
         module: parameters and buffers of this owner.
-        life: length of the whole schedule, in steps before branching. common: the steps before branching. own: the steps after it,
-            which take the rest of the schedule; None = one each.
+        life: length of the whole schedule, in steps before branching. common: the steps before branching. own: the
+            steps after it, which take the rest of the schedule; None = one each.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class BlockState:
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.
 
-        With branching the rate stays at its peak until the copies part, unless `decay_from` says otherwise; after that it is
-        `own_rate` times as high.
+        With branching the rate stays at its peak until the copies part, unless `decay_from` says otherwise; after that
+        it is `own_rate` times as high.
         """
         warmup = max(1, round(self.config.warmup * self.life))
         step = self.steps if self.steps < self.common else self.common + (self.steps - self.common) * self.pace
@@ -64,8 +64,9 @@ class BlockState:
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def step(self, trust: float | Tensor = 1.0) -> Tensor | None:
-        """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head, a number or a scalar on the
-        device. Returns the norm of the gradients before clipping, a scalar on the device; None where nothing clips."""
+        """Clips, updates, averages and frees the gradients. trust: factor on the rate of what is not the head, a number
+        or a scalar on the device. Returns the norm of the gradients before clipping, a scalar on the device; None where
+        nothing clips."""
         if self.optimizer is None:
             return None
         norm = None
@@ -101,7 +102,8 @@ class BlockState:
         return dict(self._slots())
 
     def shapes(self) -> dict[str, tuple[torch.dtype, torch.Size]]:
-        """dtype and shape of all tensors that there will be after the first step; the weights of a module follow each other."""
+        """dtype and shape of all tensors that there will be after the first step; the weights of a module follow each
+        other."""
         found = {name: (tensor.dtype, tensor.shape) for name, tensor in self.tensors().items()}
         if self.config.ema_decay:
             found |= {f"average.{name}": (torch.float32, p.shape) for name, p in self.parameters.items()}

@@ -61,8 +61,8 @@ class Progress:
     """How far a run is; saved with every checkpoint.
 
     layer_evaluations: layers passed forward and backward, times samples. A forward pass without backward (features of
-    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training. recent: running
-    mean of the loss of each block, where `trust` needs it.
+    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training.
+    recent: running mean of the loss of each block, where `trust` needs it.
     """
 
     visits: int = 0
@@ -157,21 +157,23 @@ class Trainer:
         samples = samples_per_step(config, largest, num_blocks)
         if len(largest) > 1 and samples > config.batch_size:
             raise UserError(
-                f"train.own_batch {config.own_batch} is too large for branching at {config.branch_at}: {len(largest)} blocks that are one "
-                f"network have {samples} samples in a step, more than train.batch_size {config.batch_size}"
+                f"train.own_batch {config.own_batch} is too large for branching at {config.branch_at}: {len(largest)} "
+                f"blocks that are one network have {samples} samples in a step, more than train.batch_size "
+                f"{config.batch_size}"
             )
         return {samples_per_step(config, network, num_blocks) for network in networks}
 
     def _check_combination(self) -> None:
         if self.config.order == "backward" and not isinstance(self.model, BlockCoordinateModel):
             raise UserError(
-                "train.order backward passes the ordinary gradient from block to block, which the method exact does alone; set it to "
-                "sweep, cyclic, random or sequential"
+                "train.order backward passes the ordinary gradient from block to block, which the method exact does "
+                "alone; set it to sweep, cyclic, random or sequential"
             )
         if self.config.branch_at and isinstance(self.model, DiffusionBlocksModel):
             if self.model.config.context != "input":
                 raise UserError(
-                    "train.branch_at needs blocks.context input: blocks on features of one another cannot start as copies"
+                    "train.branch_at needs blocks.context input: blocks on features of one another cannot start as "
+                    "copies"
                 )
             if len({len(span) for span in self.model.layers}) > 1:
                 raise UserError(
@@ -191,7 +193,8 @@ class Trainer:
 
     @property
     def residency(self) -> Residency:
-        """Set up on first use: moves the blocks to where the configuration wants them, and shared parts to the device."""
+        """Set up on first use: moves the blocks to where the configuration wants them, and shared parts to the
+        device."""
         if not self._here:
             self._move_shared(self.device)
         if self._residency is None:
@@ -209,7 +212,8 @@ class Trainer:
         self._here = device == self.device
 
     def _leave(self) -> None:
-        """Puts the model together again, so that others can use it: on the host where idle blocks are kept off the device."""
+        """Puts the model together again, so that others can use it: on the host where idle blocks are kept off the
+        device."""
         if self._residency is None or not self._residency.moves or self.device.type == "cpu":
             return
         for index in self._residency.present():
@@ -288,9 +292,9 @@ class Trainer:
         return self.trained[::-1] if self.config.order == "backward" else self.trained
 
     def _trust(self, index: int, loss: Tensor) -> float | Tensor:
-        """How far a block's layers may follow their head: exp of what its answers are worse than those of the last block, in nats
-        (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only the head learns. Worked out on
-        the device, so that nobody waits for it."""
+        """How far a block's layers may follow their head: exp of what its answers are worse than those of the last
+        block, in nats (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only
+        the head learns. Worked out on the device, so that nobody waits for it."""
         last, recent = self.model.num_blocks - 1, self._recent
         mixed = isinstance(self.model, DiffusionBlocksModel) and self.model.config.ordinary  # weighs its own loss
         if not self.config.trust or mixed or self.states[index].settles():
@@ -347,9 +351,9 @@ class Trainer:
     def fit(self, *, resume: bool = True) -> Progress:
         """Trains to the end, from the newest whole checkpoint if there is one and `resume` allows it.
 
-        Raises RunStopped after Ctrl-C or SIGTERM (a checkpoint is written first), UserError when a loss, gradient or weight is not
-        finite, an earlier call failed while a batch was between blocks, or another process works in the same folder, and DiskFull;
-        earlier checkpoints stay valid.
+        Raises RunStopped after Ctrl-C or SIGTERM (a checkpoint is written first), UserError when a loss, gradient or
+        weight is not finite, an earlier call failed while a batch was between blocks, or another process works in the
+        same folder, and DiskFull; earlier checkpoints stay valid.
         """
         with nullcontext() if self.output_dir is None else held(self.output_dir):
             return self._fit(resume)
@@ -404,7 +408,8 @@ class Trainer:
 
     @contextmanager
     def _everything_trains(self) -> Iterator[None]:
-        """Steps that pass other blocks switch gradients off there; afterwards everything is as it was, and in one place."""
+        """Steps that pass other blocks switch gradients off there; afterwards everything is as it was, and in one
+        place."""
         self._watched = True
         try:
             yield
@@ -424,8 +429,8 @@ class Trainer:
         plan, first = Plan(self.config, self.model.num_blocks), self.progress.visits
         if first < len(plan) and plan[first].carried:
             raise UserError(
-                "the last run of this trainer ended while a batch was between blocks, where it cannot go on; make a new Trainer "
-                "(with an output_dir it resumes from the last checkpoint)"
+                "the last run of this trainer ended while a batch was between blocks, where it cannot go on; make a "
+                "new Trainer (with an output_dir it resumes from the last checkpoint)"
             )
         loaded = {
             samples: on_device(stream.load(plan.batches(first, samples)), self.device)
@@ -456,8 +461,8 @@ class Trainer:
         return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}
 
     def _check_finite(self) -> None:
-        """Looks at the losses and the norms of gradients since it last looked: at log intervals and before a checkpoint, since reading
-        them waits for the device.
+        """Looks at the losses and the norms of gradients since it last looked: at log intervals and before a
+        checkpoint, since reading them waits for the device.
 
         Raises UserError at the first that is not finite.
         """
@@ -478,8 +483,8 @@ class Trainer:
                 self._diverged(f"the gradient of {name} became {value} at its step {step}")
 
     def _diverged(self, what: str, visit: Visit | None = None, place: int = 0) -> NoReturn:
-        """Raises UserError for what is not finite: the data's fault where the batch of the visit's step at `place` is not, else
-        probably the learning rate's."""
+        """Raises UserError for what is not finite: the data's fault where the batch of the visit's step at `place` is
+        not, else probably the learning rate's."""
         kept = checkpoint.existing(self.output_dir) if self.output_dir else []
         left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
         if visit is not None and (bad := self._bad_batch(visit, place)) is not None:
@@ -489,25 +494,32 @@ class Trainer:
         raise UserError(f"{what}; training stopped, {left}. Try --train.learning-rate {rate}{again}")
 
     def _bad_batch(self, visit: Visit, place: int) -> str | None:
-        """Names the samples of a step's batch that are not finite; None where all are. The batch is loaded once more for it."""
+        """Names the samples of a step's batch that are not finite; None where all are. The batch is loaded once more
+        for it."""
         stream, number = self.streams[visit.samples], visit.batches[place]
         for index, sample in zip(stream.indices(number), _samples(next(stream.load([number]))), strict=True):
             for name, tensor in sample.items():
                 if tensor.is_floating_point() and not tensor.isfinite().all():
-                    return f"Sample {index} of the training data (batch {number}) holds {name} that are not finite: mend or remove it"
+                    return (
+                        f"Sample {index} of the training data (batch {number}) holds {name} that are not finite: mend "
+                        "or remove it"
+                    )
         return None
 
     def _stopped_message(self) -> str:
         if self.output_dir is None:
             return f"stopped after {self.progress.block_steps} block steps; nothing saved (no output_dir)"
         where = checkpoint.existing(self.output_dir)[-1]
-        return f"stopped after {self.progress.block_steps} block steps; checkpoint in {where}; run the same command to go on"
+        return (
+            f"stopped after {self.progress.block_steps} block steps; checkpoint in {where}; run the same command to "
+            "go on"
+        )
 
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self, data: Dataset) -> dict[str, Metric]:
-        """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the device, again with
-        half of it.
+        """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the
+        device, again with half of it.
 
         Raises Failed for a metric that is not finite.
         """
@@ -526,8 +538,8 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The model as it is evaluated: moving averages in place, no gradients, every block readable, and in the place of
-        a block that has not parted from its network, the block that holds that."""
+        """The model as it is evaluated: moving averages in place, no gradients, every block readable, and in the place
+        of a block that has not parted from its network, the block that holds that."""
         if self._averaged:  # asked for within itself
             self.model.eval()
             yield

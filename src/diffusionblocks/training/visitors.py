@@ -16,14 +16,16 @@ from diffusionblocks.training.lanes import Event, Lanes, Pair
 
 
 def units(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a block that are called on their own: its parts, and each layer of its lists, in the order of the network."""
+    """The modules of a block that are called on their own: its parts, and each layer of its lists, in the order of the
+    network."""
     parts = sorted(block.named_children(), key=lambda named: named[0] == "readout")  # which comes last
     for _, part in parts:
         yield from part if isinstance(part, nn.ModuleList) else [part]
 
 
 class Slots:
-    """Room on the device for the weights of two modules: one computes, the next is on its way. Kept from one visit to the next."""
+    """Room on the device for the weights of two modules: one computes, the next is on its way. Kept from one visit to
+    the next."""
 
     def __init__(self, device: torch.device, lanes: Lanes) -> None:
         self.device, self.lanes = device, lanes
@@ -45,15 +47,16 @@ class Slots:
 class Visitors(AbstractContextManager[None]):
     """While it is open, modules whose weights are elsewhere get them for the length of their own calls.
 
-    While one computes, the next is copied: the one behind it on the way through the network, and the one before it on the way
-    back, where activations are recomputed. A graph made meanwhile may hold what was copied only until the next module but one is called:
-    layers whose activations are recomputed, one by one, do not need it longer (of others autograd refuses to read what was overwritten). Weights
-    that want gradients of such a graph get the copied values instead: it must not save them (`coordinate.WithoutWeights`), and they must
-    be there in its backward pass.
+    While one computes, the next is copied: the one behind it on the way through the network, and the one before it on
+    the way back, where activations are recomputed. A graph made meanwhile may hold what was copied only until the next
+    module but one is called: layers whose activations are recomputed, one by one, do not need it longer (of others
+    autograd refuses to read what was overwritten). Weights that want gradients of such a graph get the copied values
+    instead: it must not save them (`coordinate.WithoutWeights`), and they must be there in its backward pass.
 
     Args:
-        modules: in the order of the network. slots: where they visit. after: what must have happened before weights are read on the
-            host. whole: parts of these modules are also called alone, by a network that knows nothing of them.
+        modules: in the order of the network. slots: where they visit. after: what must have happened before weights are
+            read on the host. whole: parts of these modules are also called alone, by a network that knows nothing of
+            them.
     """
 
     def __init__(
