@@ -22,15 +22,12 @@ ROOT = Path(__file__).parents[2]
 MOST_ROWS = 150
 HEAD = """# Errors and what they mean
 
-What `dblocks` says to wrong input, damaged run folders, full disks and other processes, and the exit code. \
-Written by `make faults`
-from the cases in tests/faults, so that every line here is one that the program has printed. \
-RUN, ADAPTED, NET, TEXTS, DISK and HERE
-stand for folders; a line that is longer is cut.
+What `dblocks` says to wrong input, damaged run folders, full disks and other processes, and the exit code. Written by
+`make faults` from the cases in tests/faults, so that every line here is one that the program has printed. RUN, ADAPTED,
+NET, TEXTS, DISK and HERE stand for folders; a line that is longer is cut.
 
-Exit codes: 0 done; 2 the input is wrong; 1 anything else, such as a full disk; 130 after Ctrl-C; 143 after SIGTERM. \
-After every one of
-these the files that were there before are still there, and the same command may be given again.
+Exit codes: 0 done; 2 the input is wrong; 1 anything else, such as a full disk; 130 after Ctrl-C; 143 after SIGTERM.
+After every one of these the files that were there before are still there, and the same command may be given again.
 """
 ORDER = (
     "commands", "recipes", "train", "places", "evaluate", "sample", "export", "compare", "plan", "adapt", "images",

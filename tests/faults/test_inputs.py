@@ -545,6 +545,7 @@ WRONG: dict[Any, tuple[str, ...]] = {
     float: ("abc", "[1, 2]", "nan", "inf"),
     bool: ("maybe", "7", "[true]"),
     str: (),  # every word is text
+    list[str]: ("[[1]]",),
 }
 
 
