@@ -15,7 +15,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises DiskFull or UserError where the system refuses.
     """
+    path = path.resolve()  # a link stays one
     partial = path.with_name(f"{path.name}{PARTIAL}")
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout and the like stay what they are
+            yield path
+            return
         try:
             yield partial
             os.replace(partial, path)
@@ -64,13 +68,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
+def replacing_folder(path: Path, instead: Sequence[str] = ()) -> Iterator[Path]:
     """A folder to fill, whose files take their place in `path` when everything went well; it is removed otherwise.
 
-    Other files that `path` holds stay. Each file is whole or not there.
+    Other files that `path` holds stay, but for those of the patterns `instead`. Each file is whole or not there.
 
     Raises DiskFull or UserError where the system refuses.
     """
+    path = path.resolve()
     partial = path.with_name(f"{path.name}{PARTIAL}")
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write the folder {path}: a file is there")
@@ -83,16 +88,22 @@ def replacing_folder(path: Path) -> Iterator[Path]:
             if not path.exists():
                 os.replace(partial, path)
                 return
-            for file in sorted(file for file in partial.rglob("*") if file.is_file()):
+            made = sorted(file for file in partial.rglob("*") if file.is_file())
+            for file in made:
                 target = path / file.relative_to(partial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(file, target)
+            new = {file.name for file in made}
+            for old in {old for pattern in instead for old in path.glob(pattern) if old.name not in new}:
+                old.unlink()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Waits until a file, or the entries of a folder, are on the disk, where the system can say that."""
+    if os.name == "nt":
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -243,11 +254,15 @@ def fingerprint(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what the system refuses
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_WRONG_PLACE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT)
+_WRONG_PLACE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY),
+)
 
 
 def explained(error: BaseException, path: Path | None = None) -> Exception | None:
-    """What to tell a user when the system refused to read or write: DiskFull, UserError, or None for any other error.
+    """What to tell a user when the system refused to read or write: DiskFull, UserError for a wrong place, Failed for
+    anything else that it says, or None for an error that is not the system's.
 
     Libraries wrap the system's error in types of their own and keep only its text. path: what was to be written, where
     that is known.
@@ -259,13 +274,16 @@ def explained(error: BaseException, path: Path | None = None) -> Exception | Non
     code = int(found.group(1)) if code is None and found else code
     where = path or getattr(error, "filename", None)
     where = where if len(str(where)) <= 300 else f"{str(where)[:100]}..."
+    if "/torch_" in text and (code in _FULL or "No space left" in text):
+        return Failed("shared memory (/dev/shm) is full: --train.num-workers 0 loads data without it")
     if code in _FULL or "No space left" in text:
         place = f": cannot write {where}" if where else ""
         return DiskFull(f"the disk is full{place}; free some space and run the same command again")
     if code is None or not (isinstance(error, OSError) or code in _WRONG_PLACE):
         return None
     reason = os.strerror(code)
-    return UserError(f"cannot {'write' if path else 'use'} {where}: {reason}" if where else f"{reason}: {text[:200]}")
+    said = f"cannot {'write' if path else 'use'} {where}: {reason}" if where else f"{reason}: {text[:200]}"
+    return (UserError if code in _WRONG_PLACE else Failed)(said)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,12 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from diffusionblocks.errors import Failed, RunStopped
+
+T = TypeVar("T")
 
 GRACE = 8.0  # seconds that SIGTERM leaves a visit to end
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,8 +74,8 @@ def interruptible() -> Iterator[None]:
     with _handled(handle):
         try:
             yield
-        except Exception:
-            if not came:
+        except Exception as error:
+            if not came or isinstance(error, RunStopped | Failed):
                 raise
     if came:
         raise Terminated if came[0] == signal.SIGTERM else KeyboardInterrupt
@@ -101,22 +105,18 @@ class Stop:
     """What asked a training run to stop, if anything did. signal: its number, 0 = nothing."""
 
     def __init__(self) -> None:
-        self.signal, self._at_once, self._saving, self._late = 0, False, False, False
+        self.signal, self._saving, self._late = 0, False, False
         self._timer: threading.Timer | None = None
 
     def __bool__(self) -> bool:
         return self.signal != 0
 
-    @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """For what may be given up at any moment and loses nothing: a signal raises Stopped in it."""
-        if self:
-            raise Stopped
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False
+    def between(self, batches: Iterable[T]) -> Iterator[T]:
+        """For what may be given up and loses nothing: the batches of it, and Stopped in place of the next one."""
+        for batch in batches:
+            if self:
+                raise Stopped
+            yield batch
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -141,8 +141,6 @@ class Stop:
         if self:
             return
         self.signal = number
-        if self._at_once:
-            raise Stopped
         more = "; press Ctrl-C again to stop at once without saving" if number == signal.SIGINT else ""
         _say(f"stopping after this visit{more}")
         if number == signal.SIGTERM and not self._saving:
@@ -155,8 +153,8 @@ class Stop:
         _terminate()
 
 
-class Stopped(Exception):
-    """Raised within `Stop.at_once`."""
+class Stopped(BaseException):
+    """Raised by `Stop.between`; no handler of errors is meant to see it."""
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import os
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -152,6 +153,8 @@ def _element(kind: Any) -> Any:
 def _is(value: Any, kind: Any) -> bool:
     if element := _element(kind):
         return isinstance(value, list | tuple) and all(_is(one, element) for one in value)
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
     if kind is int:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if kind is float:

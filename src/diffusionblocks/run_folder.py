@@ -9,6 +9,7 @@ DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/      see DESI
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import platform
 import shutil
@@ -20,13 +21,15 @@ from pathlib import Path
 from diffusionblocks import files
 from diffusionblocks.errors import UserError
 
+log = logging.getLogger("diffusionblocks")
 CONFIG, JOURNAL, SUMMARY, COMPARISON, REPORT = (
     *("config.yaml", "metrics.jsonl", "summary.json", "compare.json", "report.html"),
 )
 SAMPLES, BEFORE = "samples.json", "before.json"
 CHECKPOINTS, MODEL, DEPLOYED, RESIDENCY = "checkpoints", "model", "huggingface", "residency"
 RUN = (CONFIG, JOURNAL, SUMMARY, BEFORE, SAMPLES, CHECKPOINTS, MODEL, DEPLOYED, RESIDENCY, "tensorboard")
-LOCK, OWNER, PREVIOUS = ".lock", ".owner.json", ".previous"
+LOCK, OWNER, PREVIOUS, MOVING = ".lock", ".owner.json", ".previous", ".moving"
+OLD = ".old-"  # before the number of a checkpoint that is being replaced
 
 WAIT = "DIFFUSIONBLOCKS_WAIT_FOR_FOLDER"  # environment: seconds, of runs that a comparison starts again
 BEGINNING = 2.0  # seconds between taking the lock and saying who did, at most
@@ -58,6 +61,7 @@ def held(folder: Path) -> Iterator[None]:
             now = datetime.now().astimezone().isoformat(timespec="seconds")
             files.write_json(folder / OWNER, {"host": platform.node(), "pid": os.getpid(), "since": now})
             _held.add(key)
+            _tidy(folder)
             yield
         finally:
             _held.discard(key)
@@ -103,6 +107,9 @@ def _acquire(lock: object, folder: Path) -> None:
                     f"{folder} is in use{_named(owner)}; wait until that ends, or choose another --output-dir"
                 ) from None
             time.sleep(0.1)
+        except NotImplementedError:  # older versions of filelock, on a file system without locks
+            log.warning("%s is on a file system without locks: nothing keeps a second process out", folder)
+            return
         except OSError as error:
             raise UserError(f"cannot write in {folder} ({error.strerror}); choose another --output-dir") from None
 
@@ -121,7 +128,7 @@ def _named(owner: tuple[str, int, str] | None) -> str:
 
 def _is_dead(host: str, pid: int) -> bool:
     """Whether a process of this host is no more; of other hosts nobody knows."""
-    if host != platform.node():
+    if host != platform.node() or os.name == "nt":
         return False
     try:
         os.kill(pid, 0)
@@ -135,53 +142,69 @@ def _is_dead(host: str, pid: int) -> bool:
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what a killed process may leave."""
     return not folder.is_dir() or all(
-        path.name in (LOCK, OWNER, RESIDENCY) or path.suffix == files.PARTIAL for path in folder.iterdir()
+        path.name in (LOCK, OWNER, RESIDENCY, MOVING) or path.suffix == files.PARTIAL for path in folder.iterdir()
     )
 
 
 @contextlib.contextmanager
 def tidied(folder: Path) -> Iterator[None]:
-    """The folder without what processes that died left half done, and afterwards without what this one did. Only who
-    holds it may."""
-    _tidy(folder)
+    """The folder, afterwards without what this process left half done. Only who holds it may."""
     try:
         yield
     finally:
+        shutil.rmtree(folder / RESIDENCY, ignore_errors=True)
         _tidy(folder)
 
 
 def _tidy(folder: Path) -> None:
-    shutil.rmtree(folder / RESIDENCY, ignore_errors=True)
-    for path in (*folder.glob(f"*{files.PARTIAL}"), *folder.glob(f"{CHECKPOINTS}/.partial-*")):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
+    """Mends and removes what processes that died left half done."""
+    _finish_moving(folder)
+    for old in folder.glob(f"{CHECKPOINTS}/{OLD}*"):
+        place = old.with_name(f"step-{old.name.removeprefix(OLD)}")
+        if place.exists():
+            shutil.rmtree(old, ignore_errors=True)
         else:
-            path.unlink(missing_ok=True)
+            os.replace(old, place)
+    for path in (*(folder / f"{name}{files.PARTIAL}" for name in RUN), *folder.glob(f"{CHECKPOINTS}/.partial-*")):
+        _remove(path)
+    for path in folder.glob(f"{RESIDENCY}/*"):
+        if path.name != str(os.getpid()):
+            _remove(path)
 
 
 def set_aside(folder: Path) -> None:
     """Moves the run in a folder aside, to make room for a new one. Of several that never had a checkpoint, the first
     one stays."""
-    aside = folder / PREVIOUS
+    aside, moving = folder / PREVIOUS, folder / MOVING
     if aside.is_dir() and not has_checkpoint(folder) and not (folder / SUMMARY).is_file():
         _remove_run(folder)
         return
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    moving.mkdir()
     for name in RUN:
         if (folder / name).exists():
-            os.replace(folder / name, aside / name)
+            os.replace(folder / name, moving / name)
+    os.replace(moving, aside)
 
 
 def put_back(folder: Path) -> None:
     """Undoes `set_aside`, for a new run that failed before it had a checkpoint."""
-    aside = folder / PREVIOUS
-    if not aside.is_dir():
+    if (folder / PREVIOUS).is_dir():
+        os.replace(folder / PREVIOUS, folder / MOVING)
+        _remove_run(folder)
+        _finish_moving(folder)
+
+
+def _finish_moving(folder: Path) -> None:
+    """What is between its place and `PREVIOUS` goes to its place: a process died while it moved a run. The recipe
+    goes last."""
+    moving = folder / MOVING
+    if not moving.is_dir():
         return
-    _remove_run(folder)
-    for path in aside.iterdir():
+    for path in sorted(moving.iterdir(), key=lambda path: path.name == CONFIG):
+        _remove(folder / path.name)
         os.replace(path, folder / path.name)
-    aside.rmdir()
+    moving.rmdir()
 
 
 def drop_previous(folder: Path) -> None:
@@ -195,7 +218,11 @@ def has_checkpoint(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     for name in RUN:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name, ignore_errors=True)
-        else:
-            (folder / name).unlink(missing_ok=True)
+        _remove(folder / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

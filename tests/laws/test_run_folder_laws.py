@@ -1,5 +1,6 @@
 """A run folder belongs to one process, loses nothing, and holds nothing that is not finite or not what was written."""
 
+import contextlib
 import os
 import platform
 import signal
@@ -7,8 +8,10 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks import files, run_folder
@@ -120,8 +123,10 @@ def test_residency_files_are_those_of_one_process(tmp_path):
     found = trainer(tmp_path, residency="disk")
     found.fit()
     assert {path.parent.name for path in tmp_path.rglob("resident-*")} == {str(os.getpid())}
-    with run_folder.tidied(tmp_path):
-        assert not (tmp_path / "residency").exists()
+    (tmp_path / "residency" / "0").mkdir()  # of another one, which was killed
+    with run_folder.held(tmp_path), run_folder.tidied(tmp_path):
+        assert {path.name for path in (tmp_path / "residency").iterdir()} == {str(os.getpid())}
+    assert not (tmp_path / "residency").exists()
 
 
 # ---------------------------------------------------------------- what was written
@@ -142,6 +147,78 @@ def test_the_run_before_is_kept_until_there_is_a_checkpoint(tmp_path):
     run_folder.set_aside(tmp_path)
     trainer(tmp_path).fit()
     assert not (tmp_path / run_folder.PREVIOUS).exists()
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moves", range(12))
+def test_a_kill_while_a_run_is_moved_loses_nothing(moves, tmp_path, monkeypatch):
+    """Aside and back again, ended after any of its moves; the next process mends it."""
+    for name in ("config.yaml", "metrics.jsonl", "summary.json"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "checkpoints" / "step-3").mkdir(parents=True)
+    replace, left = os.replace, [moves]
+
+    def dying(source, target):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with contextlib.suppress(Killed):
+        run_folder.set_aside(tmp_path)
+        (tmp_path / "config.yaml").write_text("new")
+        run_folder.put_back(tmp_path)
+    monkeypatch.undo()
+    with run_folder.held(tmp_path):
+        if (tmp_path / run_folder.PREVIOUS).exists():  # a new run had begun
+            assert not (tmp_path / "checkpoints").exists()
+            run_folder.put_back(tmp_path)
+        assert (tmp_path / "config.yaml").read_text() == "config.yaml"
+        assert (tmp_path / "checkpoints" / "step-3").is_dir()
+        assert not (tmp_path / run_folder.MOVING).exists()
+
+
+def test_a_checkpoint_that_is_written_again_is_never_missing(tmp_path, monkeypatch):
+    found = trainer(tmp_path, keep_checkpoints=1)
+    found.fit()
+    kept = checkpoint.existing(tmp_path)[-1]
+    replace = os.replace
+
+    def dying(source, target):
+        if str(target) == str(kept):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    step = found.progress.block_steps
+    with pytest.raises(Killed):
+        checkpoint.save(tmp_path, step, found._named_states(), {"progress": vars(found.progress)}, 1)
+    monkeypatch.undo()
+    with run_folder.held(tmp_path):
+        assert checkpoint.existing(tmp_path) == [kept]
+        assert checkpoint.damage(kept) is None
+        assert {path.name for path in kept.parent.iterdir()} == {kept.name}
+
+
+def test_what_is_no_file_is_written_to_and_links_stay_links(tmp_path):
+    with files.replacing(Path("/dev/null")) as place:
+        assert place == Path("/dev/null")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    files.write_text(tmp_path / "link", "x")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "x"
+
+
+def test_infinite_buffers_are_not_weights(tmp_path):
+    model = dblocks.convert(make_vit(), 3, **FEATURES)
+    model.block(1).register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    found = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, config(), output_dir=tmp_path)
+    found.fit()
+    assert checkpoint.damage(checkpoint.existing(tmp_path)[-1]) is None
 
 
 @pytest.mark.parametrize("damage", ["short", "changed", "missing", "garbage"])
@@ -254,20 +331,26 @@ def test_sigterm_waits_for_a_visit_but_not_for_long(monkeypatch):
         time.sleep(0.3)
 
 
-def test_evaluation_during_training_is_given_up_and_nothing_is_lost(tmp_path):
-    settings = dict(steps=6, evaluate_every=9, checkpoint_every=0)
-    found = trainer(tmp_path, **settings)
+class Slow(ImageData):
+    """The first batch that is read of it brings SIGTERM."""
 
-    def slow(data):
+    read = 0
+
+    def __getitems__(self, indices):
+        self.read += 1
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(30)
+        return super().__getitems__(indices)
 
-    found.evaluate = slow
-    started = time.monotonic()
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_evaluation_during_training_is_given_up_and_nothing_is_lost(precision, tmp_path):
+    settings = dict(steps=6, evaluate_every=9, checkpoint_every=0, ema_decay=0.9, precision=precision)
+    found, plain = trainer(tmp_path, **settings), make_data(400)
+    found.eval_data = Slow(plain.images, plain.labels)
     with pytest.raises(dblocks.RunStopped) as stopped:
         found.fit()
-    assert time.monotonic() - started < 10
     assert stopped.value.signal == signal.SIGTERM
+    assert found.eval_data.read == 1
     finished = trainer(tmp_path, **settings)
     finished.fit()
     whole = trainer(**settings)
@@ -275,11 +358,13 @@ def test_evaluation_during_training_is_given_up_and_nothing_is_lost(tmp_path):
     assert same(weights(finished.model), weights(whole.model))
 
 
-def test_a_stop_within_what_can_be_given_up_does_not_begin_it():
+def test_a_stop_is_seen_before_the_next_batch():
     stop = Stop()
+    batches = stop.between([1, 2])
+    assert next(batches) == 1
     stop.handle(signal.SIGINT, None)
-    with pytest.raises(Stopped), stop.at_once():
-        pytest.fail("it was begun")
+    with pytest.raises(Stopped):
+        next(batches)
 
 
 def test_signals_belong_to_the_main_thread():

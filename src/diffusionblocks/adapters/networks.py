@@ -162,7 +162,7 @@ def read_config(name_or_path: str, trust_remote_code: bool = False) -> tuple[str
         if local.is_file() and "_class_name" in (content := _json(local)):
             return content["_class_name"], content, subfolder
     folder = Path(name_or_path)
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").exists():
+    if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{name_or_path} holds a peft adapter, no network: merge it into its network (merge_and_unload of peft) "
             "and save that"

@@ -88,6 +88,8 @@ def _remove(path: Path) -> None:
 def publish(partial: Path, folder: Path, proof: str) -> None:
     """Moves what was made in `partial` to its place; keeps what another process put there first (`proof` is a file of
     it)."""
+    if folder.is_dir() and not (folder / proof).is_file():  # half removed
+        _remove(folder)
     try:
         partial.rename(folder)
     except OSError:

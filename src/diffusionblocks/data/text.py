@@ -315,8 +315,12 @@ def _tokens(config: TextConfig, tokenizer: Tokenizer) -> tuple[np.ndarray, np.nd
     """All tokens, mapped from the cache; where each document ends; and, of conversations, which tokens are answers."""
     key = hashlib.blake2b(f"{identity(config)} {tokenizer.identity()}".encode(), digest_size=12).hexdigest()
     folder = cache_folder(config.cache_dir) / f"text-{key}"
-    while (found := _cached(folder)) is None:
+    for _ in range(3):  # other processes may make, or damage, the same one
+        if (found := _cached(folder)) is not None:
+            break
         _tokenise(config, tokenizer, folder)
+    else:
+        raise UserError(f"the text cache {folder} does not keep what is written: pass --data.cache-dir FOLDER")
     left, tokens, ends, answers = found
     if left:
         say(left)
@@ -342,7 +346,7 @@ def _cached(folder: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.nd
         whole = tokens.ndim == ends.ndim == 1 and len(ends) > 0 and int(ends[0]) >= 0 and int(ends[-1]) == len(tokens)
         if whole and (np.diff(ends) >= 0).all() and (answers is None or answers.shape == tokens.shape):
             return index.get("left_out") or {}, tokens, ends, answers
-    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, AttributeError):
         pass
     log.warning("the text cache %s is damaged; the text is tokenised again", folder)
     with writable(folder):

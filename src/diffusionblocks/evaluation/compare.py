@@ -27,7 +27,7 @@ from diffusionblocks import files, plain_yaml, run_folder
 from diffusionblocks.baselines.methods import find_method, for_method, steps_for_budget
 from diffusionblocks.errors import Failed, RunStopped, UserError
 from diffusionblocks.evaluation.run import SUMMARY_SHAPE, read_summary
-from diffusionblocks.interruption import PARENT, Terminated
+from diffusionblocks.interruption import GRACE, PARENT, Terminated
 from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM
@@ -36,6 +36,7 @@ from diffusionblocks.trust import trusted
 
 log = logging.getLogger("diffusionblocks")
 SPEAK_SECONDS = 30.0
+SAVING = 120.0  # seconds that a run may take to save, when it is to end
 PATIENCE = 30.0  # seconds that a run waits for the one before it in its folder, whose comparison was killed
 
 
@@ -165,7 +166,10 @@ def _end(running: dict[_Job, subprocess.Popen[bytes]]) -> None:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
     for process in running.values():
-        process.wait()
+        try:
+            process.wait(timeout=GRACE + SAVING)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _check_ended(job: _Job, code: int) -> None:

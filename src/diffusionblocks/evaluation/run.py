@@ -49,6 +49,7 @@ FREE_KEYS = (
 )
 
 
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")  # of a model that a new one takes the place of
 Splits = ImageSplits | TextSplits
 
 
@@ -244,8 +245,9 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     return run
 
 
-def read_recipe(folder: Path) -> Recipe:
-    """The recipe of a run. Raises UserError where the folder holds none, or a damaged one."""
+def read_recipe(folder: Path, consented: Recipe | None = None) -> Recipe:
+    """The recipe of a run. consented: what this one asks to run is not asked again. Raises UserError where the folder
+    holds none, or a damaged one."""
     path = folder / CONFIG
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder ({CONFIG} is missing); dblocks train makes one")
@@ -253,7 +255,7 @@ def read_recipe(folder: Path) -> Recipe:
     if not isinstance(content, dict):
         raise files.Damaged(path, f"it holds a {type(content).__name__}, not a recipe")
     try:
-        return build(content)
+        return build(content, consented=consented)
     except UserError as error:
         raise UserError(f"{path} is no recipe of this version: {error}") from None
 
@@ -333,7 +335,7 @@ def export_network(folder: Path, output: Path | None, overrides: Iterable[tuple[
         )
     if not isinstance(run.model, EndToEndModel | CausalBlocks):
         raise UserError(f"{folder} holds denoisers, no ordinary network; --block N writes one of them")
-    with without_progress(), files.replacing_folder(path) as partial:
+    with without_progress(), files.replacing_folder(path, WEIGHTS) as partial:
         if isinstance(run.model, CausalBlocks):
             _save_network(run, run.model, partial)
         else:
@@ -378,13 +380,13 @@ def _save_model(run: Run, output_dir: Path) -> None:
     assert isinstance(run.model, DiffusionBlocksModel | EndToEndModel | LoopedNetwork)
     run.trainer.use_averages()
     with without_progress():
-        with files.replacing_folder(output_dir / MODEL) as partial:
+        with files.replacing_folder(output_dir / MODEL, WEIGHTS) as partial:
             run.model.save_pretrained(partial)
             tokenizer = getattr(run.data, "tokenizer", None)
             if isinstance(run.model, EndToEndModel) and isinstance(tokenizer, HuggingFace):
                 tokenizer.save(partial)
         if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
-            with files.replacing_folder(output_dir / DEPLOYED) as partial:
+            with files.replacing_folder(output_dir / DEPLOYED, WEIGHTS) as partial:
                 _save_network(run, run.model, partial)
     run.trainer.use_averages()  # back
 
@@ -522,7 +524,7 @@ def _is_older_run(config: Path) -> bool:
 
 def _check_same(recipe: Recipe, folder: Path) -> None:
     """Raises UserError when another recipe owns the folder."""
-    written = read_recipe(folder).as_dict()  # with defaults for keys it did not know
+    written = read_recipe(folder, consented=recipe).as_dict()  # with defaults for keys it did not know
     difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
     if difference:
         raise UserError(

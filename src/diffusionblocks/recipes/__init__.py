@@ -460,7 +460,8 @@ def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, 
 def _read(name_or_path: str) -> dict[str, Any]:
     path = Path(name_or_path)
     try:
-        is_file = path.suffix in (".yaml", ".yml") or path.exists()
+        of_data = path.is_dir() and name_or_path in built_in()  # a folder that is called like a recipe
+        is_file = path.suffix in (".yaml", ".yml") or (path.exists() and not of_data)
     except (OSError, ValueError):  # no name of a file: too long, or with a null character
         is_file = False
     if is_file:

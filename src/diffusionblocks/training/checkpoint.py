@@ -22,7 +22,7 @@ from torch import Tensor
 
 from diffusionblocks import files
 from diffusionblocks.errors import DiskFull, UserError
-from diffusionblocks.run_folder import CHECKPOINTS
+from diffusionblocks.run_folder import CHECKPOINTS, OLD
 from diffusionblocks.training.state import BlockState
 
 log = logging.getLogger("diffusionblocks")
@@ -45,7 +45,8 @@ def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Ma
     final, partial = root / f"step-{step}", root / f".partial-{step}"
     tensors = {name: state.tensors() for name, state in states.items()}
     for name, found in tensors.items():
-        if (bad := not_finite(found)) is not None:
+        buffers = {f"model.{buffer}" for buffer in states[name].buffers}  # a mask may be infinite
+        if (bad := not_finite({key: t for key, t in found.items() if key not in buffers})) is not None:
             kind, _, own = bad.partition(".")
             raise NotFinite(f"the {KINDS[kind]} {own} of {name} is not finite at step {step}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -62,8 +63,11 @@ def save(folder: Path, step: int, states: Mapping[str, BlockState], progress: Ma
         files.write_json(partial / "state.json", {"step": step, "steps": steps, **progress, "files": written})
         for path in partial.iterdir():
             files.flush(path)
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # of the same step: at no moment is there none
+            shutil.rmtree(root / f"{OLD}{step}", ignore_errors=True)
+            os.replace(final, root / f"{OLD}{step}")
         os.replace(partial, final)
+        shutil.rmtree(root / f"{OLD}{step}", ignore_errors=True)
         files.flush(root)
     except BaseException as error:  # Ctrl-C too leaves nothing half written
         shutil.rmtree(partial, ignore_errors=True)

@@ -53,6 +53,7 @@ from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
 
 log = logging.getLogger("diffusionblocks")
+MOST_UNCHECKED = 4096  # norms that nobody has looked at
 EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
 
 
@@ -378,27 +379,28 @@ class Trainer:
         """The visits that are left, with what is due between them."""
         total = total_steps(self.config, self.model.num_blocks)
         before, started = self.progress.wall_seconds, time.monotonic()
-        self._first_step, self._passed = self.progress.block_steps, {}
+        self._first_step, self._passed, saved = self.progress.block_steps, {}, -1
         with ProgressBar(total, self.progress.block_steps, self.device) as bar:
             for visit, losses in self._visits():
                 self._unchecked.append((visit, self.states[visit.block].steps - len(losses), losses))
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
-                if self._due("log", self.config.log_every):
+                if self._due("log", self.config.log_every) or len(self._norms) > MOST_UNCHECKED:
                     self._check_finite()
                     journal.flush(self.progress)
                 if not visit.border:
                     continue
                 if stop or self._due("checkpoint", self.config.checkpoint_every):
                     self._save(journal, stop)
+                    saved = self.progress.block_steps
                 if self._due("evaluate", self.config.evaluate_every) and self.eval_data is not None:
                     try:
-                        with stop.at_once():
-                            found = {k: v._asdict() for k, v in self.evaluate(self.eval_data).items()}
+                        found = {k: v._asdict() for k, v in self.evaluate(self.eval_data, stop).items()}
                         journal.write({**self._position(), "validation": found})
                     except Stopped:
-                        self._save(journal, stop)
+                        if saved != self.progress.block_steps:
+                            self._save(journal, stop)
                 if stop and self.progress.block_steps < total:
                     raise RunStopped(self._stopped_message(), stop.signal)
         self.progress.finished = True
@@ -468,7 +470,8 @@ class Trainer:
         """
         visits, self._unchecked = self._unchecked, []
         norms, self._norms = self._norms, []
-        values = [loss.float() for _, _, losses in visits for loss in losses] + [norm.float() for _, _, norm in norms]
+        values = [loss.float() for _, _, losses in visits for loss in losses]
+        values += [norm.float().to(self.device) for _, _, norm in norms]
         if not values or (read := torch.stack(values)).isfinite().all():
             return
         found = read.tolist()
@@ -517,7 +520,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ evaluation
 
-    def evaluate(self, data: Dataset) -> dict[str, Metric]:
+    def evaluate(self, data: Dataset, stop: Stop | None = None) -> dict[str, Metric]:
         """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the
         device, again with half of it.
 
@@ -527,7 +530,9 @@ class Trainer:
         with self.averaged():
             while True:
                 try:
-                    return check_finite(self.task.evaluate(self.model, on_device(in_order(data, at_once), self.device)))
+                    batches = on_device(in_order(data, at_once), self.device)
+                    batches = batches if stop is None else stop.between(batches)
+                    return check_finite(self.task.evaluate(self.model, batches))
                 except torch.OutOfMemoryError:
                     if at_once == 1:
                         raise
