@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises DiskFull or UserError where the system refuses.
     """
-    path = path.resolve()  # a link stays one
+    path = _target(path)
     partial = path.with_name(f"{path.name}{PARTIAL}")
     with told(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ def replacing_folder(path: Path, instead: Sequence[str] = ()) -> Iterator[Path]:
 
     Raises DiskFull or UserError where the system refuses.
     """
-    path = path.resolve()
+    path = _target(path)
     partial = path.with_name(f"{path.name}{PARTIAL}")
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write the folder {path}: a file is there")
@@ -98,6 +98,14 @@ def replacing_folder(path: Path, instead: Sequence[str] = ()) -> Iterator[Path]:
                 old.unlink()
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _target(path: Path) -> Path:
+    """Where a link leads, so that it stays one; a link that leads nowhere is a place like any other."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):
+        return path.absolute()
 
 
 def flush(path: Path) -> None:

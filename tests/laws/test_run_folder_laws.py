@@ -211,6 +211,9 @@ def test_what_is_no_file_is_written_to_and_links_stay_links(tmp_path):
     files.write_text(tmp_path / "link", "x")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "x"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    files.write_text(tmp_path / "loop", "x")
+    assert (tmp_path / "loop").read_text() == "x"
 
 
 def test_infinite_buffers_are_not_weights(tmp_path):
