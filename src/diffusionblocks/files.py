@@ -108,6 +108,15 @@ def _target(path: Path) -> Path:
         return path.absolute()
 
 
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with what is in it, where that is possible."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or the entries of a folder, are on the disk, where the system can say that."""
     if os.name == "nt":

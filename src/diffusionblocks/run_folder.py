@@ -128,15 +128,20 @@ def _named(owner: tuple[str, int, str] | None) -> str:
 
 def _is_dead(host: str, pid: int) -> bool:
     """Whether a process of this host is no more; of other hosts nobody knows."""
-    if host != platform.node() or os.name == "nt":
-        return False
+    return host == platform.node() and not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be known."""
+    if os.name == "nt":  # where asking would interrupt it
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except OSError:
         return False
-    return False
+    except (OSError, OverflowError):  # somebody else's
+        return True
+    return True
 
 
 def is_empty(folder: Path) -> bool:
@@ -166,10 +171,10 @@ def _tidy(folder: Path) -> None:
         else:
             os.replace(old, place)
     for path in (*(folder / f"{name}{files.PARTIAL}" for name in RUN), *folder.glob(f"{CHECKPOINTS}/.partial-*")):
-        _remove(path)
+        files.remove(path)
     for path in folder.glob(f"{RESIDENCY}/*"):
         if path.name != str(os.getpid()):
-            _remove(path)
+            files.remove(path)
 
 
 def set_aside(folder: Path) -> None:
@@ -202,7 +207,7 @@ def _finish_moving(folder: Path) -> None:
     if not moving.is_dir():
         return
     for path in sorted(moving.iterdir(), key=lambda path: path.name == CONFIG):
-        _remove(folder / path.name)
+        files.remove(folder / path.name)
         os.replace(path, folder / path.name)
     moving.rmdir()
 
@@ -218,11 +223,4 @@ def has_checkpoint(folder: Path) -> bool:
 
 def _remove_run(folder: Path) -> None:
     for name in RUN:
-        _remove(folder / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        files.remove(folder / name)

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks import files, run_folder
+from diffusionblocks import files, plain_yaml, run_folder
 from diffusionblocks.data.images import ImageData
 from diffusionblocks.errors import Failed
+from diffusionblocks.evaluation.run import read_recipe
 from diffusionblocks.interruption import Stop, Stopped, Terminated, interruptible, stop_on_signal
+from diffusionblocks.recipes import ModelConfig, Recipe
 from diffusionblocks.tasks.base import Metric, check_finite
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.progress import read_journal
@@ -147,6 +149,14 @@ def test_the_run_before_is_kept_until_there_is_a_checkpoint(tmp_path):
     run_folder.set_aside(tmp_path)
     trainer(tmp_path).fit()
     assert not (tmp_path / run_folder.PREVIOUS).exists()
+
+
+def test_what_a_recipe_made_in_python_may_run_is_not_asked_again(tmp_path):
+    recipe = Recipe(model=ModelConfig(trust_remote_code=True))
+    files.write_text(tmp_path / "config.yaml", files.sealed(plain_yaml.dump(recipe.as_dict())))
+    with pytest.raises(dblocks.UserError, match="--trust-remote-code"):
+        read_recipe(tmp_path)
+    assert read_recipe(tmp_path, consented=recipe).model.trust_remote_code
 
 
 class Killed(BaseException):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from diffusionblocks.errors import Failed, UserError
-from diffusionblocks.files import explained
+from diffusionblocks.files import explained, remove
+from diffusionblocks.run_folder import is_alive
 
 CHOOSE = "pass --data.cache-dir FOLDER to keep caches elsewhere"
 
@@ -38,7 +38,7 @@ def making(path: Path, remedy: str = CHOOSE) -> Iterator[Path]:
             _clear_leftovers(path, host)
             yield partial
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @contextlib.contextmanager
@@ -63,33 +63,15 @@ def _clear_leftovers(path: Path, host: str) -> None:
     """Removes what processes of this machine that are no longer alive left of making `path`."""
     for found in path.parent.glob(f"{path.name}.*"):
         where, _, number = found.name.removeprefix(f"{path.name}.").rpartition(".")
-        if where in ("", host) and number.isdecimal() and not _alive(int(number)):
-            _remove(found)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # somebody else's
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        if where in ("", host) and number.isdecimal() and not is_alive(int(number)):
+            remove(found)
 
 
 def publish(partial: Path, folder: Path, proof: str) -> None:
     """Moves what was made in `partial` to its place; keeps what another process put there first (`proof` is a file of
     it)."""
     if folder.is_dir() and not (folder / proof).is_file():  # half removed
-        _remove(folder)
+        remove(folder)
     try:
         partial.rename(folder)
     except OSError:
