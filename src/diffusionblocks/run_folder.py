@@ -3,6 +3,7 @@
 DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/      see DESIGN; files.py says how they are written
     .lock  .owner.json                                                  held for the life of a run, by one process
     .previous/                                                          the run before, until a new one has its first
+    .moving/                                                            what is on its way there or back
                                                                         checkpoint
 """
 
