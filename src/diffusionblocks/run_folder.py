@@ -3,8 +3,8 @@
 DIR/config.yaml  metrics.jsonl  summary.json  checkpoints/  model/      see DESIGN; files.py says how they are written
     .lock  .owner.json                                                  held for the life of a run, by one process
     .previous/                                                          the run before, until a new one has its first
-    .moving/                                                            what is on its way there or back
                                                                         checkpoint
+    .moving/                                                            what is on its way there or back
 """
 
 from __future__ import annotations
