@@ -29,8 +29,8 @@ import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks.cli import main as command_line
-from diffusionblocks.evaluation.workload import Choice, Workload, from_recipe, predictor
-from diffusionblocks.memory import profiled_peak
+from diffusionblocks.planning.measure import profiled_peak
+from diffusionblocks.planning.workload import Choice, Workload, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 from environment import describe
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.evaluation.run import prepare
 from diffusionblocks.evaluation.text import go_on
+from diffusionblocks.experiments.run import prepare
 from diffusionblocks.recipes import load_recipe
 from environment import describe
 from timing import alternating, compared

@@ -17,8 +17,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.network import EndToEndModel
+from diffusionblocks.blocks.model import EndToEndModel
+from diffusionblocks.networks.registry import take_apart
 from environment import describe
 from timing import alternating, ratio
 

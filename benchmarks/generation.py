@@ -21,7 +21,7 @@ import torch
 
 from diffusionblocks.cli import main as dblocks
 from diffusionblocks.evaluation.generation import generate
-from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.experiments.run import load_run
 from environment import describe
 
 RESULTS = Path(__file__).parent / "results"

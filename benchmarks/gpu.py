@@ -171,7 +171,7 @@ def card(results: Any, dry_run: bool) -> None:
     if not dry_run:
         from torch.cuda import get_device_properties
 
-        from diffusionblocks.memory.card import RESERVED
+        from diffusionblocks.planning.card import RESERVED
 
         asked = [sys.executable, "-m", "diffusionblocks.cli", "plan", *train, "--num-blocks", count, "--json"]
         plan = json.loads(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import diffusionblocks as dblocks
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.evaluation.workload import Choice, Workload, predictor
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.planning.workload import Choice, Workload, predictor
 from gpu_speed import Batch, exact_model, peaks, reset_peaks, rounds, synchronized, texts, tidy, trainer, whole
 from timing import alternating
 

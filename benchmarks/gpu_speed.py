@@ -23,13 +23,13 @@ import torch
 from torch import Tensor, nn
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.network import BlockModel
-from diffusionblocks.partition import split_layers
-from diffusionblocks.tasks.base import Task
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.theory.partition import split_layers
 from diffusionblocks.training.order import Visit
+from diffusionblocks.training.task import Task
 from timing import alternating, ratio
 
 Batch = dict[str, Tensor]

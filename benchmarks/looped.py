@@ -20,8 +20,8 @@ import torch
 
 from diffusionblocks.cli import main as dblocks
 from diffusionblocks.evaluation.judges import distinct_2, entropy
-from diffusionblocks.evaluation.run import load_run, prepare
 from diffusionblocks.evaluation.text import sample_texts
+from diffusionblocks.experiments.run import load_run, prepare
 from diffusionblocks.recipes import load_recipe
 from environment import describe
 from timing import alternating, ratio

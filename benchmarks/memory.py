@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.evaluation.workload import Choice, Workload, predictor
-from diffusionblocks.memory import measure_peak, profiled_peak
-from diffusionblocks.memory.predict import Predictor
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.planning.measure import measure_peak, profiled_peak
+from diffusionblocks.planning.predict import Predictor
+from diffusionblocks.planning.workload import Choice, Workload, predictor
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from environment import describe
 

@@ -22,11 +22,11 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.data.images import ImageData
-from diffusionblocks.memory import measure_peak
-from diffusionblocks.network import BlockModel
-from diffusionblocks.recipes import PRESETS
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.images.splits import ImageData
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.planning.measure import measure_peak
+from diffusionblocks.recipes.presets import PRESETS
 from environment import describe
 
 REGIMES = {

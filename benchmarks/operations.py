@@ -19,9 +19,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.data.images import ImageData
-from diffusionblocks.denoisers import whole_network
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.data.images.splits import ImageData
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM
 from environment import describe
 

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from diffusionblocks.adapters import take_apart
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.blocks.kinds import whole_network
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.evaluation.run import prepare
 from diffusionblocks.evaluation.text import blank, generate
+from diffusionblocks.experiments.run import prepare
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.recipes import load_recipe
 from diffusionblocks.tasks import MaskedLM
 from environment import describe

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import diffusionblocks as dblocks
-from diffusionblocks.data.images import ImageData
+from diffusionblocks.data.images.splits import ImageData
 from tests.second_device.device import register
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffusionblocks.cli import main
-from diffusionblocks.evaluation.run import read_summary
+from diffusionblocks.experiments.run import read_summary
 from tests.cli.test_text import run_json
 from tests.language_models import make_pretrained, write_messages, write_texts
 
@@ -82,7 +82,7 @@ def test_results_deploy_in_plain_transformers(runs, folder, method):
         ours = network(ids).logits
         original = AutoModelForCausalLM.from_pretrained(folder / "net")(ids).logits
     assert not torch.allclose(ours, original, atol=1e-3)
-    from diffusionblocks.evaluation.run import load_run
+    from diffusionblocks.experiments.run import load_run
 
     run = load_run(runs[method], [("train.device", "cpu")], with_data=False)
     with torch.no_grad():
@@ -171,7 +171,7 @@ def test_adapt_needs_data_that_is_not_the_general_text(folder, settings, tmp_pat
 
 
 def test_averages_and_borrowed_weights_are_put_in_place_once(runs):
-    from diffusionblocks.evaluation.run import load_run
+    from diffusionblocks.experiments.run import load_run
 
     run = load_run(runs["exact"], [("train.device", "cpu")], with_data=False)
     swaps = []
@@ -226,7 +226,7 @@ def test_a_run_is_scored_by_the_harness(runs, tasks, capsys, monkeypatch):
 def test_scores_are_the_log_probabilities_of_the_network(runs, monkeypatch):
     from diffusionblocks.evaluation import harness
     from diffusionblocks.evaluation.harness import rolling, score, write
-    from diffusionblocks.evaluation.run import load_run
+    from diffusionblocks.experiments.run import load_run
 
     run = load_run(runs["diffusionblocks"], [("train.device", "cpu")], with_data=False)
     ids = [5, 9, 30, 31, 32, 40]

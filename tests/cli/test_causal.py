@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
 from diffusionblocks.cli import main
-from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.experiments.run import load_run
+from diffusionblocks.networks.registry import take_apart
 from tests.cli.test_text import run_json
 from tests.conftest import make_gpt2, make_llama, make_neox
 from tests.unit.test_text import POEM, make_tokenizer

@@ -15,9 +15,10 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusionblocks.baselines.methods import LOOPED, METHODS, steps_for_budget
 from diffusionblocks.cli import main
-from diffusionblocks.recipes import TARGETS, built_in, load_recipe
+from diffusionblocks.methods.methods import LOOPED, METHODS, steps_for_budget
+from diffusionblocks.recipes import built_in, load_recipe
+from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.training import checkpoint
 from tests.conftest import make_vit
 from tests.language_models import make_pretrained

@@ -5,11 +5,11 @@ import json
 import pytest
 
 import diffusionblocks as dblocks
-from diffusionblocks.baselines.methods import unrolled_layers
 from diffusionblocks.cli import main
-from diffusionblocks.evaluation.plan import cheaper, explain
-from diffusionblocks.evaluation.run import load_run
-from diffusionblocks.memory.card import RESERVED
+from diffusionblocks.experiments.run import load_run
+from diffusionblocks.methods.methods import unrolled_layers
+from diffusionblocks.planning.card import RESERVED
+from diffusionblocks.planning.plan import cheaper, explain
 from diffusionblocks.recipes import load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM

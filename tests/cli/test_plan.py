@@ -13,17 +13,10 @@ import torch
 
 from diffusionblocks.cli import _card, _too_large, main
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.plan import (
-    _keeping,
-    _preference,
-    _recommend,
-    cheaper,
-    explain,
-    parse_memory,
-    plan,
-)
-from diffusionblocks.evaluation.workload import Choice, for_model, from_recipe, predictor
-from diffusionblocks.memory.card import RESERVED, needed
+from diffusionblocks.planning.card import RESERVED, needed
+from diffusionblocks.planning.plan import _keeping, _preference, _recommend, cheaper, explain, plan
+from diffusionblocks.planning.units import parse_memory
+from diffusionblocks.planning.workload import Choice, for_model, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 from diffusionblocks.report.table import show_plan
 
@@ -104,7 +97,7 @@ pretended = pytest.mark.skipif(
 def test_of_a_card_in_use_what_is_free_is_planned_with(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (30 << 30, 80 << 30))
-    monkeypatch.setattr("diffusionblocks.memory.predict.traced_device", lambda target: "cpu")  # the card is a pretence
+    monkeypatch.setattr("diffusionblocks.planning.predict.traced_device", lambda target: "cpu")  # no card is here
     found = json.loads(run(capsys, "digits", *TINY, "--json")[1].out)
     assert (found["memory"], found["free"], found["target"]) == (80 << 30, 30 << 30, "cuda")
     assert 0.85 * found["free"] < found["usable"] < found["free"]
@@ -223,7 +216,7 @@ def test_out_of_memory_counts_what_other_processes_hold(monkeypatch):
         "get_per_process_memory_fraction": 1.0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr("diffusionblocks.memory.predict.traced_device", lambda target: "cpu")  # the card is a pretence
+    monkeypatch.setattr("diffusionblocks.planning.predict.traced_device", lambda target: "cpu")  # no card is here
     text = _too_large(load_recipe("digits", sizes), "digits")
     assert "observed 79.0 MiB of 96.0 MiB" in text
     advised = [float(size) for size in re.findall(r"\(predicted peak ([0-9.]+) MiB\)", text)]

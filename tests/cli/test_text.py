@@ -7,8 +7,8 @@ import torch
 import yaml
 
 from diffusionblocks.cli import main
-from diffusionblocks.data.tokenizers import load_tokenizer
-from diffusionblocks.evaluation.run import load_run
+from diffusionblocks.data.text.tokenizers import load_tokenizer
+from diffusionblocks.experiments.run import load_run
 from tests.conftest import make_bert, make_llama, make_roberta
 from tests.unit.test_text import POEM, make_tokenizer
 
@@ -82,7 +82,7 @@ def test_sampling_goes_on_from_a_prompt_and_fills_blanks(trained, capsys, tmp_pa
 
 
 def test_sampling_needs_no_data(trained, capsys, monkeypatch):
-    monkeypatch.setattr("diffusionblocks.evaluation.run.load_text", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr("diffusionblocks.experiments.run.load_text", lambda *arguments: pytest.fail("read the data"))
     assert run_json(capsys, "sample", str(trained), "--num", "1")["num"] == 1
 
 

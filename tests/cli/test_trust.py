@@ -9,10 +9,10 @@ import torch
 import yaml
 
 import diffusionblocks as dblocks
-from diffusionblocks import pretrained
-from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.cli import main
-from diffusionblocks.evaluation.compare import _consent
+from diffusionblocks.experiments.compare import _consent
+from diffusionblocks.methods.methods import for_method
+from diffusionblocks.networks import pretrained
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
 from tests.cli.test_cli import SMALL, run
 

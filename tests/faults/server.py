@@ -22,8 +22,8 @@ import traceback
 from typing import Any
 
 MODULES = (
-    "diffusionblocks.cli", "diffusionblocks.cli_sample", "diffusionblocks.evaluation.run",
-    "diffusionblocks.evaluation.compare", "diffusionblocks.report.page", "diffusionblocks.recipes.networks",
+    "diffusionblocks.cli", "diffusionblocks.cli.sample", "diffusionblocks.experiments.run",
+    "diffusionblocks.experiments.compare", "diffusionblocks.report.page", "diffusionblocks.recipes.network",
     "sklearn.datasets", "matplotlib.figure", "transformers.models.vit.modeling_vit",
     "transformers.models.llama.modeling_llama", "torch.distributed._tools.mem_tracker",
 )  # fmt: skip

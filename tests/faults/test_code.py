@@ -62,7 +62,7 @@ def _torchscript(path: Path, trap: Path) -> None:
 
 def _changed_config(run: Path, *changes: tuple[str, Any]) -> None:
     """Settings in config.yaml, with a seal that fits where there is one: an attacker can compute it too."""
-    from diffusionblocks import files as own
+    from diffusionblocks.system import files as own
 
     path = run / "config.yaml"
     content = yaml.safe_load(path.read_text())

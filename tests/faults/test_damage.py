@@ -19,7 +19,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from diffusionblocks.files import fingerprint
+from diffusionblocks.system.files import fingerprint
 from diffusionblocks.training import checkpoint
 from tests.faults.harness import (
     ALL,

@@ -17,7 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusionblocks.recipes import DATA, TASKS, BlocksConfig, InContextConfig, LoraConfig, ModelConfig, TrainingConfig
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.recipes import ModelConfig
+from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
+from diffusionblocks.training.config import TrainingConfig
 from tests.faults.harness import SHORT, Fault, call, documented, few, files, nothing_half_written, nothing_lost, obeys
 
 MATRIX = "bad inputs"

@@ -15,9 +15,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from diffusionblocks import files
 from diffusionblocks.errors import Failed, UserError
 from diffusionblocks.recipes import Recipe, load_recipe
+from diffusionblocks.system import files
 from diffusionblocks.training import checkpoint
 from tests.faults.harness import ALL, SHORT, Fault, call, obeys
 

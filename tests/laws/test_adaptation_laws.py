@@ -9,10 +9,11 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div
 
 import diffusionblocks as dblocks
-from diffusionblocks.data.corpora import TextConfig
-from diffusionblocks.data.text import TextData, load_text
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import TextData, load_text
 from diffusionblocks.evaluation.in_context import InContext, Passages
-from diffusionblocks.recipes import InContextConfig
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.recipes.schema import InContextConfig
 from tests.conftest import Counting, config, make_gpt2, make_llama, make_neox, same, weights
 from tests.language_models import make_pretrained, write_messages
 
@@ -89,7 +90,7 @@ def test_the_ordinary_loss_has_the_gradient_of_the_whole_network():
     """With its own loss switched off, a mixed block's gradient is that of the ordinary network."""
     network = make_llama(tie_word_embeddings=True)
     model, task = blocks(network, ordinary=1.0), dblocks.CausalLM()
-    whole = dblocks.EndToEndModel(dblocks.adapters.take_apart(network))
+    whole = dblocks.EndToEndModel(take_apart(network))
     task.step(whole, 0, {"input_ids": TOKENS}).loss.backward()
     model.learning(1)
     context = model.context({"input_ids": TOKENS}, 1)

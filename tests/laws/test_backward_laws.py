@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.coordinate import WithoutWeights, layer_evaluations, stored
-from diffusionblocks.memory import measure_peak, profiled_peak
+from diffusionblocks.blocks.exact import WithoutWeights, layer_evaluations, stored
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.planning.measure import measure_peak, profiled_peak
 from diffusionblocks.training.order import Plan
 from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights

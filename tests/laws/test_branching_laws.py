@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.noise import LogNormal
-from diffusionblocks.partition import Partition
+from diffusionblocks.theory.noise import LogNormal
+from diffusionblocks.theory.partition import Partition
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import Plan, own_steps, phase_at, total_steps
 from tests.conftest import config, make_data, make_vit, same, weights

@@ -8,17 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import diffusionblocks as dblocks
-from diffusionblocks.attention import side_by_side
-from diffusionblocks.denoisers.causal import CausalBlocks, following
+from diffusionblocks.blocks.causal import CausalBlocks, following
 from diffusionblocks.errors import UserError
-from diffusionblocks.likelihood import token_bound
-from diffusionblocks.noise import Information
-from diffusionblocks.partition import Partition
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.samplers.choice import Choice, draw
-from diffusionblocks.samplers.next_token import BlocksReader
-from diffusionblocks.targets import CategoricalTarget, add_noise, label_table
-from diffusionblocks.tasks.base import per_token
+from diffusionblocks.networks.attention import side_by_side
+from diffusionblocks.networks.readout import IGNORED
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.tasks.readers import BlocksReader
+from diffusionblocks.theory.choice import Choice, draw
+from diffusionblocks.theory.likelihood import token_bound
+from diffusionblocks.theory.noise import Information
+from diffusionblocks.theory.partition import Partition
+from diffusionblocks.theory.targets import CategoricalTarget, add_noise, label_table
+from diffusionblocks.training.task import per_token
 from tests.conftest import Counting, config, make_gpt2, make_llama, make_neox, same, weights
 
 PAPER = {
@@ -155,7 +156,7 @@ def test_packed_documents_do_not_see_each_other(make, preset):
 
 
 def test_the_whole_network_keeps_packed_documents_apart_too(make):
-    model = dblocks.EndToEndModel(dblocks.adapters.take_apart(make())).eval()
+    model = dblocks.EndToEndModel(take_apart(make())).eval()
     batch, segments = tokens_like(), torch.tensor([0] * 6 + [1] * 4).expand(2, -1)
     packed = model({**batch, "segments": segments})[:, 6:]
     torch.testing.assert_close(packed, model({"input_ids": batch["input_ids"][:, 6:]}), rtol=1e-4, atol=1e-5)
@@ -317,7 +318,7 @@ def test_scrambling_the_target_tells_how_much_of_a_loss_comes_from_it():
     found = dblocks.CausalLM().scrambled(model, [tokens_like(16, 20)])
     gaps = [found[f"scrambled_block_{i}"].value - found[f"loss_block_{i}"].value for i in range(3)]
     assert 0 < gaps[0] < gaps[1] < gaps[2]  # the lower the level, the more z says
-    assert dblocks.CausalLM().scrambled(dblocks.EndToEndModel(dblocks.adapters.take_apart(make_llama())), []) == {}
+    assert dblocks.CausalLM().scrambled(dblocks.EndToEndModel(take_apart(make_llama())), []) == {}
 
 
 # ---------------------------------------------------------------- writing

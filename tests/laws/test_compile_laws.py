@@ -15,14 +15,14 @@ import transformers
 from torch._dynamo.utils import counters
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.baselines.lora import lora_model
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.coordinate import BlockCoordinateModel
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.denoisers.labels import TargetEntry
-from diffusionblocks.network import EndToEndModel
-from diffusionblocks.partition import split_layers
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.blocks.exact import BlockCoordinateModel
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.blocks.labels import TargetEntry
+from diffusionblocks.blocks.model import EndToEndModel
+from diffusionblocks.methods.lora import lora_model
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.theory.partition import split_layers
 from diffusionblocks.training import compiling, trainer
 from diffusionblocks.training.lanes import AtOnce
 from diffusionblocks.training.visitors import Slots, Visitors

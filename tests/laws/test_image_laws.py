@@ -15,16 +15,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.denoisers.images import timestep
-from diffusionblocks.likelihood import image_bound
-from diffusionblocks.network import DenoiserOutput
-from diffusionblocks.noise import LogNormal
-from diffusionblocks.partition import Partition
-from diffusionblocks.precondition import coefficients
-from diffusionblocks.samplers import grids
-from diffusionblocks.samplers.ode import SAMPLERS
+from diffusionblocks.blocks.images import timestep
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.theory import grids
+from diffusionblocks.theory.likelihood import image_bound
+from diffusionblocks.theory.noise import LogNormal
+from diffusionblocks.theory.ode import SAMPLERS
+from diffusionblocks.theory.partition import Partition
+from diffusionblocks.theory.precondition import coefficients
+from diffusionblocks.theory.sampler import DenoiserOutput
 from tests.conftest import config, make_data, make_dit, make_vit, same, weights
 
 BATCH = make_data(6).__getitems__(list(range(6)))
@@ -426,7 +426,7 @@ def test_blocks_trained_apart_equal_blocks_trained_together():
 
 
 def test_whole_networks_train_and_lora_leaves_the_network_frozen():
-    from diffusionblocks.baselines.lora import lora_model
+    from diffusionblocks.methods.lora import lora_model
 
     model = lora_model(make_dit(), 2, 4, train_readout=False, blocks=dblocks.BlocksConfig())
     trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, config(steps=2))

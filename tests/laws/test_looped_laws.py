@@ -10,21 +10,21 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.baselines.methods import unrolled_layers
-from diffusionblocks.config import BlocksConfig
-from diffusionblocks.denoisers import looped
-from diffusionblocks.denoisers.looped import LoopedNetwork
+from diffusionblocks.blocks import looped
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.blocks.looped import LoopedNetwork
 from diffusionblocks.errors import UserError
-from diffusionblocks.likelihood import token_bound, walk_bound
-from diffusionblocks.noise import Information
-from diffusionblocks.partition import Partition
-from diffusionblocks.samplers import looped as samplers
-from diffusionblocks.samplers.categorical import bridge
-from diffusionblocks.samplers.choice import Choice
-from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader
-from diffusionblocks.targets import CategoricalTarget, add_noise, label_table
+from diffusionblocks.methods.methods import unrolled_layers
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks import RecurrentLM
+from diffusionblocks.tasks import looped_readers as samplers
+from diffusionblocks.tasks.looped_readers import LevelsReader, UnrolledReader
+from diffusionblocks.theory.categorical import bridge
+from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.likelihood import token_bound, walk_bound
+from diffusionblocks.theory.noise import Information
+from diffusionblocks.theory.partition import Partition
+from diffusionblocks.theory.targets import CategoricalTarget, add_noise, label_table
 from tests.conftest import make_gpt2, make_llama, make_neox, same, weights
 from tests.laws.test_causal_laws import other, stirred, tokens_like
 

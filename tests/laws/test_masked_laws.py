@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.denoisers.masked import Answers, hide
-from diffusionblocks.noise import MaskingSchedule
-from diffusionblocks.partition import Partition
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.samplers import unmasking
-from diffusionblocks.samplers.choice import Choice
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.blocks.masked import Answers, hide
+from diffusionblocks.networks.readout import IGNORED
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks.masked_lm import most_masked
+from diffusionblocks.theory import unmasking
+from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.noise import MaskingSchedule
+from diffusionblocks.theory.partition import Partition
 from diffusionblocks.training import checkpoint
 from tests.conftest import (
     Counting,

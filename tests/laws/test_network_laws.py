@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.adapters.base import check_ownership
+from diffusionblocks.networks.adapter import check_ownership
+from diffusionblocks.networks.registry import take_apart
 from tests.conftest import CONVERSIONS, config, make_data, make_deit, make_vit, same, weights
 
 BATCH = make_data(8).__getitems__(list(range(8)))

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import DenoiserOutput
-from diffusionblocks.noise import Information, LogNormal, MaskingSchedule
-from diffusionblocks.partition import Partition, split_layers
-from diffusionblocks.precondition import LOSS_WEIGHTS, coefficients, edm_weight, euler_step
-from diffusionblocks.samplers import grids
-from diffusionblocks.samplers.categorical import ancestral
-from diffusionblocks.samplers.ode import euler
-from diffusionblocks.targets import CategoricalTarget, add_noise, label_table
+from diffusionblocks.theory import grids
+from diffusionblocks.theory.categorical import ancestral
+from diffusionblocks.theory.noise import Information, LogNormal, MaskingSchedule
+from diffusionblocks.theory.ode import euler
+from diffusionblocks.theory.partition import Partition, split_layers
+from diffusionblocks.theory.precondition import LOSS_WEIGHTS, coefficients, edm_weight, euler_step
+from diffusionblocks.theory.sampler import DenoiserOutput
+from diffusionblocks.theory.targets import CategoricalTarget, add_noise, label_table
 
 DISTRIBUTIONS = {
     "log-normal": LogNormal(),

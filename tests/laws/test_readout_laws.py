@@ -13,15 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import diffusionblocks as dblocks
-from diffusionblocks import evidence as evidence_module
-from diffusionblocks import readout
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.coordinate import WithoutWeights
-from diffusionblocks.denoisers.masked import hide
-from diffusionblocks.evidence import Evidence, features_in_halves, rows_in_halves
-from diffusionblocks.memory.tracker import PhaseTracker
-from diffusionblocks.noise import unit_rows
-from diffusionblocks.readout import IGNORED, TokenReadout, chunk_size, weighted_cross_entropy
+from diffusionblocks.blocks.exact import WithoutWeights
+from diffusionblocks.blocks.masked import hide
+from diffusionblocks.networks import readout
+from diffusionblocks.networks.readout import IGNORED, TokenReadout, chunk_size, weighted_cross_entropy
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.planning.tracker import PhaseTracker
+from diffusionblocks.theory import evidence as evidence_module
+from diffusionblocks.theory.evidence import Evidence, features_in_halves, rows_in_halves
+from diffusionblocks.theory.noise import unit_rows
 from diffusionblocks.training.lanes import AtOnce
 from diffusionblocks.training.visitors import Slots, Visitors
 from tests.conftest import make_llama

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.coordinate import BlockCoordinateModel
+from diffusionblocks.blocks.exact import BlockCoordinateModel
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.training import lanes
 from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import config, make_data, make_llama, make_vit, same, weights

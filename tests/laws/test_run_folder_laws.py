@@ -14,15 +14,15 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks import files, plain_yaml, run_folder
-from diffusionblocks.data.images import ImageData
+from diffusionblocks.data.images.splits import ImageData
 from diffusionblocks.errors import Failed
-from diffusionblocks.evaluation.run import read_recipe
-from diffusionblocks.interruption import Stop, Stopped, Terminated, interruptible, stop_on_signal
+from diffusionblocks.experiments.run import read_recipe
 from diffusionblocks.recipes import ModelConfig, Recipe
-from diffusionblocks.tasks.base import Metric, check_finite
+from diffusionblocks.system import files, plain_yaml, run_folder
+from diffusionblocks.system.interruption import Stop, Stopped, Terminated, interruptible, stop_on_signal
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.progress import read_journal
+from diffusionblocks.training.task import Metric, check_finite
 from tests.conftest import config, make_data, make_vit, same, weights
 
 FEATURES = {"context": "features", "target_entry": "none"}
@@ -92,7 +92,7 @@ def test_json_is_valid_or_not_written(tmp_path):
 # ---------------------------------------------------------------- one process
 
 
-HOLD = "import sys, time; from pathlib import Path; from diffusionblocks.run_folder import held\n"
+HOLD = "import sys, time; from pathlib import Path; from diffusionblocks.system.run_folder import held\n"
 HOLD += "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
@@ -330,7 +330,7 @@ def test_a_signal_ends_what_can_be_given_up_and_is_then_over():
 
 
 def test_sigterm_waits_for_a_visit_but_not_for_long(monkeypatch):
-    monkeypatch.setattr("diffusionblocks.interruption.GRACE", 0.1)
+    monkeypatch.setattr("diffusionblocks.system.interruption.GRACE", 0.1)
     with pytest.raises(Terminated), stop_on_signal() as stop:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop

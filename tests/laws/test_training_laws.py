@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
 from diffusionblocks.errors import DiskFull
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.order import Plan, steps_in_a_life, total_steps
 from diffusionblocks.training.state import BlockState

@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, ViTForImageClassification
 
 import diffusionblocks as dblocks
-from diffusionblocks import readout
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.baselines.methods import for_method
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.run import load_run, prepare, train
-from diffusionblocks.readout import chunked_cross_entropy
+from diffusionblocks.experiments.run import load_run, prepare, train
+from diffusionblocks.methods.methods import for_method
+from diffusionblocks.networks import readout
+from diffusionblocks.networks.readout import chunked_cross_entropy
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.recipes import load_recipe
 from tests.conftest import TOKENS, config, make_data, make_gpt2, make_neox, make_vit, same, weights
 
@@ -195,7 +195,7 @@ def test_the_whole_network_is_the_original_sliding_windows_included(kind, attent
 
 
 def test_a_gpu_without_bf16_is_refused_and_a_processor_that_imitates_it_says_so(monkeypatch, caplog):
-    from diffusionblocks.devices import check_precision
+    from diffusionblocks.system.devices import check_precision
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
     with pytest.raises(UserError, match="this GPU has no bf16"):

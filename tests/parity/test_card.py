@@ -44,7 +44,7 @@ register()
 torch.sim._initialized = True  # as that of a card is
 
 import memory
-from diffusionblocks.memory import predict
+from diffusionblocks.planning import predict
 
 found = {}
 rows = json.loads(memory.H100.read_text())["rows"]

@@ -3,8 +3,8 @@
 import pytest
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.memory import measure_peak
+from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.planning.measure import measure_peak
 from tests.conftest import config, make_data, make_vit
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import diffusionblocks as dblocks
-from diffusionblocks.evaluation.workload import Choice, from_recipe, predictor
-from diffusionblocks.memory import profiled_peak
+from diffusionblocks.planning.measure import profiled_peak
+from diffusionblocks.planning.workload import Choice, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
 from tests.conftest import make_data
 

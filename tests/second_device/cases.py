@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.adapters import take_apart
-from diffusionblocks.coordinate import BlockCoordinateModel
-from diffusionblocks.data.images import ImageData
-from diffusionblocks.denoisers import whole_network
-from diffusionblocks.network import BlockModel
+from diffusionblocks.blocks.exact import BlockCoordinateModel
+from diffusionblocks.blocks.kinds import whole_network
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.images.splits import ImageData
+from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from tests.conftest import CONVERSIONS, Counting, config, make_data, make_dit, make_gpt2, make_llama, make_vit
 

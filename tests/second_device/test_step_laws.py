@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 
-from diffusionblocks.tasks.base import on_device
+from diffusionblocks.training.task import on_device
 from tests.conftest import DEVICE, weights
 from tests.second_device.cases import CASES
 from tests.second_device.device import watched

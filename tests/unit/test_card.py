@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from diffusionblocks.memory.card import (
+from diffusionblocks.planning.card import (
     CONTEXT,
     attention_kernel,
     kernels_of_a_card,

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks import pretrained
-from diffusionblocks.data import chat
-from diffusionblocks.data.corpora import TextConfig
-from diffusionblocks.data.text import load_text
-from diffusionblocks.data.tokenizers import load_tokenizer
+from diffusionblocks.data.text import chat
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import load_text
+from diffusionblocks.data.text.tokenizers import load_tokenizer
+from diffusionblocks.networks import pretrained
 from tests.language_models import TEMPLATE, make_pretrained, write_messages
 
 IGNORED = -100
@@ -289,7 +289,7 @@ def test_code_of_a_repository_is_refused_unless_asked_for(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from transformers import PretrainedConfig\n\n\nclass MineConfig(PretrainedConfig):\n    model_type = 'mine'\n"
     )
-    from diffusionblocks.adapters import pretrained_config
+    from diffusionblocks.networks.registry import pretrained_config
 
     with pytest.raises(dblocks.UserError, match="--trust-remote-code"):
         pretrained_config(str(tmp_path))

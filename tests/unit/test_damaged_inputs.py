@@ -17,13 +17,13 @@ from PIL import Image
 from transformers import AutoModelForCausalLM
 
 import diffusionblocks as dblocks
-from diffusionblocks import files
-from diffusionblocks.data import sources
-from diffusionblocks.data.corpora import TextConfig, documents
-from diffusionblocks.data.images import DataConfig, load_images
-from diffusionblocks.data.text import load_text
-from diffusionblocks.data.tokenizers import load_tokenizer
+from diffusionblocks.data.images import sources
+from diffusionblocks.data.images.splits import DataConfig, load_images
+from diffusionblocks.data.text.corpora import TextConfig, documents
+from diffusionblocks.data.text.splits import load_text
+from diffusionblocks.data.text.tokenizers import load_tokenizer
 from diffusionblocks.errors import DiskFull, UserError
+from diffusionblocks.system import files
 from tests.conftest import make_autoencoder, make_dit, make_llama, make_vit
 from tests.language_models import make_pretrained
 from tests.unit.test_chat import write_gguf
@@ -553,7 +553,7 @@ def test_caches_of_older_versions_are_read(cached, monkeypatch):
     config, folder, before = cached
     old_index(lambda index: None)(folder)
     (folder / "ends.npy").unlink()
-    monkeypatch.setattr("diffusionblocks.data.text._tokenise", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("diffusionblocks.data.text.splits._tokenise", lambda *_: pytest.fail("made again"))
     assert np.array_equal(load_text(config).train.ends, before.ends)
 
 
@@ -618,8 +618,8 @@ def test_what_killed_processes_left_is_removed_and_what_others_make_is_not(cache
 def test_damaged_caches_of_latents_are_made_again(images, tmp_path, caplog):
     from safetensors.torch import load_file, save_file
 
-    from diffusionblocks.data.cache import file_hash
-    from diffusionblocks.data.latents import load_data
+    from diffusionblocks.data.images.latents import load_data
+    from diffusionblocks.system.cache import file_hash
 
     vae = make_autoencoder(tmp_path / "vae")
     config = DataConfig(path=str(images), vae=vae, cache_dir=str(tmp_path / "cache"), image_size=8)
@@ -795,8 +795,8 @@ def test_a_full_disk_keeps_the_model_that_was_there(model, monkeypatch):
 
 
 def test_how_a_whole_network_is_called_is_sealed(tmp_path):
-    from diffusionblocks.adapters import take_apart
-    from diffusionblocks.denoisers import whole_network
+    from diffusionblocks.blocks.kinds import whole_network
+    from diffusionblocks.networks.registry import take_apart
 
     whole_network(take_apart(make_dit()), dblocks.BlocksConfig(), 2).save_pretrained(tmp_path / "whole")
     assert files.read_json(tmp_path / "whole" / "denoiser.json")["preconditioning"] == "edm"
@@ -882,7 +882,7 @@ NETWORKS = {
 @pytest.mark.parametrize("name", ["llama", "vit", "dit"])
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_damaged_pretrained_networks_are_one_line(kind, name, networks, tmp_path, monkeypatch):
-    from diffusionblocks.adapters import pretrained_config
+    from diffusionblocks.networks.registry import pretrained_config
 
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     folder = Path(shutil.copytree(networks / name, tmp_path / "network"))
@@ -897,7 +897,7 @@ def test_damaged_pretrained_networks_are_one_line(kind, name, networks, tmp_path
     ["cut weights", "no weights", "pickled weights", "half of the weights", "a config that is a list", "a number"],
 )
 def test_damaged_autoencoders_are_one_line(kind, tmp_path, monkeypatch):
-    from diffusionblocks.data.latents import Autoencoder
+    from diffusionblocks.data.images.latents import Autoencoder
 
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("a pickle was read"))
     vae = Path(make_autoencoder(tmp_path / "vae"))
@@ -906,7 +906,7 @@ def test_damaged_autoencoders_are_one_line(kind, tmp_path, monkeypatch):
 
 
 def test_a_new_readout_is_no_damage(networks):
-    from diffusionblocks.adapters import pretrained_config
+    from diffusionblocks.networks.registry import pretrained_config
 
     vit = pretrained_config(str(networks / "vit"))
     vit.config.num_labels = 7
@@ -916,7 +916,7 @@ def test_a_new_readout_is_no_damage(networks):
 
 
 def test_an_adapter_of_peft_is_no_network(networks, tmp_path):
-    from diffusionblocks.adapters import pretrained_config
+    from diffusionblocks.networks.registry import pretrained_config
 
     (tmp_path / "adapter_config.json").write_text("{")
     refused(lambda: pretrained_config(str(tmp_path)), tmp_path, "holds a peft adapter, no network")
@@ -958,7 +958,7 @@ def test_damaged_tokenizers_are_one_line(kind, tmp_path):
 
 def test_a_gguf_file_that_is_cut(tmp_path, monkeypatch):
     pytest.importorskip("gguf")
-    from diffusionblocks import pretrained
+    from diffusionblocks.networks import pretrained
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     make_pretrained(tmp_path / "own", layers=1)

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusionblocks.data import sources
-from diffusionblocks.data.images import DataConfig, ImageData, _check_labels, load_images
-from diffusionblocks.data.sources import decode
+from diffusionblocks.data.images import sources
+from diffusionblocks.data.images.sources import decode
+from diffusionblocks.data.images.splits import DataConfig, ImageData, _check_labels, load_images
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
 from tests.conftest import make_data
@@ -227,7 +227,7 @@ def test_palettes_with_transparency(tmp_path):
 
 
 def pictures_of(path):
-    from diffusionblocks.data import pictures
+    from diffusionblocks.data.images import pictures
 
     image, transparent = pictures.read(path, "RGB", pictures.FILES)
     return list(image.getpixel((0, 0))), list(image.getpixel((1, 0))), transparent

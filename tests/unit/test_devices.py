@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks import devices
 from diffusionblocks.cli import main
-from diffusionblocks.devices import find_device
+from diffusionblocks.system import devices
+from diffusionblocks.system.devices import find_device
 from diffusionblocks.training import residency
 from tests.conftest import CONVERSIONS, config, make_data, make_vit
 
@@ -132,7 +132,7 @@ def test_a_command_that_runs_out_of_memory_is_one_line(monkeypatch, capsys, tmp_
             "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4 GiB"
         )
 
-    monkeypatch.setattr("diffusionblocks.evaluation.run.load_run", full)
+    monkeypatch.setattr("diffusionblocks.experiments.run.load_run", full)
     assert main(["sample", str(tmp_path)]) == 1
     err = capsys.readouterr().err
     assert "dblocks: out of memory in sample: CUDA out of memory" in err and "Traceback" not in err

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import diffusionblocks as dblocks
-from diffusionblocks.data import latents, sources
-from diffusionblocks.data.latents import Autoencoder, load_data
+from diffusionblocks.data.images import latents, sources
+from diffusionblocks.data.images.latents import Autoencoder, load_data
 from diffusionblocks.evaluation import features, generation
 from tests.conftest import make_autoencoder, make_data
 

@@ -9,18 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffusionblocks as dblocks
-from diffusionblocks.baselines.methods import for_method
+from diffusionblocks.methods.methods import for_method
 from diffusionblocks.options import LARGEST, Range, check_options, check_value, option
-from diffusionblocks.recipes import (
-    DATA,
-    TASKS,
-    InContextConfig,
-    LoraConfig,
-    ModelConfig,
-    build,
-    load_recipe,
-    read_value,
-)
+from diffusionblocks.recipes import ModelConfig, build, load_recipe
+from diffusionblocks.recipes.load import read_value
+from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
 
 GROUPS = {
     "train": dblocks.TrainingConfig,

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffusionblocks as dblocks
-from diffusionblocks.plain_yaml import LONGEST, dump, parse
+from diffusionblocks.system.plain_yaml import LONGEST, dump, parse
 
 TRICKY = [
     *("yes", "no", "on", "off", "y", "012", "0", "-0", "0x1F", "0o7", "1e3", "1_000", ".5", "5.", "~", "", "null",

@@ -3,7 +3,7 @@
 import pytest
 
 import diffusionblocks as dblocks
-from diffusionblocks.cli_sample import _classes, _stops
+from diffusionblocks.cli.sample import _classes, _stops
 
 NAMES = ["cat", "dog", "²"]
 

@@ -1,6 +1,7 @@
 """The house keeps its shape: imports point one way, the core stays light, seeds are stable."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -9,42 +10,65 @@ import diffusionblocks
 from diffusionblocks.seeds import derive
 
 ROOT = Path(diffusionblocks.__file__).parent
-# A module may import from its own level or a lower one (docs/architecture.md).
-LEVELS = [
-    {"errors", "seeds", "devices", "files", "interruption", "options", "plain_yaml", "run_folder", "trust"},
-    {"noise", "partition", "precondition"},
-    {"conditioning", "config", "targets", "attention", "evidence", "readout"},
-    {"network", "coordinate", "saving"},
-    {"denoisers"},
-    {"adapters", "samplers", "tasks", "data", "likelihood", "pretrained"},
-    {"training", "memory"},
-    {"recipes", "baselines"},
-    {"evaluation", "report"},
-    {"cli_sample"},
-    {"cli"},
-]
-LEVEL = {name: index for index, names in enumerate(LEVELS) for name in names}
+# A room imports from itself and from rooms before it in this list (docs/architecture.md). "" is what lies in no room.
+ROOMS = (
+    "",
+    "system",
+    "theory",
+    "networks",
+    "blocks",
+    "data",
+    "training",
+    "tasks",
+    "recipes",
+    "methods",
+    "planning",
+    "evaluation",
+    "experiments",
+    "report",
+    "cli",
+)
 
 
-def top(path):
-    return path.relative_to(ROOT).with_suffix("").parts[0]
+def room(module):
+    """Of `diffusionblocks.ROOM.FILE`."""
+    first = [*module.split("."), ""][1]
+    return first if (ROOT / first).is_dir() else ""
+
+
+def imports(path):
+    """Full names of this package's modules that a file imports, wherever in it, in either form."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports hide which room they go to"
+            for name in node.names:
+                yield from [f"{node.module}.{name.name}"] if (node.module or "").startswith("diffusionblocks") else []
+        elif isinstance(node, ast.Import):
+            yield from (name.name for name in node.names if name.name.startswith("diffusionblocks"))
 
 
 def test_imports_point_one_way():
     seen = 0
     for path in ROOT.rglob("*.py"):
-        if top(path) == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusionblocks."):
-                target = node.module.split(".")[1]
-                assert LEVEL[target] <= LEVEL[top(path)], f"{path.name} must not import {target}"
-                seen += 1
-    assert seen > 50
+        own = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
+        for module in imports(path):
+            assert ROOMS.index(room(module)) <= ROOMS.index(own), f"{path} must not import {module}"
+            seen += 1
+    assert seen > 500
 
 
-def test_every_module_has_a_level():
-    assert {top(path) for path in ROOT.rglob("*.py")} - {"__init__"} == set(LEVEL)
+def test_files_of_a_room_import_one_another_without_a_circle():
+    graph = {}
+    for path in ROOT.rglob("*.py"):
+        name = "diffusionblocks." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name.removesuffix(".__init__")] = set(imports(path))
+    for name, found in graph.items():
+        graph[name] = {module if module in graph else module.rpartition(".")[0] for module in found} - {name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_every_folder_is_a_room():
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} == set(ROOMS) - {""}
 
 
 def test_importing_the_package_loads_torch_alone_and_fast():

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.data import corpora, text
-from diffusionblocks.data.corpora import TextConfig, documents
-from diffusionblocks.data.text import TextData, load_text, units
-from diffusionblocks.data.tokenizers import Bytes, Characters, load_tokenizer
+from diffusionblocks.data.text import corpora
+from diffusionblocks.data.text import splits as text
+from diffusionblocks.data.text.corpora import TextConfig, documents
+from diffusionblocks.data.text.splits import TextData, load_text, units
+from diffusionblocks.data.text.tokenizers import Bytes, Characters, load_tokenizer
 from diffusionblocks.evaluation.judges import distinct_2, entropy
 from diffusionblocks.evaluation.prompts import start_of
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffusionblocks.errors import UserError
-from diffusionblocks.interruption import worker_ignores_ctrl_c
 from diffusionblocks.seeds import derive
+from diffusionblocks.system.interruption import worker_ignores_ctrl_c
 
 
 class BatchStream:

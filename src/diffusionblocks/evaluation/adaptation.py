@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-from diffusionblocks import files
-from diffusionblocks.baselines.methods import find_method
-from diffusionblocks.denoisers.causal import CausalBlocks
+from diffusionblocks.blocks.causal import CausalBlocks
+from diffusionblocks.blocks.model import EndToEndModel
 from diffusionblocks.evaluation import in_context
 from diffusionblocks.evaluation.in_context import InContext, Passages
-from diffusionblocks.network import EndToEndModel
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.run_folder import BEFORE, SAMPLES
+from diffusionblocks.methods.methods import find_method
+from diffusionblocks.networks.readout import IGNORED
+from diffusionblocks.system import files
+from diffusionblocks.system.run_folder import BEFORE, SAMPLES
 from diffusionblocks.tasks import CausalLM
-from diffusionblocks.tasks.base import Metric
 from diffusionblocks.training import checkpoint
+from diffusionblocks.training.task import Metric
 
 log = logging.getLogger("diffusionblocks")
 

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from diffusionblocks.data.cache import cache_folder, making, writable
-from diffusionblocks.data.images import DataConfig, ImageData
+from diffusionblocks.blocks.saving import read_tensors, save_tensors
+from diffusionblocks.data.images.splits import DataConfig, ImageData
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
-from diffusionblocks.files import Damaged
-from diffusionblocks.saving import read_tensors, save_tensors
-from diffusionblocks.tasks.base import Metric
+from diffusionblocks.system.cache import cache_folder, making, writable
+from diffusionblocks.system.files import Damaged
+from diffusionblocks.training.task import Metric
 
 log = logging.getLogger("diffusionblocks")
 SIDE = 32  # pixels that the small network reads

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusionblocks.data.images import ImageData
-from diffusionblocks.data.latents import Autoencoder, LatentData
+from diffusionblocks.data.images.latents import Autoencoder, LatentData
+from diffusionblocks.data.images.splits import ImageData
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation import features
-from diffusionblocks.files import replacing
-from diffusionblocks.likelihood import image_bound
 from diffusionblocks.seeds import derive, generator
+from diffusionblocks.system.files import replacing
 from diffusionblocks.tasks import ImageGeneration
-from diffusionblocks.tasks.base import Metric, mean_with_error
+from diffusionblocks.theory.likelihood import image_bound
+from diffusionblocks.training.task import Metric, mean_with_error
 
 AT_ONCE = 250  # images made together
 REFERENCES = 50_000  # real images that samples are compared with, at most
@@ -93,7 +93,7 @@ def metrics(run: Any, split: Any) -> dict[str, Metric]:
     images of `split` themselves reach), or `fid` and `kid` where the recipe names the Inception network, each also
     against the training images (`..._train`). With several `task.evaluations`, of the set of samples that comes
     nearest, as the protocol of FID wants it ([EDM] section 5). `bits_per_dimension` for images that are not latents (an
-    upper bound, likelihood.py) and, with several blocks, the share of each block in it.
+    upper bound, theory/likelihood.py) and, with several blocks, the share of each block in it.
     """
     task, recipe, reference = run.recipe.task, run.recipe, source(split)
     found: dict[str, Metric] = {}

@@ -16,7 +16,7 @@ import torch
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.evaluation import in_context
 from diffusionblocks.evaluation.adaptation import is_ordinary
-from diffusionblocks.readout import IGNORED
+from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.seeds import generator
 from diffusionblocks.tasks import NextToken
 
@@ -100,7 +100,7 @@ def _model(run: Any) -> Any:
             return [write(run, *request.args) for request in requests]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            from diffusionblocks.data.chat import template_of
+            from diffusionblocks.data.text.chat import template_of
 
             own = template_of(self.tokens)
             return str(

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.text import TextData
-from diffusionblocks.data.tokenizers import Tokenizer
+from diffusionblocks.data.text.splits import TextData
+from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.recipes import InContextConfig
+from diffusionblocks.networks.readout import IGNORED
+from diffusionblocks.recipes.schema import InContextConfig
 
 METHODS = ("prompt", "retrieval")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.errors import UserError, first_line
-from diffusionblocks.readout import chunked_cross_entropy
-from diffusionblocks.tasks.base import Metric, mean_with_error
+from diffusionblocks.networks.readout import chunked_cross_entropy
+from diffusionblocks.training.task import Metric, mean_with_error
 
 
 def entropy(tokens: Sequence[int]) -> float:

@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-from diffusionblocks.data.tokenizers import Tokenizer
+from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 
 _BLANKS = re.compile(r"\{([0-9]+)\}")

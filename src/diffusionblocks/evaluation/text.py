@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusionblocks.data.chat import question
 from diffusionblocks.data.stream import Unread, in_order
-from diffusionblocks.data.text import units
-from diffusionblocks.data.tokenizers import Tokenizer
+from diffusionblocks.data.text.chat import question
+from diffusionblocks.data.text.splits import units
+from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation import adaptation
 from diffusionblocks.evaluation.adaptation import exponential
@@ -28,10 +28,10 @@ from diffusionblocks.evaluation.judges import (
     repetition,
 )
 from diffusionblocks.evaluation.prompts import beginning, start_of
-from diffusionblocks.readout import IGNORED
+from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.seeds import derive
 from diffusionblocks.tasks import MaskedLM, NextToken, RecurrentLM
-from diffusionblocks.tasks.base import Metric, mean_with_error, on_device
+from diffusionblocks.training.task import Metric, mean_with_error, on_device
 
 AT_ONCE = 64  # texts made together, or fewer ...
 LOGITS = 1 << 26  # ... so that their logits stay below this number

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffusionblocks.baselines.methods import find_method
-from diffusionblocks.data.latents import Autoencoder
+from diffusionblocks.blocks.model import DiffusionBlocksModel
+from diffusionblocks.data.images.latents import Autoencoder
 from diffusionblocks.errors import UserError
 from diffusionblocks.evaluation.adaptation import read_samples
-from diffusionblocks.evaluation.compare import read_comparison, summarise
 from diffusionblocks.evaluation.generation import generate, grid, to_pixels
-from diffusionblocks.evaluation.run import load_run, read_recipe, read_summary
-from diffusionblocks.evaluation.sample import predictions
 from diffusionblocks.evaluation.text import path, sample_texts
-from diffusionblocks.files import write_text
-from diffusionblocks.network import DiffusionBlocksModel
+from diffusionblocks.experiments.compare import read_comparison, summarise
+from diffusionblocks.experiments.predictions import predictions
+from diffusionblocks.experiments.run import load_run, read_recipe, read_summary
+from diffusionblocks.methods.methods import find_method
 from diffusionblocks.report import figures, table
-from diffusionblocks.run_folder import COMPARISON, SUMMARY
 from diffusionblocks.seeds import derive
+from diffusionblocks.system.files import write_text
+from diffusionblocks.system.run_folder import COMPARISON, SUMMARY
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
 from diffusionblocks.training.progress import read_journal
 

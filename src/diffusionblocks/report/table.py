@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from diffusionblocks.evaluation.compare import pairs
+from diffusionblocks.experiments.compare import pairs
+from diffusionblocks.planning.units import size
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
 # Of adapted language models, the rest is in summary.json.
@@ -128,15 +129,6 @@ def _console() -> Any:
 
     console = Console()
     return Console(width=160) if console.width < 100 and not console.is_terminal else console
-
-
-def size(count: float) -> str:
-    """Bytes in binary units."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
 
 
 def _with_error(metric: dict[str, Any]) -> str:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusionblocks.denoisers.causal import CausalBlocks, following
-from diffusionblocks.denoisers.looped import LoopedBlocks
+from diffusionblocks.blocks.causal import CausalBlocks, following
+from diffusionblocks.blocks.looped import LoopedBlocks
+from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.errors import UserError
-from diffusionblocks.likelihood import TokenShares, token_bound
-from diffusionblocks.network import Batch, BlockModel, EndToEndModel
+from diffusionblocks.networks.parts import Batch
+from diffusionblocks.networks.readout import IGNORED, TokenReadout
 from diffusionblocks.options import option
-from diffusionblocks.readout import IGNORED, TokenReadout
-from diffusionblocks.samplers.next_token import BlocksReader, OrdinaryReader, Reader
 from diffusionblocks.seeds import Draws
-from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import StepOutput
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights
+from diffusionblocks.tasks.readers import BlocksReader, OrdinaryReader, Reader
+from diffusionblocks.theory.likelihood import TokenShares, token_bound
+from diffusionblocks.theory.targets import add_noise
+from diffusionblocks.training.task import StepOutput
 
 
 @dataclass(kw_only=True)
@@ -33,6 +34,9 @@ class CausalLM(NextToken):
         before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts
             that it goes on from, before and after (samples.json). continued: tokens that it writes there.
     """
+
+    target: ClassVar = "causal"
+    writes: ClassVar = True
 
     kind: str = option("causal-lm", choices=("causal-lm",))
     levels_per_block: int = option(8, least=1)

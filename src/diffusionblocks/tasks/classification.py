@@ -9,25 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from diffusionblocks.denoisers.labels import LabelBlocks
-from diffusionblocks.network import Batch, BlockModel, DenoiserOutput, EndToEndModel
+from diffusionblocks.blocks.labels import LabelBlocks
+from diffusionblocks.blocks.model import BlockModel, EndToEndModel
+from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
-from diffusionblocks.precondition import LOSS_WEIGHTS
-from diffusionblocks.samplers import grids
-from diffusionblocks.samplers.categorical import ancestral
-from diffusionblocks.samplers.ode import euler
 from diffusionblocks.seeds import Draws, generator, normal_like
-from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, drawn_for, mean_with_error
+from diffusionblocks.theory import grids
+from diffusionblocks.theory.categorical import ancestral
+from diffusionblocks.theory.ode import euler
+from diffusionblocks.theory.precondition import LOSS_WEIGHTS
+from diffusionblocks.theory.sampler import DenoiserOutput
+from diffusionblocks.theory.targets import add_noise
+from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
-class Classification:
+class Classification(Task):
     """Objective and inference of a classifier.
 
     Args:
@@ -40,6 +44,9 @@ class Classification:
             log p(v | x), which a Bayes readout separates from the evidence in z: every block votes with what it
             learned about x, none with what the chain told it.
     """
+
+    target: ClassVar = "label"
+    data: ClassVar = DataConfig
 
     kind: str = option("classification", choices=("classification",))
     loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))

@@ -9,25 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffusionblocks.denoisers.images import ImageBlocks, ImageNetwork, weighted_error
-from diffusionblocks.devices import wide
+from diffusionblocks.blocks.images import ImageBlocks, ImageNetwork, weighted_error
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import Batch, BlockModel, DenoiserOutput
+from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
-from diffusionblocks.samplers.grids import GRIDS
-from diffusionblocks.samplers.ode import SAMPLERS
 from diffusionblocks.seeds import Draws, generator, normal_like, uniform
-from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, drawn_for, mean_with_error
+from diffusionblocks.system.devices import wide
+from diffusionblocks.theory.grids import GRIDS
+from diffusionblocks.theory.ode import SAMPLERS
+from diffusionblocks.theory.sampler import DenoiserOutput
+from diffusionblocks.theory.targets import add_noise
+from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
 
 
 @dataclass(kw_only=True)
-class ImageGeneration:
+class ImageGeneration(Task):
     """Objective, evaluation and sampling of a class-conditional diffusion model.
 
     Args:
@@ -42,6 +45,10 @@ class ImageGeneration:
         inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
             trained on the recipe's own images, reported as feature_distance.
     """
+
+    target: ClassVar = "image"
+    data: ClassVar = DataConfig
+    by_block: ClassVar = True
 
     kind: str = option("image-generation", choices=("image-generation",))
     label_dropout: float = option(0.1, least=0, most=1)

@@ -10,27 +10,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffusionblocks.denoisers.masked import MaskedBlocks, MaskedNetwork, hide
-from diffusionblocks.devices import wide
+from diffusionblocks.blocks.masked import MaskedBlocks, MaskedNetwork, hide
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
-from diffusionblocks.partition import Blocks, Partition
-from diffusionblocks.samplers.choice import Choice
-from diffusionblocks.samplers.unmasking import SAMPLERS, even
 from diffusionblocks.seeds import Draws, generator, uniform
-from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, beside, drawn_for, per_token
+from diffusionblocks.system.devices import wide
+from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.partition import Blocks, Partition
+from diffusionblocks.theory.unmasking import SAMPLERS, even
+from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, beside, drawn_for, per_token
 
 EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
 
 
 @dataclass(kw_only=True)
-class MaskedLM:
+class MaskedLM(Task):
     """Objective, evaluation and sampling of a masked diffusion model.
 
     Args:
@@ -48,6 +50,10 @@ class MaskedLM:
         teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
             empty = none. mauve: also compare them with real texts, as the teacher sees both.
     """
+
+    target: ClassVar = "masked"
+    data: ClassVar = TextConfig
+    by_block: ClassVar = True
 
     kind: str = option("masked-lm", choices=("masked-lm",))
     masking: str = option("exact", choices=("exact", "independent"))

@@ -2,9 +2,9 @@
 section 5.4).
 
 Whole networks train with the ordinary next-token cross-entropy. A block trains as a denoiser of the next token's
-embedding. Their likelihoods compare: that of blocks is the area under their error curves (likelihood.py), or, where
-blocks are an ordinary language model, its cross-entropy. The logits of a batch are never in memory together
-(readout.py).
+embedding. Their likelihoods compare: that of blocks is the area under their error curves (theory/likelihood.py),
+or, where blocks are an ordinary language model, its cross-entropy. The logits of a batch are never in memory together
+(networks/readout.py).
 
 Shapes: N batch, T tokens, R = T - 1 rows that predict, V tokens of the vocabulary.
 """
@@ -13,26 +13,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from diffusionblocks.denoisers.causal import CausalBlocks, following
-from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.blocks.causal import CausalBlocks, following
+from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.networks.parts import Batch
+from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.options import check_options, option
-from diffusionblocks.partition import Blocks
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.samplers.choice import Choice
-from diffusionblocks.samplers.next_token import Reader
 from diffusionblocks.seeds import Draws, generator, normal_like, uniform
-from diffusionblocks.targets import add_noise
-from diffusionblocks.tasks.base import Metric, StepOutput, all_beside, beside, drawn_for, per_token
+from diffusionblocks.tasks.readers import Reader
+from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.partition import Blocks
+from diffusionblocks.theory.targets import add_noise
+from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, beside, drawn_for, per_token
 
 Measure = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
 
 @dataclass(kw_only=True)
-class NextToken:
+class NextToken(Task):
     """What language models of all kinds have in common: objective, evaluation and sampling, one token after the other.
 
     Batches hold `input_ids` [N, T] and optionally `labels` [N, T] (the same tokens, -100 where no loss is wanted),
@@ -46,6 +49,8 @@ class NextToken:
         teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
             empty = none. mauve: also compare them with real texts, as the teacher sees both.
     """
+
+    data: ClassVar = TextConfig
 
     kind: str = ""
     sampler: str = option("categorical", choices=("categorical", "euler"))

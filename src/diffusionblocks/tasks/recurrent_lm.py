@@ -1,5 +1,5 @@
 """Language modelling with looped networks ([Huginn], arXiv 2502.05171; [DB] section 5.5). See next_token.py,
-denoisers/looped.py.
+blocks/looped.py.
 
 The ordinary training unrolls the core: iterations are drawn at random, and gradients flow through the last of them.
 Blocks train with one pass per step. Both run K iterations at inference, and K is free.
@@ -10,23 +10,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusionblocks.denoisers.causal import following
-from diffusionblocks.denoisers.looped import LoopedBlocks, LoopedNetwork
+from diffusionblocks.blocks.causal import following
+from diffusionblocks.blocks.looped import LoopedBlocks, LoopedNetwork
+from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.errors import UserError
-from diffusionblocks.likelihood import walk_bound
-from diffusionblocks.network import Batch, BlockModel
+from diffusionblocks.networks.parts import Batch
+from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.options import option
-from diffusionblocks.readout import IGNORED
-from diffusionblocks.samplers.looped import LevelsReader, UnrolledReader, grid
-from diffusionblocks.samplers.next_token import Reader
 from diffusionblocks.seeds import Draws
-from diffusionblocks.tasks.base import Metric, StepOutput, all_beside
+from diffusionblocks.tasks.looped_readers import LevelsReader, UnrolledReader, grid
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights, summed
+from diffusionblocks.tasks.readers import Reader
+from diffusionblocks.theory.likelihood import walk_bound
+from diffusionblocks.training.task import Metric, StepOutput, all_beside
 
 SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
 
@@ -44,6 +46,9 @@ class RecurrentLM(NextToken):
             (KL, nats); 0 = never.
         curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
     """
+
+    target: ClassVar = "recurrent"
+    splits: ClassVar = False
 
     kind: str = option("recurrent-lm", choices=("recurrent-lm",))
     iterations: int = option(16, least=1)

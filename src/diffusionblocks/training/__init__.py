@@ -1,4 +1,5 @@
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.trainer import Progress, Trainer
+from diffusionblocks.training.progress import Progress
+from diffusionblocks.training.trainer import Trainer
 
 __all__ = ["Progress", "Trainer", "TrainingConfig"]

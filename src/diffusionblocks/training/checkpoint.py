@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from diffusionblocks import files
 from diffusionblocks.errors import DiskFull, UserError
-from diffusionblocks.run_folder import CHECKPOINTS, OLD
+from diffusionblocks.system import files
+from diffusionblocks.system.run_folder import CHECKPOINTS, OLD
 from diffusionblocks.training.state import BlockState
 
 log = logging.getLogger("diffusionblocks")

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffusionblocks.blocks.model import Block, BlockModel
 from diffusionblocks.errors import UserError
-from diffusionblocks.network import Block, BlockModel
 
 BACKEND: Any = "inductor"  # of torch.compile
 CASES = 32  # graphs of one kind of layer, at most

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from diffusionblocks.devices import parse_device
 from diffusionblocks.errors import UserError
 from diffusionblocks.options import check_options, option
+from diffusionblocks.system.devices import parse_device
 
 
 @dataclass(kw_only=True)

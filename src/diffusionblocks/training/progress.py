@@ -8,24 +8,42 @@ import logging
 import resource
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusionblocks import files
-from diffusionblocks.devices import memory_in_use
 from diffusionblocks.errors import UserError
-from diffusionblocks.run_folder import JOURNAL
+from diffusionblocks.system import files
+from diffusionblocks.system.devices import memory_in_use
+from diffusionblocks.system.run_folder import JOURNAL
 from diffusionblocks.training import checkpoint
-
-if TYPE_CHECKING:
-    from diffusionblocks.training.trainer import Progress
 
 log = logging.getLogger("diffusionblocks")
 LINE_SECONDS = 20.0
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with every checkpoint.
+
+    layer_evaluations: layers passed forward and backward, times samples. A forward pass without backward (features of
+    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training.
+    recent: running mean of the loss of each block, where `trust` needs it.
+    """
+
+    visits: int = 0
+    block_steps: int = 0
+    samples_seen: int = 0
+    layer_evaluations: float = 0.0
+    wall_seconds: float = 0.0
+    journal_bytes: int = 0
+    journal_hash: str = ""
+    recent: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
 
 
 class Journal:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusionblocks.errors import UserError
-from diffusionblocks.files import replacing
+from diffusionblocks.system.files import replacing
 from diffusionblocks.training.flat import Arena, Buffers, Layout
 from diffusionblocks.training.lanes import Event, Lanes, lanes_of
 from diffusionblocks.training.state import BlockState

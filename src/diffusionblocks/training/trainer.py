@@ -13,7 +13,6 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.adapters.llama import RotaryLayer
-from diffusionblocks.coordinate import BlockCoordinateModel, Passage
+from diffusionblocks.blocks.exact import BlockCoordinateModel, Passage
+from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel
 from diffusionblocks.data.stream import BatchStream, in_order
-from diffusionblocks.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.errors import RunStopped, UserError
-from diffusionblocks.interruption import Stop, Stopped, stop_on_signal
-from diffusionblocks.network import Batch, BlockModel, DiffusionBlocksModel
-from diffusionblocks.run_folder import RESIDENCY, drop_previous, held
+from diffusionblocks.networks.llama import RotaryLayer
+from diffusionblocks.networks.parts import Batch
 from diffusionblocks.seeds import Draws, derive
-from diffusionblocks.tasks.base import Metric, StepOutput, Task, check_finite, on_device
+from diffusionblocks.system.devices import autocast, check_precision, find_device, imitates_bf16
+from diffusionblocks.system.interruption import Stop, Stopped, stop_on_signal
+from diffusionblocks.system.run_folder import RESIDENCY, drop_previous, held
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
@@ -48,33 +47,14 @@ from diffusionblocks.training.order import (
     total_steps,
     trained_blocks,
 )
-from diffusionblocks.training.progress import Journal, ProgressBar
+from diffusionblocks.training.progress import Journal, Progress, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
+from diffusionblocks.training.task import Metric, StepOutput, Task, check_finite, on_device
 
 log = logging.getLogger("diffusionblocks")
 MOST_UNCHECKED = 4096  # norms that nobody has looked at
 EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint.
-
-    layer_evaluations: layers passed forward and backward, times samples. A forward pass without backward (features of
-    earlier blocks, when the order does not hand them on) counts a third. samples_seen: samples loaded for training.
-    recent: running mean of the loss of each block, where `trust` needs it.
-    """
-
-    visits: int = 0
-    block_steps: int = 0
-    samples_seen: int = 0
-    layer_evaluations: float = 0.0
-    wall_seconds: float = 0.0
-    journal_bytes: int = 0
-    journal_hash: str = ""
-    recent: dict[str, float] = field(default_factory=dict)
-    finished: bool = False
 
 
 class Trainer:

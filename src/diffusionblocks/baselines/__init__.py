@@ -1,3 +1,0 @@
-from diffusionblocks.baselines.methods import METHODS, Method, find_method, for_method, steps_for_budget
-
-__all__ = ["METHODS", "Method", "find_method", "for_method", "steps_for_budget"]

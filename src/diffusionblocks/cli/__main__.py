@@ -1,0 +1,3 @@
+from diffusionblocks.cli import program
+
+program()

@@ -1,0 +1,341 @@
+"""Recipes: everything a run needs, as one YAML file that can be copied and edited.
+
+A recipe is completed in this order: the file, its preset, then the overrides of the command line. Unknown keys are
+errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.options import check_options, check_value, elements, is_number, is_text, made, shown
+from diffusionblocks.recipes.presets import PRESETS
+from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig, ModelConfig, Recipe
+from diffusionblocks.system import plain_yaml
+from diffusionblocks.system.trust import trusted
+from diffusionblocks.training.config import TrainingConfig
+
+
+def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
+    check_value("preset", name, str)
+    own = content.get("presets", {})
+    general = PRESETS[task_kind(content)]
+    if name not in general | own:
+        raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
+    return merge(general.get(name, {}), own.get(name, {}))
+
+
+def task_kind(content: Mapping[str, Any]) -> str:
+    """The kind of task of a recipe's content. Raises UserError for an unknown one."""
+    group = content.get("task")
+    kind = group.get("kind", "classification") if isinstance(group, Mapping) else "classification"
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise UserError(f"unknown task.kind {shown(kind)}{nearest(str(kind), TASKS)}")
+    return kind
+
+
+BRANCHING = ("branch_at", "own_batch", "own_rate", "decay_from")  # settings of `train` that only branching runs have
+
+SHORT_NAMES = {
+    "num_blocks": "blocks.num_blocks",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "seed": "train.seed",
+    "device": "train.device",
+    "order": "train.order",
+    "residency": "train.residency",
+}
+
+
+def built_in() -> dict[str, str]:
+    """Names of the built-in recipes and their one-line descriptions."""
+    files = {path.name: path for path in resources.files(__package__).iterdir() if path.name.endswith(".yaml")}
+    contents = {name: _parse_yaml(files[name].read_text(), name) for name in sorted(files)}
+    return {name.removesuffix(".yaml"): content["description"] for name, content in contents.items()}
+
+
+def load_recipe(
+    name_or_path: str, overrides: Iterable[tuple[str, Any]] = (), *, trust_remote_code: bool = False
+) -> Recipe:
+    """A built-in recipe by name, or a YAML file, with its preset and `overrides` (dotted key, value) applied.
+
+    Args:
+        trust_remote_code: set the options of that name, of the model and of the tokenizer (within `trusting` only).
+
+    Raises UserError for an unknown recipe, key or preset, or a value of the wrong type.
+    """
+    content = _read(name_or_path)
+    check_keys(content)
+    changes: dict[str, Any] = {}
+    for key, value in overrides:
+        full = SHORT_NAMES.get(key, key)
+        _set(changes, full, _listed(full, value))
+    check_keys(changes, task=task_kind(merge(content, changes)))
+    name = changes.get("preset", content.get("preset", ""))
+    if name != "":
+        content = merge(content, preset(content, name))
+    if trust_remote_code:
+        groups = ("model", "data") if DATA[task_kind(merge(content, changes))] is TextConfig else ("model",)
+        content = merge(content, {group: {"trust_remote_code": True} for group in groups})
+    content = merge(content, changes)
+    # What the user asks for wins over what the recipe prefers for single methods.
+    taken = changes
+    if changes.get("train", {}).get("branch_at") == 0:  # and what a recipe says about branching goes with it
+        taken = merge(changes, {"train": dict.fromkeys(BRANCHING)})
+    content["methods"] = {name: _without(own, taken) for name, own in content.get("methods", {}).items()}
+    return build(content)
+
+
+def changed(recipe: Recipe, overrides: Iterable[tuple[str, Any]], allowed: Sequence[str]) -> Recipe:
+    """`recipe` with some settings changed. Raises UserError for a key that does not begin with an allowed one."""
+    content = recipe.as_dict()
+    for key, value in overrides:
+        full = SHORT_NAMES.get(key, key)
+        if full == "task.kind" or not full.startswith(tuple(allowed)):
+            raise UserError(f"{full} cannot be changed after training; what can: {', '.join(allowed)}")
+        _set(content, full, _listed(full, value))
+    check_keys(content)
+    return build(content)
+
+
+def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Recipe:
+    """A typed recipe from nested dicts, with every option in its range.
+
+    Args:
+        consented: a recipe that somebody has agreed to run; None = what `trusting` says.
+
+    Raises UserError naming the key and what it needs.
+    """
+    check_keys(content)
+    task = task_kind(content)
+    groups = {**_NESTED, "task": TASKS[task], "data": DATA[task]}
+    values = {key: made(groups[key], key, value) if key in groups else value for key, value in content.items()}
+    recipe = Recipe(**{**{name: kind() for name, kind in groups.items()}, **values})
+    check_options("", recipe)
+    _check_file_name("name", recipe.name)
+    if recipe.preset:
+        _check_file_name("preset", recipe.preset)
+    recipe = _with_tokenizer(recipe)
+    _check_trust(recipe, consented or Recipe())
+    return recipe
+
+
+def check_groups(recipe: Recipe) -> None:
+    """Raises UserError for an option of the network, the data or adaptation that is outside of its range: of a recipe
+    that Python made."""
+    for name in ("model", "data", "lora", "in_context"):
+        check_options(name, getattr(recipe, name))
+
+
+def _check_file_name(key: str, name: str) -> None:
+    """Raises UserError for a name that a run folder cannot have: it becomes a part of its path."""
+    fine = (
+        name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and 0 < len(name) <= LONGEST_NAME
+    )
+    if not fine:
+        raise UserError(
+            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got "
+            f"{shown(name)}"
+        )
+
+
+def _check_trust(recipe: Recipe, agreed: Recipe) -> None:
+    """Raises UserError where a recipe would run code that came with data and that nobody has agreed to."""
+    given = trusted()
+    data, before = recipe.data, agreed.data
+    if not given.remote_code:
+        old = agreed.model if agreed.model.trust_remote_code else None
+        if recipe.model.trust_remote_code and (old is None or recipe.model.pretrained != old.pretrained):
+            raise UserError(_untrusted("model.trust_remote_code", "Python code of its model", "--trust-remote-code"))
+        wants = isinstance(data, TextConfig) and data.trust_remote_code
+        agreed_to = isinstance(before, TextConfig) and before.trust_remote_code
+        if wants and not (agreed_to and getattr(data, "tokenizer", "") == getattr(before, "tokenizer", "")):
+            raise UserError(_untrusted("data.trust_remote_code", "Python code of its tokenizer", "--trust-remote-code"))
+    inception = getattr(recipe.task, "inception", "")
+    if inception and not given.inception and inception != getattr(agreed.task, "inception", ""):
+        raise UserError(
+            _untrusted(
+                "task.inception",
+                f"the TorchScript file {inception}, which is code",
+                "--trust-inception",
+                "see that you know where it is from",
+            )
+        )
+
+
+def _untrusted(key: str, what: str, flag: str, first: str = "read it first") -> str:
+    return f"{key} asks to run {what}: {first}, then pass {flag} to this command (docs/security.md)"
+
+
+def _with_tokenizer(recipe: Recipe) -> Recipe:
+    """`data.tokenizer: auto` is that of the pretrained network."""
+    if not isinstance(recipe.data, TextConfig) or recipe.data.tokenizer != "auto" or not recipe.model.pretrained:
+        return recipe
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=recipe.model.pretrained))
+
+
+def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
+    """Raises UserError at the first key that `kind` does not have, naming the nearest one, or where a group has no
+    keys. task: kind of its task."""
+    task = task or (task_kind(content) if kind is Recipe else "")
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for key, value in content.items():
+        if key not in fields:
+            known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
+            raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
+        nested = {**_NESTED, "task": TASKS[task], "data": DATA[task]}.get(key) if kind is Recipe else None
+        if nested is not None:
+            _check_group(key, value)
+            check_keys(value, nested, f"{key}.")
+        elif kind is Recipe and key in ("presets", "methods"):
+            _check_group(key, value)
+            for name, changes in value.items():
+                _check_group(f"{key}.{name}", changes)
+                check_keys(changes, task=task)
+
+
+def _check_group(name: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(
+            f"{name} must be a group of keys, got {shown(value)}: leave it out where there is nothing to say"
+        )
+
+
+LONGEST_NAME = 100  # characters of a recipe's name
+_NESTED = {
+    "model": ModelConfig,
+    "blocks": BlocksConfig,
+    "lora": LoraConfig,
+    "in_context": InContextConfig,
+    "train": TrainingConfig,
+}
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, group by group."""
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged
+
+
+def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` less the keys that `taken` has, group by group."""
+    kept = {}
+    for key, value in content.items():
+        if isinstance(value, Mapping):
+            nested = taken.get(key, {})
+            kept[key] = _without(value, nested if isinstance(nested, Mapping) else {})
+        elif key not in taken:
+            kept[key] = value
+    return kept
+
+
+def _read(name_or_path: str) -> dict[str, Any]:
+    path = Path(name_or_path)
+    try:
+        of_data = path.is_dir() and name_or_path in built_in()  # a folder that is called like a recipe
+        is_file = path.suffix in (".yaml", ".yml") or (path.exists() and not of_data)
+    except (OSError, ValueError):  # no name of a file: too long, or with a null character
+        is_file = False
+    if is_file:
+        return _parse_yaml(_text_of(path), str(path))
+    resource = resources.files(__package__) / f"{name_or_path}.yaml"
+    if not set(name_or_path).isdisjoint("/\\\0") or len(name_or_path) > LONGEST_NAME or not resource.is_file():
+        raise UserError(
+            f"unknown recipe {shown(name_or_path)}{nearest(name_or_path, built_in())} (or pass a YAML file)"
+        )
+    return _parse_yaml(resource.read_text(encoding="utf-8"), name_or_path)
+
+
+def _text_of(path: Path) -> str:
+    """Raises UserError where a recipe file cannot be read."""
+    if not path.exists():
+        raise UserError(f"recipe file {path} does not exist")
+    if not path.is_file():
+        raise UserError(
+            f"{path} is no file: a recipe is a YAML file, or the name of a built-in recipe (dblocks recipes)"
+        )
+    try:
+        with path.open("rb") as stream:
+            return stream.read(4 * plain_yaml.LONGEST + 1).decode("utf-8")  # the parser says what is too long
+    except UnicodeDecodeError as error:
+        if path.stat().st_size > 4 * plain_yaml.LONGEST:
+            raise UserError(f"{path} is too large for a recipe") from None
+        raise UserError(f"{path} is not valid UTF-8 at byte {error.start}: save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"cannot read the recipe file {path}: {error.strerror}") from None
+
+
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+    content = plain_yaml.parse(text, name)
+    if not isinstance(content, dict):
+        raise UserError(f"{name} must hold keys and values, got {type(content).__name__}")
+    return content
+
+
+def _owners(key: str) -> tuple[list[Any], str]:
+    """The dataclasses that a dotted key's option may belong to, and its name there."""
+    full = SHORT_NAMES.get(key, key)
+    group, _, name = full.rpartition(".")
+    if not group:
+        return [Recipe], name
+    kinds = {"data": DATA, "task": TASKS}.get(group, {group: _NESTED.get(group)}).values()
+    return [kind for kind in kinds if kind is not None], name
+
+
+def read_value(key: str, text: str) -> Any:
+    """What a text on the command line means for an option: YAML, a list also with commas (`0,2`), and text as it is.
+
+    Raises UserError for text that is not valid YAML.
+    """
+    kinds, name = _owners(key)
+    if any(is_text(kind, name) for kind in kinds):
+        return text
+    flag = f"--{key.replace('_', '-')}"
+    try:
+        if any(elements(kind, name) for kind in kinds):
+            return _listed(key, text)
+        return plain_yaml.parse(text, flag) if text else ""
+    except UserError as error:
+        raise UserError(str(error).replace("is not valid YAML, line 1", f"{shown(text)} cannot be read")) from None
+
+
+def _listed(key: str, value: Any) -> Any:
+    """`0,2` or a single value for a key that takes a list -> the list. An option that takes a number too keeps a single
+    one."""
+    kinds, name = _owners(key)
+    element = next((found for kind in kinds if (found := elements(kind, name))), None)
+    if element is None or isinstance(value, list | tuple):
+        return value
+    flag = f"--{key.replace('_', '-')}"
+    if isinstance(value, str):
+        if value.startswith("["):
+            return plain_yaml.parse(value, flag)
+        parts = [part.strip() for part in value.split(",") if part.strip()]
+        value = parts if element is str else [plain_yaml.parse(part, flag) for part in parts]
+        if len(value) != 1:
+            return value
+        value = value[0]
+    single = any(is_number(kind, name) for kind in kinds)
+    return value if single else [value]
+
+
+def _set(content: dict[str, Any], dotted: str, value: Any) -> None:
+    *groups, last = dotted.split(".")
+    if groups and groups[0] in SHORT_NAMES:
+        raise UserError(f"{dotted}: {groups[0]} is a value, not a group of keys")
+    for group in groups:
+        content = content.setdefault(group, {})
+        if not isinstance(content, dict):
+            raise UserError(f"{dotted}: {group} is a value, not a group of keys")
+    content[last] = value

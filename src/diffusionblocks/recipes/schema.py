@@ -1,0 +1,125 @@
+"""What a recipe holds: its groups, their options, and which task reads which data."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.options import check_options, option
+from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
+from diffusionblocks.training.config import TrainingConfig
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The network: a new one of `model_class` with these sizes, or a pretrained one.
+
+    Args:
+        model_class: a supported class of transformers or diffusers.
+        pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one;
+            then only `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's
+            repository brings (in a recipe that is read from a file only with --trust-remote-code on the command line).
+        intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
+        patch_size: of networks that read images.
+        start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts
+            from.
+        attention: the attention implementation, `sdpa`, `eager` or, for text, `flex_attention` (GPU: a mask without a
+            table).
+    """
+
+    model_class: str = "ViTForImageClassification"
+    pretrained: str = ""
+    trust_remote_code: bool = False
+    start: str = ""
+    hidden_size: int = option(64, least=1)
+    num_hidden_layers: int = option(12, least=1)
+    num_attention_heads: int = option(4, least=1)
+    intermediate_size: int = option(256, least=1)
+    patch_size: int = option(4, least=1)
+    dropout: float = option(0.0, least=0, below=1)
+    attention: str = option("sdpa", choices=("sdpa", "eager", "flex_attention"))
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adaptation: the update of a weight is alpha / rank * B A. All linear maps of the layers have one."""
+
+    rank: int = option(16, least=1)
+    alpha: int = option(32, least=1)
+
+
+@dataclass(kw_only=True)
+class InContextConfig:
+    """What the methods `prompt` and `retrieval` put before a text, in tokens.
+
+    Args:
+        tokens: at most, in all. passage: of a passage of running text (conversations are whole). query: before a
+            stretch, which passages are searched with. stride: length of a stretch; passages are searched anew for each.
+    """
+
+    tokens: int = option(512, least=1)
+    passage: int = option(128, least=1)
+    query: int = option(64, least=1)
+    stride: int = option(64, least=1)
+
+    def check(self) -> None:
+        """Raises UserError for a number below 1."""
+        check_options("in_context", self)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run.
+
+    Args:
+        method: the name of a method. preset: laid over the recipe.
+        evaluate_on: `test`, or `validation` while tuning.
+        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm`, `causal-lm` and
+            `recurrent-lm`. data: `TextConfig` for text.
+        presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
+    """
+
+    name: str = "custom"
+    description: str = ""
+    method: str = "diffusionblocks"
+    preset: str = ""
+    evaluate_on: str = option("test", choices=("test", "validation"))
+    data: DataConfig | TextConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    in_context: InContextConfig = field(default_factory=InContextConfig)
+    task: Classification | ImageGeneration | MaskedLM | CausalLM | RecurrentLM = field(default_factory=Classification)
+    train: TrainingConfig = field(default_factory=TrainingConfig)
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+TASKS: dict[str, Any] = {
+    "classification": Classification,
+    "image-generation": ImageGeneration,
+    "masked-lm": MaskedLM,
+    "causal-lm": CausalLM,
+    "recurrent-lm": RecurrentLM,
+}
+DATA: dict[str, Any] = {
+    "classification": DataConfig,
+    "image-generation": DataConfig,
+    "masked-lm": TextConfig,
+    "causal-lm": TextConfig,
+    "recurrent-lm": TextConfig,
+}
+TARGETS = {
+    "classification": "label",
+    "image-generation": "image",
+    "masked-lm": "masked",
+    "causal-lm": "causal",
+    "recurrent-lm": "recurrent",
+}
