@@ -31,6 +31,7 @@ _EXPORTS = {
     "MaskedLM": "diffusionblocks.tasks",
     "RecurrentLM": "diffusionblocks.tasks",
     "LoopedNetwork": "diffusionblocks.blocks.looped",
+    "register_network": "diffusionblocks.networks.registry",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",
     "DataConfig": "diffusionblocks.data.images.config",

@@ -18,6 +18,37 @@ from diffusionblocks.networks.parts import Parts
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageSizes:
+    """Of a new network that reads images: what its class is asked for, in the words of a recipe. outputs: classes."""
+
+    width: int
+    depth: int
+    heads: int
+    intermediate: int
+    patch: int
+    channels: int
+    size: int
+    outputs: int
+    dropout: float
+
+
+def image_config(sizes: ImageSizes) -> dict[str, Any]:
+    """Entries of the config of a vision transformer in transformers."""
+    return {
+        "hidden_size": sizes.width,
+        "num_hidden_layers": sizes.depth,
+        "num_attention_heads": sizes.heads,
+        "intermediate_size": sizes.intermediate,
+        "patch_size": sizes.patch,
+        "image_size": sizes.size,
+        "num_channels": sizes.channels,
+        "num_labels": sizes.outputs,
+        "hidden_dropout_prob": sizes.dropout,
+        "attention_probs_dropout_prob": sizes.dropout,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
 class Adapter:
     """Paths are module paths inside the model; `layer_norms` are paths inside one layer.
 
@@ -31,7 +62,10 @@ class Adapter:
         make_layer: (model, layer) -> the layer as blocks call it.
         tied: two names of what may be one parameter (a language model that reads out with its input embedding).
         width, num_classes, sample_shape: D, V and the shape of a denoised image, from the network's config.
-        depth_key: the config's entry that counts the layers.
+        depth_key: the config's entry that counts the layers. image_keys: those of the channels and the size of images.
+        image_config: the config's entries of a new network that reads images. width_divisor: of its width.
+        first_position: config -> positions of a text that the network does not use.
+        only_pretrained: why new networks of these classes cannot be made; empty = they can.
     """
 
     model_classes: tuple[str, ...]
@@ -49,6 +83,11 @@ class Adapter:
     num_classes: Callable[[Any], int] = lambda config: int(getattr(config, "vocab_size", None) or config.num_labels)
     sample_shape: Callable[[Any], tuple[int, int, int]] = lambda config: (0, 0, 0)
     depth_key: str = "num_hidden_layers"
+    image_keys: tuple[str, str] = ("num_channels", "image_size")
+    image_config: Callable[[ImageSizes], dict[str, Any]] = image_config
+    width_divisor: int = 1
+    first_position: Callable[[Any], int] = lambda config: 0
+    only_pretrained: str = ""
 
     def target(self, wanted: str = "auto") -> str:
         """What the network is to estimate. Raises UserError when it cannot."""

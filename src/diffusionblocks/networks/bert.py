@@ -73,4 +73,6 @@ ROBERTA = Adapter(
     make_layer=lambda model, layer: EncoderLayer(layer),
     tied=("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
     targets=("masked",),
+    first_position=lambda config: config.pad_token_id + 1,
+    only_pretrained="a new RobertaForMaskedLM would count positions from a padding token: take BertForMaskedLM",
 )

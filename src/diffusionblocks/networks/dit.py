@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from diffusionblocks.networks.adapter import Adapter
+from diffusionblocks.networks.adapter import Adapter, ImageSizes
 
 
 class ImageCondition(NamedTuple):
@@ -93,6 +93,19 @@ def _shape(config: Any) -> tuple[int, int, int]:
     return config.in_channels, config.sample_size, config.sample_size
 
 
+def _config(sizes: ImageSizes) -> dict[str, Any]:
+    return {
+        "num_attention_heads": sizes.heads,
+        "attention_head_dim": sizes.width // sizes.heads,
+        "num_layers": sizes.depth,
+        "patch_size": sizes.patch,
+        "sample_size": sizes.size,
+        "in_channels": sizes.channels,
+        "num_embeds_ada_norm": sizes.outputs,
+        "dropout": sizes.dropout,
+    }
+
+
 DIT = Adapter(
     library="diffusers",
     model_classes=("DiTTransformer2DModel",),
@@ -108,4 +121,7 @@ DIT = Adapter(
     num_classes=lambda config: config.num_embeds_ada_norm,
     sample_shape=_shape,
     depth_key="num_layers",
+    image_keys=("in_channels", "sample_size"),
+    image_config=_config,
+    width_divisor=4,  # positions in two dimensions, a sine and a cosine of each
 )

@@ -15,17 +15,35 @@ from diffusionblocks.networks.gpt import GPT2, GPT_NEOX
 from diffusionblocks.networks.llama import LLAMA
 from diffusionblocks.networks.parts import Parts
 from diffusionblocks.networks.vit import DEIT, VIT
+from diffusionblocks.registry import Registry
 
-ADAPTERS: tuple[Adapter, ...] = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA, GPT2, GPT_NEOX)
+OWN = (VIT, DEIT, DIT, BERT, ROBERTA, LLAMA, GPT2, GPT_NEOX)
+
+
+def _classes(declaration: object) -> tuple[str, ...]:
+    """The classes that a declaration is for. Raises UserError where it is none."""
+    if not isinstance(declaration, Adapter):
+        raise UserError(f"a network family is declared by an Adapter (networks/adapter.py), got {declaration!r}")
+    if not declaration.model_classes:
+        raise UserError("an Adapter must name the classes that it is for: its model_classes are empty")
+    return declaration.model_classes
+
+
+# By class name.
+ADAPTERS: Registry[Adapter] = Registry("network class", "diffusionblocks.networks", lambda: OWN, _classes)
+
+
+def register_network(adapter: Adapter) -> Adapter:
+    """Makes a network family known, for this process. (An installed package does so by an entry point of the group
+    `diffusionblocks.networks`.) Raises UserError where one of its classes is known already."""
+    return ADAPTERS.register(adapter)
 
 
 def find_adapter(class_name: str) -> Adapter:
     """The adapter for networks of a class, or a UserError that lists what is supported."""
-    for adapter in ADAPTERS:
-        if class_name in adapter.model_classes:
-            return adapter
-    supported = ", ".join(name for adapter in ADAPTERS for name in adapter.model_classes)
-    raise UserError(f"networks of class {class_name} are not supported; supported: {supported}")
+    if class_name not in ADAPTERS:
+        raise UserError(f"networks of class {class_name} are not supported; supported: {', '.join(ADAPTERS)}")
+    return ADAPTERS[class_name]
 
 
 def pretrained_config(name_or_path: str, trust_remote_code: bool = False) -> NetworkConfig:

@@ -11,7 +11,7 @@ from diffusionblocks.data.images.latents import latent_shape
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.data.text.tokenizers import Tokenizer, load_tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.networks.adapter import Adapter
+from diffusionblocks.networks.adapter import Adapter, ImageSizes
 from diffusionblocks.networks.config import NetworkConfig, network_class, new_config
 from diffusionblocks.networks.pretrained import local
 from diffusionblocks.networks.registry import find_adapter, pretrained_config
@@ -42,10 +42,23 @@ def network_config(recipe: Recipe, num_outputs: int) -> NetworkConfig:
         what = "data.image_size" if not recipe.data.vae else "the latent size"
         raise UserError(f"{what} {size} is not divisible by model.patch_size {settings.patch_size}")
     _check_heads(settings)
-    if adapter.library == "diffusers" and settings.hidden_size % 4:
-        raise UserError(f"model.hidden_size {settings.hidden_size} must be divisible by 4: positions in two dimensions")
-    make = _dit if adapter.library == "diffusers" else _vit
-    return new_config(adapter, settings.model_class, make(settings, channels, size, num_outputs), settings.attention)
+    if settings.hidden_size % adapter.width_divisor:
+        raise UserError(
+            f"model.hidden_size {settings.hidden_size} must be divisible by {adapter.width_divisor}: positions in two "
+            "dimensions"
+        )
+    sizes = ImageSizes(
+        width=settings.hidden_size,
+        depth=settings.num_hidden_layers,
+        heads=settings.num_attention_heads,
+        intermediate=settings.intermediate_size,
+        patch=settings.patch_size,
+        channels=channels,
+        size=size,
+        outputs=num_outputs,
+        dropout=settings.dropout,
+    )
+    return new_config(adapter, settings.model_class, adapter.image_config(sizes), settings.attention)
 
 
 def build_network(recipe: Recipe, num_outputs: int) -> Any:
@@ -66,42 +79,13 @@ def sample_shape(data: DataConfig) -> tuple[int, int]:
     return data.channels, data.image_size
 
 
-def _vit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> dict[str, Any]:
-    return {
-        "hidden_size": settings.hidden_size,
-        "num_hidden_layers": settings.num_hidden_layers,
-        "num_attention_heads": settings.num_attention_heads,
-        "intermediate_size": settings.intermediate_size,
-        "patch_size": settings.patch_size,
-        "image_size": size,
-        "num_channels": channels,
-        "num_labels": num_classes,
-        "hidden_dropout_prob": settings.dropout,
-        "attention_probs_dropout_prob": settings.dropout,
-    }
-
-
-def _dit(settings: ModelConfig, channels: int, size: int, num_classes: int) -> dict[str, Any]:
-    return {
-        "num_attention_heads": settings.num_attention_heads,
-        "attention_head_dim": settings.hidden_size // settings.num_attention_heads,
-        "num_layers": settings.num_hidden_layers,
-        "patch_size": settings.patch_size,
-        "sample_size": size,
-        "in_channels": channels,
-        "num_embeds_ada_norm": num_classes,
-        "dropout": settings.dropout,
-    }
-
-
 def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> NetworkConfig:
     name, dropout = recipe.model.pretrained, recipe.model.dropout
     config = pretrained_config(name, recipe.model.trust_remote_code)
     check_target(recipe, config.adapter, config.class_name)
     assert isinstance(recipe.data, DataConfig)
     diffusers = config.adapter.library == "diffusers"
-    channels_key, size_key = ("in_channels", "sample_size") if diffusers else ("num_channels", "image_size")
-    wanted = config.get(channels_key), config.get(size_key)
+    wanted = tuple(config.get(key) for key in config.adapter.image_keys)
     if wanted != (channels, size):
         if diffusers and wanted[0] not in (1, 3) and not recipe.data.vae:
             raise UserError(f"{name} reads latents: set data.vae to the autoencoder that it was trained with")
@@ -138,8 +122,8 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
         return _with_dropout(config.changed(vocab_size=size, **mask), settings)
     adapter = find_adapter(settings.model_class)
     check_target(recipe, adapter, settings.model_class)
-    if settings.model_class == "RobertaForMaskedLM":
-        raise UserError("a new RobertaForMaskedLM would count positions from a padding token: take BertForMaskedLM")
+    if adapter.only_pretrained:
+        raise UserError(adapter.only_pretrained)
     _check_heads(settings)
     sizes = {
         "vocab_size": tokenizer.size,
@@ -162,9 +146,7 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
 def _check_pretrained_tokens(name: str, config: NetworkConfig, data: TextConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError when windows or token ids are not those of the pretrained network."""
     own = config.config
-    longest = own.max_position_embeddings
-    if config.class_name == "RobertaForMaskedLM":  # counts positions from its padding token on
-        longest -= own.pad_token_id + 1
+    longest = own.max_position_embeddings - config.adapter.first_position(own)
     if data.length > longest:
         raise UserError(f"data.length {data.length} exceeds the {longest} positions of {name}")
     ours = getattr(own, "mask_token_id", None) == tokenizer.mask_id and own.vocab_size == tokenizer.size
