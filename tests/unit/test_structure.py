@@ -1,74 +1,60 @@
 """The house keeps its shape: imports point one way, the core stays light, seeds are stable."""
 
-import ast
 import graphlib
 import subprocess
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+
+import pytest
 
 import diffusionblocks
 from diffusionblocks.seeds import derive
 
 ROOT = Path(diffusionblocks.__file__).parent
-# A room imports from itself and from rooms before it in this list (docs/architecture.md). "" is what lies in no room.
-ROOMS = (
-    "",
-    "system",
-    "theory",
-    "networks",
-    "blocks",
-    "data",
-    "training",
-    "tasks",
-    "recipes",
-    "methods",
-    "planning",
-    "evaluation",
-    "experiments",
-    "report",
-    "cli",
-)
-
-
-def room(module):
-    """Of `diffusionblocks.ROOM.FILE`."""
-    first = [*module.split("."), ""][1]
-    return first if (ROOT / first).is_dir() else ""
-
-
-def imports(path):
-    """Full names of this package's modules that a file imports, wherever in it, in either form."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative imports hide which room they go to"
-            for name in node.names:
-                yield from [f"{node.module}.{name.name}"] if (node.module or "").startswith("diffusionblocks") else []
-        elif isinstance(node, ast.Import):
-            yield from (name.name for name in node.names if name.name.startswith("diffusionblocks"))
+DOCS = Path(__file__).parents[2] / "docs"
+rooms = SourceFileLoader("rooms", str(DOCS / "rooms.py")).load_module()
+ORDER = list(rooms.ROOMS)  # a room imports from itself and from rooms before it
 
 
 def test_imports_point_one_way():
     seen = 0
     for path in ROOT.rglob("*.py"):
         own = path.relative_to(ROOT).parts[0] if path.parent != ROOT else ""
-        for module in imports(path):
-            assert ROOMS.index(room(module)) <= ROOMS.index(own), f"{path} must not import {module}"
+        for module in rooms.imports(path):
+            room = rooms.room_of(module, ROOT)
+            assert ORDER.index(room) <= ORDER.index(own), f"{path} must not import {module}"
             seen += 1
     assert seen > 500
 
 
-def test_files_of_a_room_import_one_another_without_a_circle():
+def test_both_forms_of_import_are_seen(tmp_path):
+    path = tmp_path / "file.py"
+    path.write_text("from diffusionblocks import cli\ndef f():\n    import diffusionblocks.report.page\n")
+    assert list(rooms.imports(path)) == ["diffusionblocks.cli", "diffusionblocks.report.page"]
+    assert [rooms.room_of(module, ROOT) for module in rooms.imports(path)] == ["cli", "report"]
+    path.write_text("from . import cli\n")
+    with pytest.raises(ValueError, match="a relative import"):
+        list(rooms.imports(path))
+
+
+def test_files_import_one_another_without_a_circle():
     graph = {}
     for path in ROOT.rglob("*.py"):
         name = "diffusionblocks." + ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        graph[name.removesuffix(".__init__")] = set(imports(path))
+        graph[name.removesuffix(".__init__")] = set(rooms.imports(path))
     for name, found in graph.items():
         graph[name] = {module if module in graph else module.rpartition(".")[0] for module in found} - {name}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_every_folder_is_a_room():
-    assert {path.parent.name for path in ROOT.glob("*/*.py")} == set(ROOMS) - {""}
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} == set(ORDER) - {""}
+
+
+def test_the_diagram_is_that_of_the_code():
+    page = (DOCS / "architecture.md").read_text()
+    assert rooms.drawn(page) == page, "run python docs/rooms.py"
 
 
 def test_importing_the_package_loads_torch_alone_and_fast():
