@@ -441,38 +441,20 @@ def trained(name, folder=None, **changes):
     return dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, settings, output_dir=folder)
 
 
-@pytest.mark.parametrize("name", ["paper", "information", "features, one readout", "features, read by the head"])
-def test_where_blocks_rest_and_stopping_change_nothing(name, tmp_path):
-    """Residency on disk and a run that is killed and goes on: the weights are those of the plain run, bit for bit."""
-    plain = trained(name)
-    plain.fit()
-    away = trained(name, residency="disk")
-    away.fit()
-    assert same(weights(away.model), weights(plain.model))
-    killed = trained(name, tmp_path)
-    visits, original = iter(range(100)), killed.visit
-
-    def stopping(*arguments):
-        if next(visits) == 4:
-            raise RuntimeError("killed")
-        return original(*arguments)
-
-    killed.visit = stopping
-    with pytest.raises(RuntimeError, match="killed"):
-        killed.fit()
-    going_on = trained(name, tmp_path)
-    going_on.fit()
-    assert same(weights(going_on.model), weights(plain.model))
-
-
 @pytest.mark.parametrize("precision", ["bf16", "bf16-true"])
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_every_preset_trains_in_half_precision(name, precision):
-    trainer = trained(name, precision=precision, activation_checkpointing=True)
-    trainer.fit()
-    assert math.isfinite(trainer.evaluate(Counting())["nats_per_token"].value)
-    with trainer.averaged():
-        assert trainer.task.sample(trainer.model, tokens_like()["input_ids"], 12).shape == (2, 12)
+    full = trained(name)
+    half = trained(name, precision=precision, activation_checkpointing=True)
+    found = []
+    for trainer in (full, half):
+        trainer.fit()
+        found.append(trainer.evaluate(Counting())["nats_per_token"].value)
+    assert found[1] == pytest.approx(found[0], rel=0.02)
+    with half.averaged():
+        start = tokens_like()["input_ids"]
+        written = half.task.sample(half.model, start, 12)
+    assert torch.equal(written[:, :10], start) and 0 <= written.min() <= written.max() < 13
 
 
 def test_hidden_rows_are_the_same_with_and_without_a_padded_end():

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
@@ -334,26 +333,6 @@ def test_averages_of_bf16_weights_move():
     assert weight.data_ptr() == own.data_ptr()
 
 
-def test_training_learns():
-    task, data = dblocks.ImageGeneration(), make_data(48)
-    model = dblocks.convert(make_dit(), 3)
-    before = task.evaluate(model.eval(), [data.__getitems__(list(range(48)))])["validation_loss"].value
-    options = config(steps=60, batch_size=16, learning_rate=3e-3, ema_decay=0.9, order="random")
-    trainer = dblocks.Trainer(model, task, data, data, options)
-    trainer.fit()
-    assert trainer.evaluate(data)["validation_loss"].value < 0.75 * before
-
-
-def test_a_step_of_one_block_leaves_the_others_bit_identical():
-    model = dblocks.convert(make_dit(), 3)
-    trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, config())
-    before = weights(model)
-    with trainer.residency.active(1):
-        trainer.block_step(1, BATCH)
-    changed = {name.split(".")[1] for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
-    assert changed == {"1"}
-
-
 @pytest.mark.parametrize("shared", ["copies", "trained"])
 @pytest.mark.parametrize("order", ["sweep", "random", "sequential"])
 def test_only_the_chosen_blocks_train(order, shared):
@@ -414,17 +393,6 @@ def test_an_exported_block_fits_its_own_model_only(tmp_path):
         other.load_block(tmp_path / "nothing.safetensors")
 
 
-def test_blocks_trained_apart_equal_blocks_trained_together():
-    """Each block alone, as on a machine of its own, gives the weights of the run that trains all."""
-    together = dblocks.convert(make_dit(), 3)
-    dblocks.Trainer(together, dblocks.ImageGeneration(), make_data(), None, config(order="sweep", steps=3)).fit()
-    for index in range(3):
-        alone = dblocks.convert(make_dit(), 3)
-        options = config(order="sweep", steps=3, blocks=[index])
-        dblocks.Trainer(alone, dblocks.ImageGeneration(), make_data(), None, options).fit()
-        assert same(weights(alone.block(index)), weights(together.block(index)))
-
-
 def test_whole_networks_train_and_lora_leaves_the_network_frozen():
     from diffusionblocks.methods.lora import lora_model
 
@@ -432,4 +400,8 @@ def test_whole_networks_train_and_lora_leaves_the_network_frozen():
     trainer = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, config(steps=2))
     names = set(trainer.states[0].parameters)
     assert names and all("lora" in name for name in names)
-    assert np.isfinite(trainer.fit().wall_seconds)
+    before = weights(model)
+    trainer.fit()
+    after = weights(model)
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    assert changed and all("lora" in name for name in changed)

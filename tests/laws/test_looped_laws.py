@@ -2,7 +2,6 @@
 keys and values changes nothing."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -202,35 +201,6 @@ def test_what_a_step_passed_is_counted():
     blocks = dblocks.Trainer(denoiser(), task, data, None, config)
     once.fit(), blocks.fit()
     assert once.progress.layer_evaluations == blocks.progress.layer_evaluations == 6 * 96
-
-
-class Stopping:
-    """The task, which fails after some steps."""
-
-    def __init__(self, steps):
-        self.left = steps
-
-    def step(self, *arguments, **options):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        return TASK.step(*arguments, **options)
-
-
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
-    data = [{"input_ids": row} for row in tokens_like(16)["input_ids"]]
-    for make in (unrolled, denoiser):
-        config = dblocks.TrainingConfig(steps=6, batch_size=4, device="cpu", checkpoint_every=2)
-        torch.manual_seed(0)
-        whole = make()
-        dblocks.Trainer(whole, TASK, data, None, config, output_dir=tmp_path / f"{make.__name__}-a").fit()
-        for task in (Stopping(3), TASK):
-            torch.manual_seed(0)
-            model = make()
-            trainer = dblocks.Trainer(model, task, data, None, config, output_dir=tmp_path / f"{make.__name__}-b")
-            with pytest.raises(KeyboardInterrupt) if task is not TASK else nullcontext():
-                trainer.fit()
-        assert same(weights(model), weights(whole))
 
 
 # ---------------------------------------------------------------- likelihood

@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import math
-import shutil
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from diffusionblocks.theory import unmasking
 from diffusionblocks.theory.choice import Choice
 from diffusionblocks.theory.noise import MaskingSchedule
 from diffusionblocks.theory.partition import Partition
-from diffusionblocks.training import checkpoint
 from tests.conftest import (
     Counting,
     config,
@@ -349,17 +347,6 @@ def test_the_level_matters_once_conditioning_has_moved():
     assert (one - two).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{}, {"shared": "trained", "condition_width": 8}])
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_save_and_load_round_trip(name, options, tmp_path):
-    model = blocks(NETWORKS[name](), **options).eval()
-    model.save_pretrained(tmp_path)
-    loaded = dblocks.load(tmp_path)
-    inputs, level = {"noisy_target": texts()}, torch.full((5,), 0.2)
-    for index in range(3):
-        torch.testing.assert_close(loaded.denoiser(index)(inputs, level).raw, model.denoiser(index)(inputs, level).raw)
-
-
 @pytest.mark.parametrize("width", [0, 8])
 def test_a_whole_network_is_saved_as_an_ordinary_one(width, tmp_path):
     model = whole(num_layers=2, condition_width=width).eval()
@@ -401,29 +388,6 @@ def test_mistakes_say_what_is_needed(make, words):
 
 
 # ---------------------------------------------------------------- training
-
-
-@pytest.mark.parametrize("options", [{}, {"shared": "trained", "condition_width": 8}], ids=["default", "paper"])
-@pytest.mark.parametrize("residency", ["device", "disk"])
-def test_resume_equals_an_uninterrupted_run(options, residency, tmp_path):
-    settings = dict(steps=6, order="random", visit_steps=2, residency=residency, checkpoint_every=6, keep_checkpoints=9)
-
-    def train(folder):
-        model, task = blocks(**options), dblocks.MaskedLM()
-        trainer = dblocks.Trainer(model, task, Counting(), None, config(**settings), output_dir=folder)
-        trainer.fit()
-        return trainer
-
-    whole_run = train(tmp_path / "a")
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    saved = checkpoint.existing(tmp_path / "b")
-    for later in saved[1:]:
-        shutil.rmtree(later)
-    resumed = train(tmp_path / "b")
-    assert len(saved) >= 3
-    assert same(weights(whole_run.model), weights(resumed.model))
-    for a, b in zip((*whole_run.states, whole_run.shared), (*resumed.states, resumed.shared), strict=True):
-        assert same(a.tensors(), b.tensors())
 
 
 def test_training_learns_and_samples_count_on():
