@@ -1,4 +1,4 @@
-"""Figures for README and docs from the committed results.
+"""Figures for docs from the committed results.
 
 python benchmarks/plots.py
 """

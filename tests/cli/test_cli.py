@@ -55,28 +55,6 @@ def fails(capsys, *arguments):
     return lines[0]
 
 
-def test_the_readme_examples_run(monkeypatch, tmp_path):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    parts = [part.split("```")[0] for part in readme.split("```python\n")[1:]]
-    steps = ("=1500", "steps=2500", "steps=700", "steps=2000")
-    for long in steps:
-        parts = [part.replace(long, f"{long.partition('=')[0]}=4") for part in parts]
-    classify, generate, write, speak, loop = parts
-    monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
-    exec(classify, namespace)
-    assert namespace["trainer"].progress.finished
-    assert (tmp_path / "out" / "model.safetensors").is_file()
-    exec(generate, namespace)
-    assert namespace["images"].shape == (10, 1, 8, 8)
-    exec(write, namespace)
-    assert namespace["written"].shape == (4, 64)
-    exec(speak, namespace)
-    assert (tmp_path / "plain" / "model.safetensors").is_file()
-    exec(loop, namespace)
-    assert set(namespace["nats"]) == {"nats_at_1", "nats_at_4", "nats_at_16"}
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "digits"

@@ -124,12 +124,11 @@ def test_a_device_that_does_not_exist_is_one_line(tmp_path, capsys):
     )
 
 
-def test_the_image_example_of_the_readme_runs(tmp_path, monkeypatch):
+def test_the_image_example_of_the_docs_runs(tmp_path, monkeypatch):
     """What a reader writes does not mix devices either: encoder, images and network are where they should be."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    example = next(part.split("```")[0] for part in readme.split("```python\n") if "ImageGeneration(" in part)
+    page = (Path(__file__).parents[2] / "docs" / "image-generation.md").read_text()
+    example = page.split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     namespace: dict = {}
-    example = "import torch\nimport diffusionblocks as dblocks\n" + example
     exec(re.sub(r"\bsteps=\d+", "steps=2", example).replace("num_layers=12", "num_layers=3"), namespace)
     assert namespace["images"].shape == (10, 1, 8, 8)

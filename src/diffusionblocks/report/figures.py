@@ -52,7 +52,7 @@ def noise_ranges(ranges: Sequence[dict[str, float]], unit: str = "sigma") -> str
         axes.set_xscale("log")
     axes.set_yticks(range(len(ranges)), [f"block {block}" for block in range(len(ranges))])
     axes.invert_yaxis()
-    axes.set_xlabel(plain(f"noise level {unit} (light: overlap)"))
+    axes.set_xlabel(plain(f"noise level {unit} (light: overlap, also trained on)"))
     return _svg(figure)
 
 

@@ -29,7 +29,7 @@ from diffusionblocks.training.progress import read_journal
 
 PREDICTED = 16  # test samples with their predictions
 TEXTS = 6  # generated texts
-SHOWN = 400  # characters of a text that is gone on from
+SHOWN = 400  # characters shown of a text that is continued
 IMAGES, PATHS, PATH_STEPS = 64, 4, 12  # generated images, those shown on their way, and steps of the way
 
 
@@ -57,7 +57,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
             raise UserError(f"{folder} holds no finished run (summary.json) and no comparison (compare.json)")
     groups += [_group(f"Runs of {recipe}", results) for recipe, results in singles.items()]
     template = jinja2.Template((resources.files(__package__) / "page.html").read_text(), autoescape=True)
-    subtitle = "DiffusionBlocks: blocks trained alone, next to the same network trained in the usual ways"
+    subtitle = "Blocks that learn one at a time, compared with the same network trained in the usual ways"
     page = template.render(title=groups[0]["title"], subtitle=subtitle, groups=groups, runs=runs)
     write_text(output, page)
     return output
@@ -68,7 +68,7 @@ def _first_seeds(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
 
 
 def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
-    """How every method goes on from the same held-out texts."""
+    """How every method continues the same held-out texts."""
     found = {name: texts for name, path in folders.items() if (texts := read_samples(path))}
     if not found:
         return None
@@ -77,18 +77,19 @@ def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
         [text["prompt"][-SHOWN:], text["real"], *(made[index]["written"] for made in found.values())]
         for index, text in enumerate(texts)
     ]
-    return {"heads": ["held-out text", "as it goes on", *found], "rows": rows}
+    return {"heads": ["held-out text", "its true continuation", *found], "rows": rows}
 
 
 def _before_and_after(folder: Path) -> dict[str, Any] | None:
-    """How an adapted model goes on from held-out texts."""
+    """How a model continues held-out texts before and after it was adapted."""
     if not (texts := read_samples(folder)):
         return None
     earlier = ["before"] if all("before" in text for text in texts) else []
     rows = [
         [text["prompt"][-SHOWN:], text["real"], *(text[name] for name in earlier), text["written"]] for text in texts
     ]
-    return {"heads": ["held-out text", "as it goes on", *earlier, "after"], "rows": rows}
+    original = ["original model"] if earlier else []
+    return {"heads": ["held-out text", "its true continuation", *original, "adapted model"], "rows": rows}
 
 
 def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,7 +97,8 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
     seeds = max(len(result["seeds"]) for result in results)
     over = f"{seeds} seeds" if seeds > 1 else "the test samples of one seed"
     budget = results[0].get("budget")
-    note = f"± standard error over {over}." + (f" Equal {budget.replace('-', ' ')}." if budget else "")
+    note = f"Values are given ± their standard error over {over}."
+    note += f" All methods have equal {budget.replace('-', ' ')}." if budget else ""
     peak = results[0]["peak_memory"]
     return {
         "title": title,
@@ -106,7 +108,7 @@ def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "pairs": table.paired(results),
         "quality": "".join(figures.quality(results, name) for name in _shown(results)) + figures.iterations(results),
         "memory": figures.memory(results),
-        "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has stepped.",
+        "measured": f"Measured with {peak['how_measured']} on {peak['device']}, after every block has made a step.",
     }
 
 
@@ -133,7 +135,7 @@ def _run(folder: Path) -> dict[str, Any]:
     train, task = recipe.train, recipe.task
     unit = "" if isinstance(task, ImageGeneration) else " (nats)"
     unit_of_level = model.partition.levels.unit if isinstance(model, DiffusionBlocksModel) else ""
-    order = f"order {train.order}, " if summary["num_blocks"] > 1 else ""
+    order = f"order of the blocks {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
         "title": f"{summary['method']}, seed {summary['seed']}",
         "note": f"{summary['block_steps']} optimizer steps in all, batch {train.batch_size}, {order}"

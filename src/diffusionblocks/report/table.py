@@ -72,8 +72,8 @@ def paired(results: Sequence[dict[str, Any]]) -> list[str]:
     within a seed."""
     return [
         f"{pair['method']} minus {pair['against']}, pairs of the same seed: {pair['metric'].replace('_', ' ')} "
-        f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero in "
-        f"{sum(one < 0 for one in pair['each'])} of {len(pair['each'])}"
+        f"{pair['value']:+.4f} ± {pair['stderr']:.4f}, below zero for "
+        f"{sum(one < 0 for one in pair['each'])} of {len(pair['each'])} seeds"
         for pair in pairs(results)
     ]
 
@@ -117,9 +117,9 @@ def _traced(traced_on: str, target: str, workspaces: int) -> str:
     """What is said where the steps of one device stand for those of another."""
     on, planned = (DEVICES.get(device, f"the device {device}") for device in (traced_on, target))
     if target != "cuda":
-        return f"traced on {on} for {planned}: its kernels may keep other tensors."
+        return f"traced on {on} for {planned}, whose kernels may keep other tensors."
     return (
-        f"traced on {on} for {planned}: attention is counted as the card's kernels keep it, activations include "
+        f"traced on {on} for {planned}: attention is counted as the card's kernels keep it, and activations include "
         f"{size(workspaces)} of workspaces for matrix products."
     )
 
