@@ -251,3 +251,16 @@ def test_an_interrupt_while_a_module_visits_leaves_it_as_it_was():
     ):
         modules[1](modules[0](torch.ones(1, 3)))
     assert {id(p) for module in modules for p in module.parameters()} == before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_room_made_before_the_first_step_changes_nothing(optimizer):
+    """As on a card, where it keeps what stays apart from what comes and goes."""
+    plain, roomy = (trainer(optimizer=optimizer, ema_decay=0.9) for _ in range(2))
+    for state in (roomy.shared, *roomy.states):
+        state.make_room(torch.device("cpu"))
+        assert {name: (t.dtype, t.shape) for name, t in state.tensors().items()} == state.shapes()
+    plain.fit()
+    roomy.fit()
+    for one, other in zip((plain.shared, *plain.states), (roomy.shared, *roomy.states), strict=True):
+        assert same(one.tensors(), other.tensors())

@@ -219,6 +219,8 @@ class Residency:
             self.park(index)
             self.settle()
             self._arena, self._views, self._freed = None, {}, {}
+            if self.device.type == "cuda":  # the smaller room would stay reserved beside the larger one
+                torch.cuda.empty_cache()
 
     def _has_room(self) -> bool:
         assert self._arena is not None

@@ -141,6 +141,7 @@ class Trainer:
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
         self._watched = False  # somebody looks at the norms
+        self._roomy = False  # what the first step would add is there
         self._check_heads()
         self._unchecked: list[tuple[Visit, int, list[Tensor]]] = []  # a visit, its block's steps before, losses
         self._norms: list[tuple[str, int, Tensor]] = []  # whose gradients, in which of its steps, their norm
@@ -321,6 +322,7 @@ class Trainer:
 
     def visit(self, visit: Visit, batches: list[dict[str, Tensor]], upcoming: int | None = None) -> list[Tensor]:
         """All steps of one visit. `batches` gain the context that the next block reads; `upcoming` is that block."""
+        self._make_room()
         self._part(visit.copies)
         losses = []
         with self.residency.active(visit.block):
@@ -334,6 +336,17 @@ class Trainer:
                     batch["context"] = context
         self.progress.block_steps += len(batches)
         return losses
+
+    def _make_room(self) -> None:
+        """Before the first step, on a card: for all that stays there (`BlockState.make_room`)."""
+        if self._roomy:
+            return
+        self._roomy = True
+        if self.device.type == "cpu":
+            return
+        stay = [] if self.residency.moves else [self.states[index] for index in self.trained]
+        for state in (self.shared, *stay):
+            state.make_room(self.device)
 
     def _add_context(self, visit: Visit, batch: dict[str, Tensor]) -> None:
         """Features of earlier blocks, when the order did not hand them on."""
