@@ -12,6 +12,11 @@ Parts:
     memory   rows of benchmarks/memory.py: predicted against torch.cuda.max_memory_allocated, and reserved memory
     card     a smaller card (a share of this one): end-to-end training stops there with exit code 1, blocks train
 
+All processes inherit the environment. So what another setting of torch's allocator does to `reserved` and to speed is
+seen from a second run, whose rows do not mix with the first's:
+
+    PYTORCH_ALLOC_CONF=expandable_segments:True python benchmarks/gpu.py speed memory --output-dir FOLDER
+
 Each part is a process of its own with a time limit and writes benchmarks/results/gpu-PART.json row by row
 (gpu_results.py): a part that is stopped leaves its finished rows, and the same command goes on with what is missing.
 Parts of one stage run together, the timed ones alone. It exits with 0 if every part ran to its end, whatever its

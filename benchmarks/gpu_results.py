@@ -16,12 +16,13 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # torch reads either; the second is the old name
 PACKAGES = ("torch", "transformers", "diffusers", "triton")
 Row = dict[str, Any]
 KEYS = {
     "part": "of gpu.PARTS",
     "dry_run": "tiny networks on the CPU: the figures mean nothing",
-    "environment": "commit, versions, processor, card with its driver, capability and memory",
+    "environment": "commit, versions, processor, card with its driver, capability and memory, torch's allocator",
     "finished": "every row was tried",
     "seconds": "of all runs of the part together; of a row: of a call of its contender (speed) or of its tests",
     "rows": "one per thing measured; `row` is its name",
@@ -82,6 +83,8 @@ def environment() -> dict[str, Any]:
     names = ("device", "driver", "capability", "device_memory")
     asked = "--query-gpu=name,driver_version,compute_cap,memory.total"
     card = _line_of("nvidia-smi", asked, "--format=csv,noheader") or "cpu"
+    if chosen := {name: os.environ[name] for name in ALLOCATOR if name in os.environ}:
+        found["allocator"] = chosen
     return {**found, **dict(zip_longest(names, card.split(", ")))}
 
 

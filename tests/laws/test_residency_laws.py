@@ -48,6 +48,20 @@ def test_nothing_grows_over_a_thousand_switches(kind, tmp_path):
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_the_average_of_a_block_that_has_not_stepped_is_its_weights(precision):
+    """Before the first step, and of blocks that do not train at all."""
+    made = trainer(residency="disk", ema_decay=0.9, blocks=[1], steps=2, precision=precision)
+    before = weights(made.model)
+    with made.averaged():
+        assert same(weights(made.model), before)
+    made.fit()
+    with made.averaged():
+        own = weights(made.model)
+        changed = {name for name in before if not torch.equal(own[name], before[name])}
+    assert changed and all(name.startswith("blocks.1.") for name in changed)
+
+
 @pytest.mark.parametrize("order", ["sweep", "sequential", "random"])
 def test_prefetching_changes_nothing(order):
     plain = trainer(residency="disk", order=order, branch_at=0.25)
@@ -237,3 +251,16 @@ def test_an_interrupt_while_a_module_visits_leaves_it_as_it_was():
     ):
         modules[1](modules[0](torch.ones(1, 3)))
     assert {id(p) for module in modules for p in module.parameters()} == before
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adafactor"])
+def test_room_made_before_the_first_step_changes_nothing(optimizer):
+    """As on a card, where it keeps what stays apart from what comes and goes."""
+    plain, roomy = (trainer(optimizer=optimizer, ema_decay=0.9) for _ in range(2))
+    for state in (roomy.shared, *roomy.states):
+        state.make_room(torch.device("cpu"))
+        assert {name: (t.dtype, t.shape) for name, t in state.tensors().items()} == state.shapes()
+    plain.fit()
+    roomy.fit()
+    for one, other in zip((plain.shared, *plain.states), (roomy.shared, *roomy.states), strict=True):
+        assert same(one.tensors(), other.tensors())

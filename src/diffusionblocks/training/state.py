@@ -78,7 +78,8 @@ class BlockState:
         for group in self.optimizer.param_groups:
             group["lr"] = rate if group.get("head") else rate * trust
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # zero_grad, without its bookkeeping
+            parameter.grad = None
         self.steps += 1
         if self.config.ema_decay:
             self._update_average()
@@ -111,6 +112,22 @@ class BlockState:
             kept = state_shapes(self.parameters, self.config)
             found |= {f"optimizer.{name}": shape for name, shape in kept.items()}
         return found
+
+    def make_room(self, device: torch.device) -> None:
+        """Allocates what the first step would add.
+
+        It stays for the whole run. Made in the middle of a step it takes parts of the stretches of memory in which
+        activations were, which then no longer fit, and more is reserved of the card.
+        """
+        known = self.tensors()
+        new = {name: shape for name, shape in self.shapes().items() if name not in known}
+        for name, (dtype, shape) in new.items():
+            where = torch.device("cpu") if self.stays_on_host(name) else device
+            kind, _, parameter = name.partition(".")
+            if kind == "average":
+                self.replace({name: known[f"model.{parameter}"].float().clone()})
+            else:
+                self.replace({name: torch.zeros(shape, dtype=dtype, device=where)})
 
     def stays_on_host(self, name: str) -> bool:
         """Whether a tensor belongs on the host wherever the block is: a number that the optimizer reads there."""
