@@ -30,6 +30,7 @@ _EXPORTS = {
     "ImageGeneration": "diffusionblocks.tasks",
     "MaskedLM": "diffusionblocks.tasks",
     "RecurrentLM": "diffusionblocks.tasks",
+    "register_task": "diffusionblocks.tasks",
     "LoopedNetwork": "diffusionblocks.blocks.looped",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",

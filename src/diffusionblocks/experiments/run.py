@@ -33,7 +33,6 @@ from diffusionblocks.networks.pretrained import without_progress
 from diffusionblocks.planning.measure import PeakMemory, measure_peak
 from diffusionblocks.recipes import Recipe, build, changed
 from diffusionblocks.recipes.network import build_network, network_config
-from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.seeds import derive
 from diffusionblocks.system import files, plain_yaml, run_folder
 from diffusionblocks.system.run_folder import CONFIG, DEPLOYED, MODEL, SUMMARY
@@ -72,7 +71,7 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
     """
     recipe = for_method(recipe, recipe.method)
     recipe.train.check()
-    recipe.blocks.check(TARGETS[recipe.task.kind])
+    recipe.blocks.check(recipe.task.target)
     if recipe.evaluate_on not in ("test", "validation"):
         raise UserError(f"evaluate_on must be test or validation, got {recipe.evaluate_on!r}")
     network_config(recipe, 1)  # for what it raises, before any data is read
@@ -99,7 +98,7 @@ def _load(recipe: Recipe) -> Splits:
 
 
 def _masked(recipe: Recipe) -> bool:
-    return TARGETS[recipe.task.kind] == "masked"
+    return recipe.task.target == "masked"
 
 
 def _check_task(recipe: Recipe, data: Splits) -> None:

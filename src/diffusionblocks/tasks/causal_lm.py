@@ -23,6 +23,63 @@ from diffusionblocks.theory.likelihood import TokenShares, token_bound
 from diffusionblocks.theory.targets import add_noise
 from diffusionblocks.training.task import StepOutput
 
+_OF_PRETRAINED = {"head_start": "fresh", "distill": False, "ordinary": 0.0}  # what only blocks of pretrained ones have
+# What the paper describes and its released code does ([DB] sections 3 and 5.4, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "overlap": 0.1,
+        "head_layers": 0,
+        "condition_width": 64,
+        **_OF_PRETRAINED,
+    },
+    "task": {"sampler": "euler"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
+# Every block reads the tokens; levels by information, exact evidence in the readout, ancestral sampling.
+INFORMATION: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "none",
+        "readout": "bayes",
+        "target_table": "fixed",
+        "shared": "copies",
+        "levels": "information",
+        "least_hidden": 0.65,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 0,
+        **_OF_PRETRAINED,
+    },
+    "task": {"sampler": "categorical"},
+}
+# Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly any
+# evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers 1)
+# helps at equal samples and costs memory and a third more computation (docs/LOG.md).
+FEATURES: dict[str, Any] = {
+    "blocks": {
+        "context": "features",
+        "target_entry": "none",
+        "readout": "bayes",
+        "target_table": "fixed",
+        "shared": "trained",
+        "levels": "information",
+        "least_hidden": 0.97,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 0,
+        **_OF_PRETRAINED,
+    },
+    "train": {"order": "sweep", "branch_at": 0.0},
+}
+
 
 @dataclass(kw_only=True)
 class CausalLM(NextToken):
@@ -36,6 +93,7 @@ class CausalLM(NextToken):
     """
 
     target: ClassVar = "causal"
+    presets: ClassVar = {"paper": PAPER, "information": INFORMATION, "features": FEATURES}
     writes: ClassVar = True
 
     kind: str = option("causal-lm", choices=("causal-lm",))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,25 @@ from diffusionblocks.theory.sampler import DenoiserOutput
 from diffusionblocks.theory.targets import add_noise
 from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
 
+# What the paper describes and its released code does ([DB] sections 3 and 5.1, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 64,
+    },
+    "task": {"sampler": "euler", "decision": "final"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
+
 
 @dataclass(kw_only=True)
 class Classification(Task):
@@ -47,6 +66,7 @@ class Classification(Task):
 
     target: ClassVar = "label"
     data: ClassVar = DataConfig
+    presets: ClassVar = {"paper": PAPER}
 
     kind: str = option("classification", choices=("classification",))
     loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))

@@ -28,6 +28,13 @@ from diffusionblocks.theory.sampler import DenoiserOutput
 from diffusionblocks.theory.targets import add_noise
 from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
 
+# What the paper describes and its released code does ([DB] sections 3 and 5.2, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {"shared": "trained", "levels": "log-normal", "sigma_min": 0.002, "sigma_max": 80.0, "overlap": 0.05},
+    "task": {"sampler": "euler", "sampling_steps": 50, "grid": "rho", "guidance": 2.0, "label_dropout": 0.1},
+    "train": {"order": "random", "branch_at": 0.0},
+}
+
 
 @dataclass(kw_only=True)
 class ImageGeneration(Task):
@@ -48,6 +55,7 @@ class ImageGeneration(Task):
 
     target: ClassVar = "image"
     data: ClassVar = DataConfig
+    presets: ClassVar = {"paper": PAPER}
     by_block: ClassVar = True
 
     kind: str = option("image-generation", choices=("image-generation",))

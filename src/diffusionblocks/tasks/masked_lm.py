@@ -31,6 +31,14 @@ from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, 
 EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
 
 
+# What the paper describes and its released code does ([DB] sections 3 and 5.3, app. D and E).
+PAPER: dict[str, Any] = {
+    "blocks": {"shared": "trained", "schedule": "linear", "overlap": 0.1, "condition_width": 64},
+    "task": {"masking": "independent", "loss_weight": "bound"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
+
+
 @dataclass(kw_only=True)
 class MaskedLM(Task):
     """Objective, evaluation and sampling of a masked diffusion model.
@@ -53,6 +61,7 @@ class MaskedLM(Task):
 
     target: ClassVar = "masked"
     data: ClassVar = TextConfig
+    presets: ClassVar = {"paper": PAPER}
     by_block: ClassVar = True
 
     kind: str = option("masked-lm", choices=("masked-lm",))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,6 +33,21 @@ from diffusionblocks.training.task import Metric, StepOutput, all_beside
 SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
 
 
+# What the paper describes and its released code does ([DB] sections 3 and 5.5, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "condition_width": 64,
+    },
+    "task": {"sampler": "euler"},
+}
+
+
 @dataclass(kw_only=True)
 class RecurrentLM(NextToken):
     """Looped language models. See `NextToken`.
@@ -48,6 +63,7 @@ class RecurrentLM(NextToken):
     """
 
     target: ClassVar = "recurrent"
+    presets: ClassVar = {"paper": PAPER}
     splits: ClassVar = False
 
     kind: str = option("recurrent-lm", choices=("recurrent-lm",))

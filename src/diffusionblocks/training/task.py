@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import Failed, UserError
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.seeds import Draws
@@ -42,6 +45,7 @@ def check_finite(metrics: dict[str, Metric]) -> dict[str, Metric]:
     return metrics
 
 
+@dataclass(kw_only=True)
 class Task:
     """One objective with its evaluation, and what the rest of the package asks of it. Stateless: all state lives in the
     model and the trainer.
@@ -53,13 +57,14 @@ class Task:
     what it makes is made by one block at a time.
     """
 
-    kind: str
     target: ClassVar[str]
-    data: ClassVar[type]
+    data: ClassVar[type[DataConfig] | type[TextConfig]]
     presets: ClassVar[Mapping[str, dict[str, Any]]] = {}
     splits: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     by_block: ClassVar[bool] = False
+
+    kind: str = ""
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
