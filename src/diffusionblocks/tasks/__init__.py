@@ -11,9 +11,12 @@ import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError
 from diffusionblocks.registry import Registry
-from diffusionblocks.training.task import Metric, StepOutput, Task
+from diffusionblocks.training.figures import Figure
+from diffusionblocks.training.task import Asked, Images, Made, Metric, Sampling, StepOutput, Task, Trained
 
 if TYPE_CHECKING:
     from diffusionblocks.tasks.causal_lm import CausalLM
@@ -25,15 +28,21 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TASKS",
+    "Asked",
     "CausalLM",
     "Classification",
+    "Figure",
     "ImageGeneration",
+    "Images",
+    "Made",
     "MaskedLM",
     "Metric",
     "NextToken",
     "RecurrentLM",
+    "Sampling",
     "StepOutput",
     "Task",
+    "Trained",
     "register_task",
 ]
 
@@ -72,6 +81,12 @@ def _kinds(task: Any) -> tuple[str, ...]:
     ]
     if missing:
         raise UserError(f"the task {task.__name__} misses {', '.join(missing)}")
+    from diffusionblocks.blocks.kinds import BLOCKS
+
+    if task.target not in BLOCKS:
+        raise UserError(f"the task {task.__name__} has the target {task.target!r}: it must be {' or '.join(BLOCKS)}")
+    if not issubclass(task.data, DataConfig | TextConfig):
+        raise UserError(f"the task {task.__name__} takes {task.data.__name__}: data must be DataConfig or TextConfig")
     return (task.kind,)
 
 

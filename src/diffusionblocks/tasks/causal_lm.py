@@ -22,10 +22,9 @@ from diffusionblocks.options import option
 from diffusionblocks.seeds import Draws
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights
 from diffusionblocks.tasks.readers import BlocksReader, OrdinaryReader, Reader
-from diffusionblocks.tasks.writing import TrainedOnText
 from diffusionblocks.theory.likelihood import TokenShares, token_bound
 from diffusionblocks.theory.targets import add_noise
-from diffusionblocks.training.task import Metric, Sampling, StepOutput
+from diffusionblocks.training.task import Metric, Sampling, StepOutput, TrainedOnText
 
 _OF_PRETRAINED = {"head_start": "fresh", "distill": False, "ordinary": 0.0}  # what only blocks of pretrained ones have
 # What the paper describes and its released code does ([DB] sections 3 and 5.4, app. E).
@@ -260,7 +259,7 @@ def _padded(batch: Batch) -> Tensor:
     return pad(following(batch), (0, 1), value=IGNORED)
 
 
-def _whole(model: BlockModel) -> Any:
+def _whole(model: BlockModel) -> EndToEndModel:
     if not isinstance(model, EndToEndModel) or not isinstance(model.readout, TokenReadout):
         raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
     return model

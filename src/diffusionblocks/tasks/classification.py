@@ -18,7 +18,6 @@ from torch.nn.functional import cross_entropy
 from diffusionblocks.blocks.labels import LabelBlocks
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.data.images.config import DataConfig
-from diffusionblocks.data.images.splits import ImageSplits
 from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
@@ -38,7 +37,7 @@ from diffusionblocks.training.task import (
     Sampling,
     StepOutput,
     Task,
-    Trained,
+    TrainedOnImages,
     all_beside,
     drawn_for,
     mean_with_error,
@@ -46,7 +45,6 @@ from diffusionblocks.training.task import (
 
 PREDICTED = 16  # test samples in the report
 
-TrainedOnImages = Trained[ImageSplits, DataConfig]
 
 # What the paper describes and its released code does ([DB] sections 3 and 5.1, app. E).
 PAPER: dict[str, Any] = {

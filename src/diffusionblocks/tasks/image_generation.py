@@ -23,7 +23,7 @@ from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.images.grid import grid, to_pixels
 from diffusionblocks.data.images.latents import Autoencoder
-from diffusionblocks.data.images.splits import ImageData, ImageSplits
+from diffusionblocks.data.images.splits import ImageData
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.evaluation import images
 from diffusionblocks.networks.parts import Batch
@@ -43,7 +43,7 @@ from diffusionblocks.training.task import (
     Sampling,
     StepOutput,
     Task,
-    Trained,
+    TrainedOnImages,
     all_beside,
     drawn_for,
     mean_with_error,
@@ -51,8 +51,6 @@ from diffusionblocks.training.task import (
 
 AT_ONCE = 250  # images made together
 SHOWN, PATHS, PATH_STEPS = 64, 4, 12  # in the report: images, those shown on their way, and steps of the way
-
-TrainedOnImages = Trained[ImageSplits, DataConfig]
 
 
 class Generated(NamedTuple):
@@ -346,7 +344,7 @@ def class_numbers(text: str, names: Sequence[str]) -> list[int]:
     return found
 
 
-def _diffusion(model: Any) -> Any:
+def _diffusion(model: BlockModel) -> ImageBlocks | ImageNetwork:
     if not isinstance(model, ImageBlocks | ImageNetwork):
         raise UserError(f"the task image-generation needs a diffusion network; got {type(model).__name__}")
     return model

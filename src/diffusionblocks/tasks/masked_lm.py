@@ -28,7 +28,7 @@ from diffusionblocks.options import check_options, option
 from diffusionblocks.seeds import Draws, derive, generator, uniform
 from diffusionblocks.system.devices import wide
 from diffusionblocks.tasks.prompts import start_of
-from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, TrainedOnText, Written, check_length, told
+from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, Written, check_length, told
 from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks, Partition
 from diffusionblocks.theory.unmasking import SAMPLERS, even
@@ -40,6 +40,7 @@ from diffusionblocks.training.task import (
     Sampling,
     StepOutput,
     Task,
+    TrainedOnText,
     all_beside,
     beside,
     drawn_for,
@@ -311,7 +312,7 @@ def most_masked(partition: Partition, blocks: Blocks, tokens: Tensor, *, exact: 
     return min(texts * length, math.ceil(most) + 1)
 
 
-def _masked(model: Any) -> Any:
+def _masked(model: BlockModel) -> MaskedBlocks | MaskedNetwork:
     if not isinstance(model, MaskedBlocks | MaskedNetwork):
         raise UserError(f"the task masked-lm needs a masked diffusion network; got {type(model).__name__}")
     return model

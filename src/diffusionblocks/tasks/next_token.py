@@ -34,16 +34,7 @@ from diffusionblocks.options import check_options, option
 from diffusionblocks.seeds import Draws, derive, generator, normal_like, uniform
 from diffusionblocks.tasks.prompts import beginning
 from diffusionblocks.tasks.readers import Reader
-from diffusionblocks.tasks.writing import (
-    AT_ONCE,
-    OPTIONS,
-    SETTINGS,
-    TrainedOnText,
-    Writing,
-    Written,
-    check_length,
-    told,
-)
+from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, Writing, Written, check_length, told
 from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks
 from diffusionblocks.theory.targets import add_noise
@@ -56,6 +47,7 @@ from diffusionblocks.training.task import (
     Sampling,
     StepOutput,
     Task,
+    TrainedOnText,
     all_beside,
     beside,
     drawn_for,

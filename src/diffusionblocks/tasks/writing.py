@@ -7,17 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffusionblocks.data.text.corpora import TextConfig
-from diffusionblocks.data.text.splits import TextSplits
 from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.training.task import Asked, Made, Trained
+from diffusionblocks.training.task import Asked, Made
 
 AT_ONCE = 64  # texts made together, at most
 OPTIONS = ("prompt", "chat", "length", "seed")  # of `dblocks sample`
 SETTINGS = {name: name for name in ("temperature", "top_p", "top_k")}
-
-TrainedOnText = Trained[TextSplits, TextConfig]
 
 
 class Written(NamedTuple):

@@ -13,7 +13,9 @@ from torch.utils.data import Dataset
 
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.data.images.splits import ImageSplits
 from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import TextSplits
 from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import Failed, UserError
 from diffusionblocks.networks.parts import Batch
@@ -65,6 +67,10 @@ class Trained(Generic[S, C]):
     config: C
     device: torch.device
     evaluate: Callable[[Dataset], dict[str, Metric]]
+
+
+TrainedOnImages = Trained[ImageSplits, DataConfig]
+TrainedOnText = Trained[TextSplits, TextConfig]
 
 
 class Sampling(NamedTuple):
