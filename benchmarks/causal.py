@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.evaluation.text import go_on
 from diffusionblocks.experiments.run import prepare
 from diffusionblocks.recipes import load_recipe
 from environment import describe
@@ -78,7 +77,9 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
     for run in runs.values():
         run.model.eval()
     length = runs["end-to-end"].recipe.data.length
-    writing = alternating({name: (lambda run=run: go_on(run, start, length)) for name, run in runs.items()}, 4)
+    writing = alternating(
+        {name: (lambda run=run: run.recipe.task.go_on(run.trained, start, length)) for name, run in runs.items()}, 4
+    )
     return {
         "training": compared(training, batch["input_ids"].numel(), "end-to-end"),
         "writing": compared(writing, WRITTEN * (length - 1), "end-to-end"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from diffusionblocks.experiments.run import git_commit, versions
+from diffusionblocks.experiments.summary import git_commit, versions
 
 
 def describe() -> dict[str, Any]:

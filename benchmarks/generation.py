@@ -20,7 +20,6 @@ import numpy as np
 import torch
 
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.evaluation.generation import generate
 from diffusionblocks.experiments.run import load_run
 from environment import describe
 
@@ -101,7 +100,7 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     for turn in range(6):
         for name, run in runs.items():
             with run.trainer.averaged():
-                seconds = generate(run, labels, seed=turn, quiet=True, task=task).seconds
+                seconds = task.generate(run.trained, labels, seed=turn, quiet=True).seconds
             if turn:  # the first is a warm-up
                 times[name].append(seconds / len(labels))
     ratios = {

@@ -20,9 +20,10 @@ import torch
 
 from diffusionblocks.cli import main as dblocks
 from diffusionblocks.evaluation.judges import distinct_2, entropy
-from diffusionblocks.evaluation.text import sample_texts
 from diffusionblocks.experiments.run import load_run, prepare
+from diffusionblocks.experiments.sample import sample
 from diffusionblocks.recipes import load_recipe
+from diffusionblocks.training.task import Asked
 from environment import describe
 from timing import alternating, ratio
 
@@ -105,7 +106,7 @@ def writing(arguments: argparse.Namespace) -> dict[str, Any]:
             Path(arguments.output_dir) / "layer-evaluations" / method / f"seed-{arguments.seed}", with_data=False
         )
         for iterations, early_exit in ((1, 0.0), (4, 0.0), (16, 0.0), (16, 0.001), (16, 0.01), (16, 0.1)):
-            made = sample_texts(run, WRITTEN, iterations=iterations, early_exit=early_exit)
+            made = sample(run, Asked(num=WRITTEN), {"iterations": iterations, "early_exit": early_exit}).found
             names = ("iterations_per_token", "layer_evaluations_per_text", "tokens_per_second")
             texts = [list(text.encode("utf-8", "replace")) for text in made["texts"]]
             found[f"{method}, K = {iterations}, early exit {early_exit}"] = {

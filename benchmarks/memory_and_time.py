@@ -26,14 +26,13 @@ from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.splits import ImageData
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.planning.measure import measure_peak
-from diffusionblocks.recipes.presets import PRESETS
 from environment import describe
 
 REGIMES = {
     "activations dominate": {"hidden_size": 256, "num_attention_heads": 8, "batch_size": 64},
     "parameters dominate": {"hidden_size": 1024, "num_attention_heads": 16, "batch_size": 1},
 }
-PAPER = dict(PRESETS["classification"]["paper"]["blocks"])
+PAPER = dict(dblocks.Classification.presets["paper"]["blocks"])
 ROUNDS = 7
 
 

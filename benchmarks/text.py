@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.blocks.kinds import whole_network
 from diffusionblocks.cli import main as dblocks
-from diffusionblocks.evaluation.text import blank, generate
 from diffusionblocks.experiments.run import prepare
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.recipes import load_recipe
 from diffusionblocks.tasks import MaskedLM
+from diffusionblocks.tasks.masked_lm import blank
 from environment import describe
 from generation import curve
 from timing import alternating, compared
@@ -90,7 +90,12 @@ def _sampling() -> dict[str, Any]:
     texts = 64
     for run in runs.values():
         run.model.eval()
-    seconds = alternating({name: (lambda run=run: generate(run, blank(run, texts))) for name, run in runs.items()})
+    seconds = alternating(
+        {
+            name: (lambda run=run: run.recipe.task.fill(run.trained, blank(run.trained, texts)))
+            for name, run in runs.items()
+        }
+    )
     recipe = runs["diffusionblocks"].recipe
     return {
         "num_blocks": recipe.blocks.num_blocks,

@@ -30,6 +30,7 @@ _EXPORTS = {
     "ImageGeneration": "diffusionblocks.tasks",
     "MaskedLM": "diffusionblocks.tasks",
     "RecurrentLM": "diffusionblocks.tasks",
+    "register_task": "diffusionblocks.tasks",
     "LoopedNetwork": "diffusionblocks.blocks.looped",
     "register_network": "diffusionblocks.networks.registry",
     "Trainer": "diffusionblocks.training",

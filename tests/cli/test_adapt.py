@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from diffusionblocks.cli import main
-from diffusionblocks.experiments.run import read_summary
+from diffusionblocks.experiments.folder import read_summary
 from tests.cli.test_text import run_json
 from tests.language_models import make_pretrained, write_messages, write_texts
 
@@ -225,26 +225,26 @@ def test_a_run_is_scored_by_the_harness(runs, tasks, capsys, monkeypatch):
     assert "unknown task of lm-evaluation-harness: 'local_sun'" in capsys.readouterr().err
 
 
-def test_scores_are_the_log_probabilities_of_the_network(runs, monkeypatch):
-    from diffusionblocks.evaluation import harness
+def test_scores_are_the_log_probabilities_of_the_network(runs):
     from diffusionblocks.evaluation.harness import rolling, score, write
     from diffusionblocks.experiments.run import load_run
 
     run = load_run(runs["diffusionblocks"], [("train.device", "cpu")], with_data=False)
+    model = run.recipe.task.language_model(run.trained)
     ids = [5, 9, 30, 31, 32, 40]
     with torch.no_grad():
         log_p = run.model.network.eval()(torch.tensor([ids])).logits.log_softmax(-1)[0]
     expected = sum(log_p[place - 1, ids[place]].item() for place in (4, 5))
-    found, greedy = score(run, ids[:4], ids[4:])
+    found, greedy = score(model, ids[:4], ids[4:])
     assert found == pytest.approx(expected, abs=1e-4) and not greedy
     best = int(log_p[3].argmax())
-    assert score(run, ids[:4], [best])[1]
-    monkeypatch.setattr(harness, "window_of", lambda run: 64)
+    assert score(model, ids[:4], [best])[1]
+    model = model._replace(window=64)
     text = [int(token) for token in range(3, 153)]  # more than two windows of 64
     parts = [([2], text[:63]), (text[:63][-1:], text[63:126])]
-    expected = sum(score(run, *part)[0] for part in parts) + score(run, text[150 - 64 : 126], text[126:])[0]
-    assert rolling(run, text) == pytest.approx(expected, abs=1e-3)
-    written = write(run, "What is {2}?", {"until": ["."], "max_gen_toks": 5})
+    expected = sum(score(model, *part)[0] for part in parts) + score(model, text[150 - 64 : 126], text[126:])[0]
+    assert rolling(model, text) == pytest.approx(expected, abs=1e-3)
+    written = write(model, "What is {2}?", {"until": ["."], "max_gen_toks": 5})
     ids = [int(token) for token in run.data.tokenizer.encode("What is {2}?")]
     for _ in range(5):
         with torch.no_grad():

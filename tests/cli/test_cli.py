@@ -18,7 +18,6 @@ from PIL import Image
 from diffusionblocks.cli import main
 from diffusionblocks.methods.methods import LOOPED, METHODS, steps_for_budget
 from diffusionblocks.recipes import built_in, load_recipe
-from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.training import checkpoint
 from tests.conftest import make_vit
 from tests.language_models import make_pretrained
@@ -97,7 +96,7 @@ def test_every_recipe_loads_and_survives_yaml(name, preset, tmp_path):
     path.write_text(yaml.safe_dump(recipe.as_dict()))
     assert load_recipe(str(path)).as_dict() == recipe.as_dict()
     recipe.train.check()
-    recipe.blocks.check(TARGETS[recipe.task.kind])
+    recipe.blocks.check(recipe.task.target)
     if recipe.model.pretrained:  # which may not be here: another of the same depth
         recipe.model.pretrained = str(tmp_path / "net")
         make_pretrained(tmp_path / "net", layers=30)

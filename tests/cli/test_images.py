@@ -69,7 +69,7 @@ def test_a_finished_run_is_evaluated_with_other_samples(trained, capsys):
 
 
 def test_sampling_and_exporting_need_no_data(trained, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffusionblocks.experiments.run.load_data", lambda *_: pytest.fail("data was read"))
+    monkeypatch.setattr("diffusionblocks.data.splits.load_data", lambda *_: pytest.fail("data was read"))
     assert run(capsys, "sample", trained, "--num", 2, "--output", tmp_path / "x.png")[0] == 0
     assert run(capsys, "export", trained, "--block", 0, "--output", tmp_path / "x.safetensors")[0] == 0
 

@@ -82,7 +82,7 @@ def test_sampling_goes_on_from_a_prompt_and_fills_blanks(trained, capsys, tmp_pa
 
 
 def test_sampling_needs_no_data(trained, capsys, monkeypatch):
-    monkeypatch.setattr("diffusionblocks.experiments.run.load_text", lambda *arguments: pytest.fail("read the data"))
+    monkeypatch.setattr("diffusionblocks.data.splits.load_text", lambda *arguments: pytest.fail("read the data"))
     assert run_json(capsys, "sample", str(trained), "--num", "1")["num"] == 1
 
 

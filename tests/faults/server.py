@@ -22,8 +22,10 @@ import traceback
 from typing import Any
 
 MODULES = (
-    "diffusionblocks.cli", "diffusionblocks.cli.sample", "diffusionblocks.experiments.run",
-    "diffusionblocks.experiments.compare", "diffusionblocks.report.page", "diffusionblocks.recipes.network",
+    "diffusionblocks.cli", "diffusionblocks.cli.sample", "diffusionblocks.experiments.train",
+    "diffusionblocks.experiments.sample", "diffusionblocks.experiments.compare", "diffusionblocks.tasks.classification",
+    "diffusionblocks.tasks.image_generation", "diffusionblocks.tasks.masked_lm", "diffusionblocks.tasks.causal_lm",
+    "diffusionblocks.tasks.recurrent_lm", "diffusionblocks.report.page", "diffusionblocks.recipes.network",
     "sklearn.datasets", "matplotlib.figure", "transformers.models.vit.modeling_vit",
     "transformers.models.llama.modeling_llama", "torch.distributed._tools.mem_tracker",
 )  # fmt: skip

@@ -19,7 +19,8 @@ from PIL import Image
 
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.recipes import ModelConfig
-from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
+from diffusionblocks.recipes.schema import InContextConfig, LoraConfig
+from diffusionblocks.tasks import TASKS
 from diffusionblocks.training.config import TrainingConfig
 from tests.faults.harness import SHORT, Fault, call, documented, few, files, nothing_half_written, nothing_lost, obeys
 
@@ -559,7 +560,7 @@ def _wrong_values() -> list[Input]:
         ("model", ModelConfig, "classification"), ("lora", LoraConfig, "causal-lm"),
         ("in_context", InContextConfig, "causal-lm"),
         *(("task", kind, name) for name, kind in TASKS.items()),
-        ("data", DATA["classification"], "classification"), ("data", DATA["causal-lm"], "causal-lm"),
+        ("data", TASKS["classification"].data, "classification"), ("data", TASKS["causal-lm"].data, "causal-lm"),
     ]  # fmt: skip
     for group, kind, task in groups:
         types = typing.get_type_hints(kind)

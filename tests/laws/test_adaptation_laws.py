@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 import diffusionblocks as dblocks
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.data.text.splits import TextData, load_text
-from diffusionblocks.evaluation.in_context import InContext, Passages
+from diffusionblocks.methods.in_context import InContext, Passages
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.recipes.schema import InContextConfig
 from tests.conftest import Counting, config, make_gpt2, make_llama, make_neox, same, weights

@@ -14,7 +14,7 @@ from diffusionblocks.networks.attention import side_by_side
 from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks.readers import BlocksReader
-from diffusionblocks.theory.choice import Choice, draw
+from diffusionblocks.theory.choice import TokenChoice, draw
 from diffusionblocks.theory.likelihood import token_bound
 from diffusionblocks.theory.noise import Information
 from diffusionblocks.theory.partition import Partition
@@ -330,7 +330,7 @@ def test_a_reader_with_a_cache_says_what_blocks_without_one_say(make, preset):
     if model.is_ordinary:
         pytest.skip("an ordinary network reads with the cache of transformers")
     batch = tokens_like(3, 9)
-    reader = BlocksReader(model, Choice())
+    reader = BlocksReader(model, TokenChoice())
     with torch.no_grad():
         reader.read(batch["input_ids"][:, :5])
         for place in range(5, 8):
@@ -355,7 +355,7 @@ def test_drawing_along_the_levels_is_exact_for_an_exact_posterior():
             head.bias.copy_(bias)
         model.denoiser(index).head().head = head
     count = 6000
-    for choice, steps in ((Choice(), 0), (Choice(), 7), (Choice(0.5, top_k=4), 5)):
+    for choice, steps in ((TokenChoice(), 0), (TokenChoice(), 7), (TokenChoice(0.5, top_k=4), 5)):
         reader = BlocksReader(model, choice, steps=steps)
         with torch.no_grad():
             reader.read(torch.zeros(count, 1, dtype=torch.long))
@@ -368,14 +368,14 @@ def test_drawing_along_the_levels_is_exact_for_an_exact_posterior():
 def test_the_shape_of_a_draw():
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]]).log().expand(4000, -1)[:, :3]
     generator = torch.Generator().manual_seed(0)
-    assert set(Choice(0.0)(logits, generator).tolist()) == {0}
-    assert set(Choice(top_k=2)(logits, generator).tolist()) == {0, 1}
-    assert set(Choice(top_p=0.4)(logits, generator).tolist()) == {0}
+    assert set(TokenChoice(0.0)(logits, generator).tolist()) == {0}
+    assert set(TokenChoice(top_k=2)(logits, generator).tolist()) == {0, 1}
+    assert set(TokenChoice(top_p=0.4)(logits, generator).tolist()) == {0}
     shares = draw(logits, generator).bincount(minlength=3) / 4000
     torch.testing.assert_close(shares, torch.tensor([3.0, 2.0, 1.0]) / 6, rtol=0, atol=0.03)
     for bad in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}):
         with pytest.raises(UserError, match="must not be negative"):
-            Choice(**bad)
+            TokenChoice(**bad)
 
 
 # ---------------------------------------------------------------- training

@@ -19,7 +19,7 @@ from diffusionblocks.tasks import RecurrentLM
 from diffusionblocks.tasks import looped_readers as samplers
 from diffusionblocks.tasks.looped_readers import LevelsReader, UnrolledReader
 from diffusionblocks.theory.categorical import bridge
-from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.likelihood import token_bound, walk_bound
 from diffusionblocks.theory.noise import Information
 from diffusionblocks.theory.partition import Partition
@@ -383,7 +383,7 @@ def write(reader, start, length):
 @torch.no_grad()
 def test_unrolling_with_kept_keys_is_unrolling_without(make, monkeypatch):
     model = stirred(unrolled(make()))
-    reader = Recorded(model, Choice(), 3)
+    reader = Recorded(model, TokenChoice(), 3)
     tokens = write(reader, tokens_like(2, 4)["input_ids"], 9)
     noise = torch.cat(reader.drawn, 1)
     monkeypatch.setattr(looped, "normal_like", lambda tensor, generator=None: noise[:, : tensor.shape[1]])
@@ -401,7 +401,7 @@ def test_rows_that_stopped_early_are_taken_further_when_others_need_them():
     none."""
     start = tokens_like(2, 4)["input_ids"]
     model = stirred(unrolled(coda=0))
-    early, whole = (Recorded(model, Choice(temperature=0.0), 5) for _ in range(2))
+    early, whole = (Recorded(model, TokenChoice(temperature=0.0), 5) for _ in range(2))
     early.early_exit = 1e9  # at the second iteration
     for reader in (early, whole):
         reader.read(start)
@@ -427,7 +427,7 @@ def test_walking_levels_with_kept_keys_is_walking_without(make, monkeypatch, sam
             walked.append((number, z, super()._denoise(number, z, generator), self._tokens))
             return walked[-1][2]
 
-    reader = Watched(model, Choice(), 3, 0.0, sampler)
+    reader = Watched(model, TokenChoice(), 3, 0.0, sampler)
     write(reader, tokens_like(2, 4)["input_ids"], 8)
     assert [number for number, *_ in walked] == [0, 1, 2] * 4
     assert reader.layer_evaluations == 2 * 8 + 2 * (len(model.layers[0]) - 1) * (7 + 2 * (7 + 3))
@@ -449,7 +449,7 @@ def test_a_walk_draws_what_its_bound_is_of():
     start = tokens_like(1, 4)["input_ids"].expand(8_000, -1)
     expected = network(input_ids=start[:1]).logits[0, -1].softmax(-1)
     for iterations in (1, 3):
-        reader = LevelsReader(denoiser(network).eval(), Choice(), iterations)
+        reader = LevelsReader(denoiser(network).eval(), TokenChoice(), iterations)
         reader.read(start)
         found = torch.bincount(reader.next(torch.Generator().manual_seed(0)), minlength=len(expected)) / len(start)
         assert (found - expected).abs().max() < 4 * (0.25 / len(start)) ** 0.5

@@ -17,7 +17,7 @@ from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.tasks.masked_lm import most_masked
 from diffusionblocks.theory import unmasking
-from diffusionblocks.theory.choice import Choice
+from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.noise import MaskingSchedule
 from diffusionblocks.theory.partition import Partition
 from tests.conftest import (
@@ -465,7 +465,7 @@ def test_ancestral_sampling_with_the_exact_posterior_gives_the_joint_distributio
             logits[known == value, 1 - value] = -torch.inf
         return logits[where]
 
-    sampler = unmasking.ancestral(2, schedule, Choice())
+    sampler = unmasking.ancestral(2, schedule, TokenChoice())
     start = torch.full((4000, 2), 2)
     equal = [
         (found := sampler(denoise, start, unmasking.even(1.0, steps), generator=torch.Generator().manual_seed(0)))[:, 0]
@@ -486,7 +486,7 @@ def test_confidence_takes_the_likeliest_tokens_first():
         return logits[where]
 
     seen = []
-    sampler = unmasking.by_confidence(8, MaskingSchedule(), Choice(0.0))
+    sampler = unmasking.by_confidence(8, MaskingSchedule(), TokenChoice(0.0))
     sampler(
         lambda z, level, where: seen.append(z) or denoise(z, level, where), torch.full((1, 8), 8), unmasking.even(1, 4)
     )
@@ -555,10 +555,10 @@ def test_a_block_with_tied_embeddings_travels(name, tmp_path):
 def test_temperature_and_top_p_act_when_a_token_is_chosen():
     logits = torch.tensor([[0.6, 0.3, 0.1]]).log().expand(4000, 3)
     generator = torch.Generator().manual_seed(0)
-    assert (Choice(0.0)(logits, generator) == 0).all()
-    assert set(Choice(1.0, 0.7)(logits, generator).tolist()) == {0, 1}
-    assert set(Choice(1.0, 0.5)(logits, generator).tolist()) == {0}
-    plain = Choice()(logits, generator).bincount(minlength=3) / 4000
+    assert (TokenChoice(0.0)(logits, generator) == 0).all()
+    assert set(TokenChoice(1.0, 0.7)(logits, generator).tolist()) == {0, 1}
+    assert set(TokenChoice(1.0, 0.5)(logits, generator).tolist()) == {0}
+    plain = TokenChoice()(logits, generator).bincount(minlength=3) / 4000
     assert plain.tolist() == pytest.approx([0.6, 0.3, 0.1], abs=0.03)
-    sharp = Choice(0.5)(logits, generator).bincount(minlength=3) / 4000
+    sharp = TokenChoice(0.5)(logits, generator).bincount(minlength=3) / 4000
     assert sharp.tolist() == pytest.approx([0.36 / 0.46, 0.09 / 0.46, 0.01 / 0.46], abs=0.03)

@@ -16,7 +16,7 @@ import torch
 import diffusionblocks as dblocks
 from diffusionblocks.data.images.splits import ImageData
 from diffusionblocks.errors import Failed
-from diffusionblocks.experiments.run import read_recipe
+from diffusionblocks.experiments.folder import read_recipe
 from diffusionblocks.recipes import ModelConfig, Recipe
 from diffusionblocks.system import files, plain_yaml, run_folder
 from diffusionblocks.system.interruption import Stop, Stopped, Terminated, interruptible, stop_on_signal

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 
 import diffusionblocks as dblocks
 from diffusionblocks.data.images import latents, sources
+from diffusionblocks.data.images.grid import grid, to_pixels
 from diffusionblocks.data.images.latents import Autoencoder, load_data
-from diffusionblocks.evaluation import features, generation
+from diffusionblocks.evaluation import features
+from diffusionblocks.experiments.sample import check_file
+from diffusionblocks.training.task import Asked
 from tests.conftest import make_autoencoder, make_data
 
 
@@ -197,25 +201,23 @@ def test_frechet_distance_of_gaussians_is_the_formula():
 
 def test_grids_are_in_reading_order_with_gaps():
     pixels = torch.stack([torch.full((1, 2, 2), value, dtype=torch.uint8) for value in (10, 20, 30)])
-    picture = generation.grid(pixels, columns=2)
+    picture = grid(pixels, columns=2)
     assert picture.shape == (5, 5)
     assert (picture[0, 0], picture[0, 3], picture[3, 0]) == (10, 20, 30)
     assert picture[0, 2] == picture[4, 4] == 255
 
 
 def test_pixels_are_rounded_and_clipped():
-    found = generation.to_pixels(torch.tensor([-2.0, -1.0, 0.001, 1.0, 3.0]))
+    found = to_pixels(torch.tensor([-2.0, -1.0, 0.001, 1.0, 3.0]))
     assert found.tolist() == [0, 0, 128, 255, 255]
 
 
-def test_guidance_without_a_null_class_is_refused(tmp_path):
-    task = dblocks.ImageGeneration(label_dropout=0.0)
-    run = SimpleNamespace(recipe=SimpleNamespace(task=task), data=SimpleNamespace(classes=["a", "b"]))
+def test_what_cannot_be_sampled_is_refused():
+    task = dblocks.ImageGeneration()
+    trained = SimpleNamespace(data=SimpleNamespace(classes=["a", "b"]))
     with pytest.raises(dblocks.UserError, match="guidance needs a null class"):
         dblocks.ImageGeneration(label_dropout=0.0, guidance=2.0)
-    with pytest.raises(dblocks.UserError, match="guidance needs a null class"):
-        generation.sample_to_file(run, 4, tmp_path / "x.png", guidance=2.0)
     with pytest.raises(dblocks.UserError, match="class 2 does not exist: classes are 0 to 1"):
-        generation.sample_to_file(run, 4, tmp_path / "x.png", classes=[2])
+        task.make(trained, Asked(num=4, classes="2"))
     with pytest.raises(dblocks.UserError, match=r"must end in \.png"):
-        generation.sample_to_file(run, 4, tmp_path / "x.jpg")
+        check_file(task.sampling(None), Path("x.jpg"))

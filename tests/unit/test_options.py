@@ -13,7 +13,8 @@ from diffusionblocks.methods.methods import for_method
 from diffusionblocks.options import LARGEST, Range, check_options, check_value, option
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
 from diffusionblocks.recipes.load import read_value
-from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
+from diffusionblocks.recipes.schema import InContextConfig, LoraConfig
+from diffusionblocks.tasks import TASKS
 
 GROUPS = {
     "train": dblocks.TrainingConfig,
@@ -168,7 +169,7 @@ def test_ranges_of_every_task_hold(recipe, key, value):
         load_recipe(recipe, [(key, value)])
 
 
-@pytest.mark.parametrize("kind", [*GROUPS.values(), *TASKS.values(), *DATA.values()])
+@pytest.mark.parametrize("kind", [*GROUPS.values(), *TASKS.values(), *{task.data for task in TASKS.values()}])
 def test_every_number_has_a_range(kind):
     """Defaults are inside, NaN and a far too large number are not; a number without bounds may be any finite one."""
     free = {"p_mean", "seed", "split_seed"}

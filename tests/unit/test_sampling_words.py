@@ -3,7 +3,8 @@
 import pytest
 
 import diffusionblocks as dblocks
-from diffusionblocks.cli.sample import _classes, _stops
+from diffusionblocks.cli.sample import _stops
+from diffusionblocks.tasks.image_generation import class_numbers
 
 NAMES = ["cat", "dog", "²"]
 
@@ -12,13 +13,13 @@ NAMES = ["cat", "dog", "²"]
     ("text", "found"), [("0", [0]), ("dog", [1]), ("1, cat", [1, 0]), ("²", [2]), ("-1", [-1]), ("007", [7])]
 )
 def test_classes_by_number_or_name(text, found):
-    assert _classes(text, NAMES) == found
+    assert class_numbers(text, NAMES) == found
 
 
 @pytest.mark.parametrize("text", ["³", "٣", "cats", "1,,2", "9" * 5000, "1.0", ""])
 def test_what_is_no_class_is_one_line(text):
     with pytest.raises(dblocks.UserError, match="unknown class"):
-        _classes(text, NAMES)
+        class_numbers(text, NAMES)
 
 
 def test_stop_strings_have_line_breaks_and_backslashes():

@@ -79,3 +79,12 @@ def test_nothing_is_unpickled():
 def test_derived_seeds_are_stable_and_distinct():
     assert derive(0, "step", 1, 2) == 7986440277878847354  # a change would break resuming old runs
     assert len({derive(s, "step", b, i) for s in range(3) for b in range(3) for i in range(50)}) == 450
+
+
+def test_a_task_is_imported_without_the_others():
+    code = (
+        "import sys, diffusionblocks; diffusionblocks.Classification; "
+        "print([m for m in sys.modules if m.startswith('diffusionblocks.tasks.')], 'transformers' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "['diffusionblocks.tasks.classification'] False"

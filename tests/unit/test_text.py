@@ -13,7 +13,7 @@ from diffusionblocks.data.text.corpora import TextConfig, documents
 from diffusionblocks.data.text.splits import TextData, load_text, units
 from diffusionblocks.data.text.tokenizers import Bytes, Characters, load_tokenizer
 from diffusionblocks.evaluation.judges import distinct_2, entropy
-from diffusionblocks.evaluation.prompts import start_of
+from diffusionblocks.tasks.prompts import start_of
 
 POEM = "One two, three: 4 small Birds sit in the tree.\n"
 

@@ -109,9 +109,9 @@ class ImageNetwork(WholeDenoiser):
     def __init__(self, parts: Parts, num_layers: int | None = None, **options: Any) -> None:
         super().__init__(parts, num_layers, **options)
         self.sample_shape, self.num_classes = parts.sample_shape, parts.num_classes
-        self._denoiser = (_Whole(self),)
+        self._denoiser = (_ImageNetworkDenoiser(self),)
 
-    def denoiser(self, index: int) -> _Whole:
+    def denoiser(self, index: int) -> _ImageNetworkDenoiser:
         self.block(index)
         return self._denoiser[0]
 
@@ -136,7 +136,7 @@ class ImageNetwork(WholeDenoiser):
         write_json(Path(folder) / "denoiser.json", use)
 
 
-class _Whole:
+class _ImageNetworkDenoiser:
     """A whole network called as a denoiser. Not a module: its parameters are registered through the network."""
 
     def __init__(self, model: ImageNetwork) -> None:

@@ -255,9 +255,9 @@ class MaskedNetwork(WholeDenoiser):
             if stays:
                 layer.requires_grad_(False)
         self.blocks[0] = MaskedBlock(layers, level=level, stem=parts.stem, readout=parts.readout)
-        self._denoiser = (_Whole(self),)
+        self._denoiser = (_MaskedNetworkDenoiser(self),)
 
-    def denoiser(self, index: int) -> _Whole:
+    def denoiser(self, index: int) -> _MaskedNetworkDenoiser:
         self.block(index)
         return self._denoiser[0]
 
@@ -299,7 +299,7 @@ class MaskedNetwork(WholeDenoiser):
         }
 
 
-class _Whole(Answers):
+class _MaskedNetworkDenoiser(Answers):
     """A whole network asked as a denoiser. Not a module: its parameters are registered through the network."""
 
     def __init__(self, model: MaskedNetwork) -> None:

@@ -104,6 +104,11 @@ class BlockModel(nn.Module):
         return owners
 
     @property
+    def is_ordinary(self) -> bool:
+        """Whether it is an ordinary network of transformers as it is (its `network`)."""
+        return False
+
+    @property
     def reads_idle_blocks(self) -> bool:
         """Whether a block's step passes layers of other blocks."""
         return False
@@ -144,6 +149,10 @@ class EndToEndModel(BlockModel):
     def forward(self, batch: Batch, active: int | None = None) -> Tensor:
         """batch of the stem's inputs -> logits. active: the block that trains (here there is but one)."""
         return self.readout(self.hidden(batch, active))
+
+    @property
+    def is_ordinary(self) -> bool:
+        return True
 
     @property
     def network(self) -> Any:
@@ -203,6 +212,10 @@ class WholeDenoiser(EndToEndModel):
     ) -> None:
         super().__init__(parts, num_layers, trained_layers=trained_layers)
         self.partition = Partition(levels, 1, 0.0)
+
+    @property
+    def is_ordinary(self) -> bool:
+        return False
 
     def denoiser(self, index: int) -> Any:
         raise NotImplementedError

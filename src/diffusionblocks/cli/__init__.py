@@ -101,7 +101,7 @@ def _train(arguments: argparse.Namespace, rest: list[str]) -> Any:
     import torch
 
     from diffusionblocks.experiments.compare import default_output
-    from diffusionblocks.experiments.run import train
+    from diffusionblocks.experiments.train import train
 
     recipe = _recipe(arguments, rest)
     folder = Path(arguments.output_dir) if arguments.output_dir else default_output(recipe, "train")
@@ -134,7 +134,7 @@ def _too_large(recipe: Any, name: str) -> str:
 
 
 def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
-    from diffusionblocks.experiments.run import evaluate, load_run
+    from diffusionblocks.experiments.evaluate import evaluate, evaluate_with_harness
 
     folder, overrides = Path(arguments.run_dir), _overrides(rest)
     check_value("--harness-limit", arguments.harness_limit, int | None, Range(least=1))
@@ -143,11 +143,9 @@ def _evaluate(arguments: argparse.Namespace, rest: list[str]) -> Any:
             "--harness-limit and --harness-path are for tasks of the harness: name them with --harness TASK,..."
         )
     if arguments.harness:
-        from diffusionblocks.evaluation.harness import evaluate_tasks
-
         tasks = [name.strip() for name in arguments.harness.split(",") if name.strip()]
-        run = load_run(folder, overrides, with_data=False)
-        found = evaluate_tasks(run, tasks, arguments.harness_path, arguments.harness_limit)
+        where, limit = arguments.harness_path, arguments.harness_limit
+        found = evaluate_with_harness(folder, tasks, overrides, path=where, limit=limit)
         if not arguments.json:
             for task, metrics in found.items():
                 print(f"{task}: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
@@ -241,12 +239,12 @@ def _numbers(text: str) -> list[int]:
 
 
 def _export(arguments: argparse.Namespace, rest: list[str]) -> Any:
-    from diffusionblocks.experiments.run import export_block
+    from diffusionblocks.experiments.export import export_block
 
     output = Path(arguments.output) if arguments.output else None
     check_value("--block", arguments.block, int | None, Range(least=0))
     if arguments.block is None:
-        from diffusionblocks.experiments.run import export_network
+        from diffusionblocks.experiments.export import export_network
 
         path = export_network(Path(arguments.run_dir), output, _overrides(rest))
         if not arguments.json:

@@ -3,53 +3,53 @@
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.errors import UserError
 from diffusionblocks.options import Range, check_value
-from diffusionblocks.system.files import to_json, write_text
 
-WRITING = ("prompt", "chat", "length", "temperature", "top_p", "top_k", "seed")
-SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "sampler", "iterations", "early_exit")
+# Options that only some tasks take (`Task.sampling` says which).
+OPTIONS = (
+    *("class", "guidance", "grid", "prompt", "chat", "length", "temperature", "top_p", "top_k", "seed", "stop"),
+    *("stream", "steps", "sampler", "iterations", "early_exit"),
+)
 
 
 def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> Any:
-    """Images, texts or classes, as the run's task says; prints them and returns what --json shows."""
-    from diffusionblocks.blocks.causal import CausalBlocks
-    from diffusionblocks.evaluation import in_context
+    """What the run's task makes; prints it and returns what --json shows."""
+    from diffusionblocks.experiments import sample as samples
     from diffusionblocks.experiments.run import load_run
-    from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
+    from diffusionblocks.training.task import Asked
 
-    folder = Path(arguments.run_dir)
     _check(arguments)
+    folder = Path(arguments.run_dir)
     run = load_run(folder, overrides, with_data=False)
-    if run.recipe.method in in_context.METHODS:
-        raise UserError(
-            f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and "
-            "report.html"
-        )
-    if isinstance(run.recipe.task, ImageGeneration):
-        _only(arguments, "images", ("class", "guidance", "grid", "steps", "sampler", "seed"))
-        return _sample_images(arguments, run)
-    if isinstance(run.recipe.task, MaskedLM):
-        _only(arguments, "text", (*WRITING, "steps", "sampler"))
-        return _sample_texts(arguments, run)
-    if isinstance(run.recipe.task, CausalLM):
-        walks = isinstance(run.model, CausalBlocks) and not run.model.is_ordinary
-        of_walks = ("steps", "sampler") if walks else ()
-        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *of_walks))
-        return _sample_texts(arguments, run)
-    if isinstance(run.recipe.task, RecurrentLM):
-        more: tuple[str, ...] = () if run.recipe.method == "shallow" else ("iterations", "early_exit")
-        more += ("sampler",) if isinstance(run.model, CausalBlocks) else ()
-        _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
-        return _sample_texts(arguments, run)
-    _only(arguments, "classes", ())
-    return _sample_labels(arguments, load_run(folder, overrides))
+    sampling = samples.sampling_of(run)
+    given = {name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None}
+    samples.check_options(sampling, given)
+    output = Path(arguments.output) if arguments.output else folder / sampling.file if sampling.file else None
+    if output is not None:
+        samples.check_file(sampling, output)
+    asked = Asked(
+        num=arguments.num,
+        seed=arguments.seed or 0,
+        classes=given.get("class", ""),
+        prompt=arguments.prompt or "",
+        chat=bool(arguments.chat),
+        length=arguments.length or 0,
+        stop=_stops(arguments.stop or []),
+        stream=(lambda piece: print(piece, end="", flush=True)) if arguments.stream and not arguments.json else None,
+    )
+    settings = {field: given[name] for name, field in sampling.settings.items() if name in given}
+    made = samples.sample(load_run(folder, overrides) if sampling.needs_data else run, asked, settings, output)
+    if not arguments.json:
+        print(f"{made.shown}: {output}" if sampling.file else made.shown)
+        if made.aside:
+            print(made.aside, file=sys.stderr)
+    return made.found
 
 
 LIMITS = {
@@ -92,90 +92,4 @@ def _stops(texts: Sequence[str]) -> list[str]:
             ) from None
         if not text:
             raise UserError("--stop is empty: every text would end before it began")
-    return found
-
-
-def _only(arguments: argparse.Namespace, makes: str, known: Sequence[str]) -> None:
-    """Raises UserError for an option of sampling that has no meaning for what the run makes."""
-    for name in SAMPLING:
-        if name not in known and getattr(arguments, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')} has no meaning here: this run makes {makes}")
-
-
-def _sample_texts(arguments: argparse.Namespace, run: Any) -> Any:
-    from diffusionblocks.evaluation.text import sample_texts
-
-    wanted = {"sampling_steps": arguments.steps, "sampler": arguments.sampler}
-    wanted |= {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
-    wanted |= {"iterations": arguments.iterations, "early_exit": arguments.early_exit}
-    settings = {name: value for name, value in wanted.items() if value is not None}
-    found = sample_texts(
-        run,
-        arguments.num,
-        prompt=arguments.prompt or "",
-        chat=bool(arguments.chat),
-        length=arguments.length or 0,
-        seed=arguments.seed or 0,
-        stop=_stops(arguments.stop or []),
-        stream=(lambda piece: print(piece, end="", flush=True)) if arguments.stream and not arguments.json else None,
-        **settings,
-    )
-    if arguments.output:
-        write_text(Path(arguments.output), "\n".join(found["texts"]) + "\n")
-        found["output"] = arguments.output
-    if not arguments.json:
-        between = "\n---\n" if any("\n" in text for text in found["texts"]) else "\n"
-        print("" if arguments.stream else between.join(found["texts"]))
-        steps = f", {found['steps']} steps" if "steps" in found else ""
-        steps += (
-            f", {found['iterations_per_token']:.3g} iterations per token" if "iterations_per_token" in found else ""
-        )
-        print(f"{found['tokens_per_second']:.0f} tokens/s{steps}", file=sys.stderr)
-    return found
-
-
-def _sample_images(arguments: argparse.Namespace, run: Any) -> Any:
-    from diffusionblocks.evaluation.generation import sample_to_file
-
-    output = Path(arguments.output) if arguments.output else Path(arguments.run_dir) / "samples.png"
-    wanted = {"guidance": arguments.guidance, "sampling_steps": arguments.steps}
-    wanted |= {"sampler": arguments.sampler, "grid": arguments.grid}
-    settings = {name: value for name, value in wanted.items() if value is not None}
-    chosen = getattr(arguments, "class")
-    classes = _classes(chosen, run.data.classes) if chosen else []
-    found = sample_to_file(run, arguments.num, output, classes=classes, seed=arguments.seed or 0, **settings)
-    if not arguments.json:
-        print(f"{found['num']} images in {found['seconds']:.1f} s: {found['output']}")
-    return found
-
-
-_NUMBER = re.compile(r"-?[0-9]{1,9}")
-
-
-def _classes(text: str, names: Sequence[str]) -> list[int]:
-    """`3`, `cat` or `3,cat` -> numbers of classes. A name that looks like a number is a number."""
-    found = []
-    for part in text.split(","):
-        if _NUMBER.fullmatch(part.strip()):
-            found.append(int(part))
-        elif part.strip() in names:
-            found.append(names.index(part.strip()))
-        else:
-            raise UserError(f"unknown class {part.strip()!r}{nearest(part.strip(), names)}")
-    return found
-
-
-def _sample_labels(arguments: argparse.Namespace, run: Any) -> Any:
-    from diffusionblocks.experiments.predictions import predictions
-
-    found = {"predictions": predictions(run, arguments.num)}
-    if arguments.output:
-        write_text(Path(arguments.output), to_json(found, indent=2) + "\n")
-    if not arguments.json:
-        for row in found["predictions"]:
-            mark = "" if row["predicted"] == row["label"] else "  wrong"
-            print(
-                f"{row['index']:5d}  label {row['label']}  predicted {row['predicted']} "
-                f"({row['probability']:.1%}){mark}"
-            )
     return found

@@ -146,7 +146,7 @@ def _first_wins(own: Path, path: Path) -> None:
 def _fit(network: SmallNetwork, train: ImageData) -> None:
     network.train()
     optimizer = torch.optim.AdamW(network.parameters(), RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     stream = BatchStream(train, min(BATCH, len(train)), seed=0)
     for number in range(STEPS):
         rows = stream.indices(number)
@@ -154,7 +154,7 @@ def _fit(network: SmallNetwork, train: ImageData) -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
+        rates.step()
 
 
 def check(what: str, count: int, num_features: int) -> None:

@@ -6,7 +6,6 @@ that read the noisy target, looped networks) is scored by its own likelihood her
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,11 @@ from typing import Any
 import torch
 
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.evaluation import in_context
-from diffusionblocks.evaluation.adaptation import is_ordinary
-from diffusionblocks.networks.readout import IGNORED
-from diffusionblocks.seeds import generator
-from diffusionblocks.tasks import NextToken
+from diffusionblocks.training.task import LanguageModel
 
 
 def evaluate_tasks(
-    run: Any, tasks: Sequence[str], folder: str | None = None, limit: int | None = None
+    model: LanguageModel, tasks: Sequence[str], folder: str | None = None, limit: int | None = None
 ) -> dict[str, dict[str, float]]:
     """Metrics of lm-evaluation-harness by task.
 
@@ -30,12 +25,8 @@ def evaluate_tasks(
         tasks: names that the harness knows; most download their data. folder: with more of them, as YAML. limit:
             examples per task.
 
-    Raises UserError without the harness, for an unknown task, or for a run that does not write token by token.
+    Raises UserError without the harness, or for an unknown task.
     """
-    if not isinstance(run.recipe.task, NextToken):
-        raise UserError("lm-evaluation-harness scores language models that write token by token")
-    if run.recipe.method in in_context.METHODS:
-        raise UserError(f"a run of the method {run.recipe.method} has no model of its own: score the method original")
     try:
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
@@ -48,15 +39,14 @@ def evaluate_tasks(
         if name not in manager.all_tasks:
             raise UserError(f"unknown task of lm-evaluation-harness: {name!r}{nearest(name, manager.all_tasks)}")
     try:
-        with run.trainer.averaged():
-            found = simple_evaluate(
-                model=_model(run),
-                tasks=list(tasks),
-                task_manager=manager,
-                limit=limit,
-                bootstrap_iters=0,
-                log_samples=False,
-            )
+        found = simple_evaluate(
+            model=_adapted(model),
+            tasks=list(tasks),
+            task_manager=manager,
+            limit=limit,
+            bootstrap_iters=0,
+            log_samples=False,
+        )
     except (OSError, ConnectionError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(
@@ -69,40 +59,39 @@ def evaluate_tasks(
     }
 
 
-def _model(run: Any) -> Any:
-    """The run as the harness calls models."""
+def _adapted(model: LanguageModel) -> Any:
+    """The model as the harness calls models."""
     from lm_eval.api.model import TemplateLM
 
     class Adapted(TemplateLM):
         def __init__(self) -> None:
             super().__init__()
-            self.tokens = run.data.tokenizer
-            self.tokenizer = getattr(self.tokens, "own", None)
+            self.tokenizer = getattr(model.tokenizer, "own", None)
 
         @property
         def tokenizer_name(self) -> str:
-            return str(run.recipe.data.tokenizer).replace("/", "__")
+            return model.tokenizer_name.replace("/", "__")
 
         @property
         def eot_token_id(self) -> int:
-            return int(self.tokens.separator)
+            return int(model.tokenizer.separator)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            return [int(token) for token in self.tokens.encode(string)]
+            return [int(token) for token in model.tokenizer.encode(string)]
 
         def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> list[tuple[float, bool]]:
-            return [score(run, before, after) for _, before, after in requests]
+            return [score(model, before, after) for _, before, after in requests]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
-            return [rolling(run, self.tok_encode(request.args[0])) for request in requests]
+            return [rolling(model, self.tok_encode(request.args[0])) for request in requests]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            return [write(run, *request.args) for request in requests]
+            return [write(model, *request.args) for request in requests]
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
             from diffusionblocks.data.text.chat import template_of
 
-            own = template_of(self.tokens)
+            own = template_of(model.tokenizer)
             return str(
                 own.apply_chat_template(chat_history, tokenize=False, add_generation_prompt=add_generation_prompt)
             )
@@ -110,55 +99,32 @@ def _model(run: Any) -> Any:
     return Adapted()
 
 
-def score(run: Any, before: Sequence[int], after: Sequence[int]) -> tuple[float, bool]:
+def score(model: LanguageModel, before: Sequence[int], after: Sequence[int]) -> tuple[float, bool]:
     """log p(after | before) in nats, and whether `after` is what the model finds likeliest at every place.
 
     Contexts longer than the window lose their beginning. Denoisers that are no ordinary network have a bound in place
     of the first, and False in place of the second.
     """
-    model, window = run.model, window_of(run)
-    ids = [*before, *after][-window:]
+    ids = [*before, *after][-model.window :]
     scored = min(len(after), len(ids) - 1)
-    if scored == 0:
-        return 0.0, True
-    batch = {name: tensor[None].to(run.trainer.device) for name, tensor in _labelled(ids, scored).items()}
-    model.eval()
-    with torch.no_grad():
-        nats = run.recipe.task.measurer(model)(batch, generator(0, run.trainer.device))["nats_per_token"].sum().item()
-        if not is_ordinary(run):
-            return -nats, False
-        logits = model.network(batch["input_ids"]).logits[0, -scored - 1 : -1]
-        return -nats, bool((logits.argmax(-1) == batch["input_ids"][0, -scored:]).all())
+    return model.log_p(ids, scored) if scored else (0.0, True)
 
 
-def window_of(run: Any) -> int:
-    """Tokens that the model reads at most: what its positions allow, for denoisers the window that they were trained
-    on."""
-    return int(run.model.network.config.max_position_embeddings) if is_ordinary(run) else int(run.recipe.data.length)
-
-
-def _labelled(ids: Sequence[int], scored: int) -> dict[str, torch.Tensor]:
-    tokens = torch.tensor(ids)
-    labels = tokens.clone()
-    labels[: len(ids) - scored] = IGNORED
-    return {"input_ids": tokens, "labels": labels}
-
-
-def rolling(run: Any, tokens: Sequence[int]) -> float:
+def rolling(model: LanguageModel, tokens: Sequence[int]) -> float:
     """log p of a whole text in nats, window by window, every token once and with as much before it as fits."""
-    size, total, place = window_of(run) - 1, 0.0, 0
-    whole = [run.data.tokenizer.separator, *tokens]
+    size, total, place = model.window - 1, 0.0, 0
+    whole = [model.tokenizer.separator, *tokens]
     while place < len(tokens):
         end = min(place + size, len(tokens))
         start = max(0, end - size)  # the last window reaches back
-        total += score(run, whole[start : place + 1], whole[place + 1 : end + 1])[0]
+        total += score(model, whole[start : place + 1], whole[place + 1 : end + 1])[0]
         place = end
     return total
 
 
-def write(run: Any, context: str, settings: dict[str, Any]) -> str:
+def write(model: LanguageModel, context: str, settings: dict[str, Any]) -> str:
     """Greedy, or as `settings` say, until one of their strings `until`."""
-    tokenizer, window = run.data.tokenizer, window_of(run)
+    tokenizer, window = model.tokenizer, model.window
     longest = min(int(settings.get("max_gen_toks", 256)), window // 2)
     before = [int(token) for token in tokenizer.encode(context)][-(window - longest) :] or [tokenizer.separator]
     until = settings.get("until") or []
@@ -177,7 +143,4 @@ def write(run: Any, context: str, settings: dict[str, Any]) -> str:
         text = tokenizer.decode(written)
         return written[-1] == tokenizer.separator or any(word in text for word in stop)
 
-    task = dataclasses.replace(run.recipe.task, temperature=temperature, top_p=1.0, top_k=0)
-    start = torch.tensor([before], device=run.trainer.device)
-    run.model.eval()
-    return text_of(task.sample(run.model, start, len(before) + longest, watch=ended))
+    return text_of(model.write(torch.tensor([before]), len(before) + longest, temperature, ended))

@@ -24,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from diffusionblocks.errors import Failed, RunStopped, UserError
-from diffusionblocks.experiments.run import SUMMARY_SHAPE, read_summary
+from diffusionblocks.experiments.folder import SUMMARY_SHAPE, read_summary
 from diffusionblocks.methods.methods import find_method, for_method, steps_for_budget
 from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.system import files, plain_yaml, run_folder
 from diffusionblocks.system.interruption import GRACE, PARENT, Terminated
 from diffusionblocks.system.trust import trusted
-from diffusionblocks.tasks import CausalLM
 from diffusionblocks.training.progress import read_journal
 
 log = logging.getLogger("diffusionblocks")
@@ -74,8 +73,8 @@ def compare(
         raise UserError("--methods is empty")
     if twice := [name for index, name in enumerate(methods) if name in methods[:index]]:
         raise UserError(f"--methods names {twice[0]!r} twice: one run would count as two (--seeds 2 makes two)")
-    if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
-        recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
+    if "original" in methods:  # its row is what the others were before
+        recipe = dataclasses.replace(recipe, task=recipe.task.without_before())
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
     with run_folder.held(output_dir):
         for job, own in todo:

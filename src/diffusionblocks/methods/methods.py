@@ -19,8 +19,6 @@ from diffusionblocks.networks.parts import Parts
 from diffusionblocks.networks.registry import pretrained_config, take_apart
 from diffusionblocks.recipes import Recipe, build
 from diffusionblocks.recipes.load import BRANCHING, check_groups, merge, preset
-from diffusionblocks.recipes.presets import PRESETS
-from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.theory.partition import split_layers
 from diffusionblocks.training.order import branch_steps, resolve_branch
@@ -78,7 +76,7 @@ def _with_preset(name: str) -> Callable[[Recipe], Recipe]:
 
     def prepare(recipe: Recipe) -> Recipe:
         content = recipe.as_dict()
-        if name not in PRESETS[recipe.task.kind]:
+        if name not in recipe.task.presets:
             raise UserError(f"the method diffusionblocks-{name} is not for the task {recipe.task.kind}")
         changes = preset(content, name)
         content = merge(content, changes)
@@ -98,7 +96,7 @@ def _end_to_end_model(recipe: Recipe, network: Any) -> BlockModel:
 
 
 def _parts(recipe: Recipe, network: Any) -> Parts:
-    return take_apart(network, TARGETS[recipe.task.kind])
+    return take_apart(network, recipe.task.target)
 
 
 def _shallow_model(recipe: Recipe, network: Any) -> BlockModel:
@@ -107,7 +105,7 @@ def _shallow_model(recipe: Recipe, network: Any) -> BlockModel:
 
 
 def _blocks_model(recipe: Recipe, network: Any) -> BlockModel:
-    return convert(network, **{**dataclasses.asdict(recipe.blocks), "target": TARGETS[recipe.task.kind]})
+    return convert(network, **{**dataclasses.asdict(recipe.blocks), "target": recipe.task.target})
 
 
 def _exact(recipe: Recipe) -> Recipe:
@@ -134,7 +132,7 @@ def _exact_model(recipe: Recipe, network: Any) -> BlockModel:
 
 
 def _lora_model(recipe: Recipe, network: Any) -> BlockModel:
-    blocks = dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind])
+    blocks = dataclasses.replace(recipe.blocks, target=recipe.task.target)
     # A classifier's readout is new; a pretrained one of tokens stays as it is, as usual.
     new = not isinstance(recipe.data, TextConfig)
     return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=new, blocks=blocks)
@@ -265,7 +263,7 @@ def steps_for_budget(recipe: Recipe, method: str, budget: str) -> int:
 
 def _passes(recipe: Recipe, span: range, num_layers: int) -> float:
     """Layer evaluations per sample of a step of the block of these layers, on average over its steps."""
-    blocks, target, after = recipe.blocks, TARGETS[recipe.task.kind], num_layers - span.stop
+    blocks, target, after = recipe.blocks, recipe.task.target, num_layers - span.stop
     passes = blocks.evaluations(len(span), after == 0, target, after)
     heads = blocks.heads(after == 0, target) if blocks.context == "features" else 0
     if target != "causal" or not heads:

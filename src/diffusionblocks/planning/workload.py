@@ -28,7 +28,6 @@ from diffusionblocks.planning.predict import Network, Predictor, Step, Traces
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.recipes.load import SHORT_NAMES
 from diffusionblocks.recipes.network import network_config, sample_shape
-from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.system.trust import trusted
 from diffusionblocks.tasks import CausalLM, RecurrentLM
 from diffusionblocks.theory.partition import Partition, split_layers
@@ -133,7 +132,7 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         network=lambda num_layers: config.cut(num_layers).build(),
         batch=batch,
         num_layers=config.num_layers,
-        blocks=dataclasses.replace(recipe.blocks, target=TARGETS[recipe.task.kind]),
+        blocks=dataclasses.replace(recipe.blocks, target=recipe.task.target),
         task=recipe.task,
         train=lambda method: for_method(recipe, method).train,
         layers=lambda method: for_method(recipe, method).blocks.layers_per_block,

@@ -16,10 +16,10 @@ from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.options import check_options, check_value, elements, is_number, is_text, made, shown
-from diffusionblocks.recipes.presets import PRESETS
-from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig, ModelConfig, Recipe
+from diffusionblocks.recipes.schema import InContextConfig, LoraConfig, ModelConfig, Recipe
 from diffusionblocks.system import plain_yaml
 from diffusionblocks.system.trust import trusted
+from diffusionblocks.tasks import TASKS
 from diffusionblocks.training.config import TrainingConfig
 
 
@@ -27,9 +27,9 @@ def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The changes that preset `name` makes to a recipe. Raises UserError when there is no such preset."""
     check_value("preset", name, str)
     own = content.get("presets", {})
-    general = PRESETS[task_kind(content)]
-    if name not in general | own:
-        raise UserError(f"unknown preset {name!r}{nearest(name, general | own)}")
+    general = TASKS[task_kind(content)].presets
+    if name not in (*general, *own):
+        raise UserError(f"unknown preset {name!r}{nearest(name, (*general, *own))}")
     return merge(general.get(name, {}), own.get(name, {}))
 
 
@@ -83,7 +83,9 @@ def load_recipe(
     if name != "":
         content = merge(content, preset(content, name))
     if trust_remote_code:
-        groups = ("model", "data") if DATA[task_kind(merge(content, changes))] is TextConfig else ("model",)
+        groups = (
+            ("model", "data") if issubclass(TASKS[task_kind(merge(content, changes))].data, TextConfig) else ("model",)
+        )
         content = merge(content, {group: {"trust_remote_code": True} for group in groups})
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
@@ -116,7 +118,7 @@ def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Rec
     """
     check_keys(content)
     task = task_kind(content)
-    groups = {**_NESTED, "task": TASKS[task], "data": DATA[task]}
+    groups = {**_NESTED, "task": TASKS[task], "data": TASKS[task].data}
     values = {key: made(groups[key], key, value) if key in groups else value for key, value in content.items()}
     recipe = Recipe(**{**{name: kind() for name, kind in groups.items()}, **values})
     check_options("", recipe)
@@ -191,7 +193,7 @@ def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "",
         if key not in fields:
             known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
             raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
-        nested = {**_NESTED, "task": TASKS[task], "data": DATA[task]}.get(key) if kind is Recipe else None
+        nested = {**_NESTED, "task": TASKS[task], "data": TASKS[task].data}.get(key) if kind is Recipe else None
         if nested is not None:
             _check_group(key, value)
             check_keys(value, nested, f"{key}.")
@@ -289,7 +291,9 @@ def _owners(key: str) -> tuple[list[Any], str]:
     group, _, name = full.rpartition(".")
     if not group:
         return [Recipe], name
-    kinds = {"data": DATA, "task": TASKS}.get(group, {group: _NESTED.get(group)}).values()
+    tasks = TASKS.values()
+    of_tasks: dict[str, list[Any]] = {"task": list(tasks), "data": [task.data for task in tasks]}
+    kinds = of_tasks.get(group, [_NESTED.get(group)])
     return [kind for kind in kinds if kind is not None], name
 
 

@@ -16,7 +16,6 @@ from diffusionblocks.networks.config import NetworkConfig, network_class, new_co
 from diffusionblocks.networks.pretrained import local
 from diffusionblocks.networks.registry import find_adapter, pretrained_config
 from diffusionblocks.recipes import ModelConfig, Recipe
-from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.system.files import read_json
 
 
@@ -103,7 +102,7 @@ def _pretrained(recipe: Recipe, num_classes: int, channels: int, size: int) -> N
 
 def check_target(recipe: Recipe, adapter: Adapter, class_name: str) -> None:
     """Raises UserError when the task is none of what the network can be made to estimate."""
-    if TARGETS[recipe.task.kind] not in adapter.targets:
+    if recipe.task.target not in adapter.targets:
         raise UserError(f"the task {recipe.task.kind} cannot train a {class_name}; set model.model_class or task.kind")
 
 
@@ -111,7 +110,7 @@ def _of_tokens(recipe: Recipe) -> NetworkConfig:
     """A network of the recipe's tokens. For masked diffusion its config says which of them is the mask."""
     settings, data = recipe.model, recipe.data
     assert isinstance(data, TextConfig)
-    masked = TARGETS[recipe.task.kind] == "masked"
+    masked = recipe.task.target == "masked"
     tokenizer = load_tokenizer(data.tokenizer, masked, data.trust_remote_code)
     mask = {"mask_token_id": tokenizer.mask_id} if masked else {}
     if settings.pretrained:

@@ -1,4 +1,4 @@
-"""What a recipe holds: its groups, their options, and which task reads which data."""
+"""What a recipe holds: its groups and their options."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.options import check_options, option
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
+from diffusionblocks.tasks import TASKS
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.task import Task
 
 
 @dataclass(kw_only=True)
@@ -78,8 +79,7 @@ class Recipe:
     Args:
         method: the name of a method. preset: laid over the recipe.
         evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses between `classification`, `image-generation`, `masked-lm`, `causal-lm` and
-            `recurrent-lm`. data: `TextConfig` for text.
+        task: `task.kind` chooses it (see `diffusionblocks.tasks.TASKS`). data: the configuration that the task takes.
         presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
     """
 
@@ -93,33 +93,10 @@ class Recipe:
     blocks: BlocksConfig = field(default_factory=BlocksConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     in_context: InContextConfig = field(default_factory=InContextConfig)
-    task: Classification | ImageGeneration | MaskedLM | CausalLM | RecurrentLM = field(default_factory=Classification)
+    task: Task = field(default_factory=lambda: TASKS["classification"]())
     train: TrainingConfig = field(default_factory=TrainingConfig)
     presets: dict[str, dict[str, Any]] = field(default_factory=dict)
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-
-TASKS: dict[str, Any] = {
-    "classification": Classification,
-    "image-generation": ImageGeneration,
-    "masked-lm": MaskedLM,
-    "causal-lm": CausalLM,
-    "recurrent-lm": RecurrentLM,
-}
-DATA: dict[str, Any] = {
-    "classification": DataConfig,
-    "image-generation": DataConfig,
-    "masked-lm": TextConfig,
-    "causal-lm": TextConfig,
-    "recurrent-lm": TextConfig,
-}
-TARGETS = {
-    "classification": "label",
-    "image-generation": "image",
-    "masked-lm": "masked",
-    "causal-lm": "causal",
-    "recurrent-lm": "recurrent",
-}

@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from diffusionblocks.training.figures import Moments, Picture, Pictures, Stages, Table, Texts, Value
+
 # One hue per block, light to dark from the highest noise to the lowest.
 BLOCK_COLOURS = plt.get_cmap("viridis")
 CURVE = "nats_at_"  # metrics of looped networks, by the number of iterations
@@ -145,14 +147,13 @@ def picture(array: np.ndarray) -> str:
     return _svg(figure)
 
 
-def path(steps: Sequence[dict[str, Any]], num_blocks: int) -> str:
-    """From noise to images, one column per step {block, sigma, noisy [rows, height, width(, 3)]}; the bar above a
-    column has the colour of the block that ran."""
-    rows = len(steps[0]["noisy"])
-    figure, axes = plt.subplots(rows, len(steps), figsize=(6.4, 0.35 + 6.4 / len(steps) * rows), squeeze=False)
-    for column, step in enumerate(steps):
-        colour = block_colour(step["block"], num_blocks)
-        axes[0, column].set_title(f"block {step['block']}\n{step['sigma']:.2g}", fontsize=6, color=colour)
+def stages(found: Stages) -> str:
+    """From noise to images, one column per stage; the bar above a column has the colour of the block that ran."""
+    columns, rows = len(found.stages), len(found.stages[0].images)
+    figure, axes = plt.subplots(rows, columns, figsize=(6.4, 0.35 + 6.4 / columns * rows), squeeze=False)
+    for column, stage in enumerate(found.stages):
+        colour = block_colour(stage.block, found.num_blocks)
+        axes[0, column].set_title(f"block {stage.block}\n{stage.level:.2g}", fontsize=6, color=colour)
         axes[0, column].axhline(-1.5, color=colour, linewidth=4, clip_on=False)
         for row in range(rows):
             axis = axes[row, column]
@@ -160,9 +161,45 @@ def path(steps: Sequence[dict[str, Any]], num_blocks: int) -> str:
             axis.set_yticks([])
             for spine in axis.spines.values():
                 spine.set(visible=True, color=colour)
-            axis.imshow(step["noisy"][row], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axis.imshow(stage.images[row], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     return _svg(figure)
+
+
+def _moments(found: Moments) -> list[dict[str, Any]]:
+    """Every token in the colour of the block that wrote it."""
+    colours = {block: block_css(block, found.num_blocks) for block in range(found.num_blocks)}
+
+    def colour(block: int | None) -> str:
+        return "#ccc" if block is None else colours[block]
+
+    return [
+        {
+            "level": moment.level,
+            "block": moment.block,
+            "colour": colour(moment.block),
+            "tokens": [(text, colour(writer)) for text, writer in moment.tokens],
+        }
+        for moment in found.moments
+    ]
+
+
+def drawn(title: str, value: Value) -> dict[str, Any]:
+    """A figure of a task or of the report, as page.html shows it."""
+    match value:
+        case Pictures():
+            content: dict[str, Any] = {"svg": samples(value.images, value.captions, value.right)}
+        case Picture():
+            content = {"svg": picture(value.image)}
+        case Stages():
+            content = {"svg": stages(value)}
+        case Texts():
+            content = {"texts": value.texts}
+        case Moments():
+            content = {"moments": _moments(value)}
+        case Table():
+            content = {"heads": value.heads, "rows": value.rows}
+    return {"title": title, **content}
 
 
 def _svg(figure: Any) -> str:

@@ -7,30 +7,21 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from diffusionblocks.blocks.model import DiffusionBlocksModel
-from diffusionblocks.data.images.latents import Autoencoder
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation.adaptation import read_samples
-from diffusionblocks.evaluation.generation import generate, grid, to_pixels
-from diffusionblocks.evaluation.text import path, sample_texts
+from diffusionblocks.experiments.adaptation import read_samples
 from diffusionblocks.experiments.compare import read_comparison, summarise
-from diffusionblocks.experiments.predictions import predictions
-from diffusionblocks.experiments.run import load_run, read_recipe, read_summary
+from diffusionblocks.experiments.folder import read_recipe, read_summary
+from diffusionblocks.experiments.run import Run, load_run
 from diffusionblocks.methods.methods import find_method
 from diffusionblocks.report import figures, table
-from diffusionblocks.seeds import derive
 from diffusionblocks.system.files import write_text
 from diffusionblocks.system.run_folder import COMPARISON, SUMMARY
-from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, NextToken, RecurrentLM
+from diffusionblocks.training.figures import Figure, Table
 from diffusionblocks.training.progress import read_journal
 
-PREDICTED = 16  # test samples with their predictions
-TEXTS = 6  # generated texts
+CONTINUED = "Greedy continuations of held-out texts"
 SHOWN = 400  # characters shown of a text that is continued
-IMAGES, PATHS, PATH_STEPS = 64, 4, 12  # generated images, those shown on their way, and steps of the way
 
 
 def write_report(folders: Sequence[Path], output: Path) -> Path:
@@ -47,7 +38,8 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
             results = read_comparison(folder)
             first = _first_seeds(folder, results)
             groups.append(_group(f"Comparison on {results[0]['recipe']}", results))
-            groups[-1]["continuations"] = _side_by_side({path.parent.name: path for path in first})
+            beside = _side_by_side({path.parent.name: path for path in first})
+            groups[-1]["figures"] = [figures.drawn(CONTINUED, beside)] if beside else []
             runs += [_run(path) for path in first if find_method(path.parent.name).trains]
         elif (folder / SUMMARY).is_file():
             summary = read_summary(folder)
@@ -67,7 +59,7 @@ def _first_seeds(folder: Path, results: Sequence[dict[str, Any]]) -> list[Path]:
     return [folder / result["method"] / f"seed-{result['seeds'][0]}" for result in results]
 
 
-def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
+def _side_by_side(folders: Mapping[str, Path]) -> Table | None:
     """How every method continues the same held-out texts."""
     found = {name: texts for name, path in folders.items() if (texts := read_samples(path))}
     if not found:
@@ -77,10 +69,10 @@ def _side_by_side(folders: Mapping[str, Path]) -> dict[str, Any] | None:
         [text["prompt"][-SHOWN:], text["real"], *(made[index]["written"] for made in found.values())]
         for index, text in enumerate(texts)
     ]
-    return {"heads": ["held-out text", "its true continuation", *found], "rows": rows}
+    return Table(["held-out text", "its true continuation", *found], rows)
 
 
-def _before_and_after(folder: Path) -> dict[str, Any] | None:
+def _before_and_after(folder: Path) -> Table | None:
     """How a model continues held-out texts before and after it was adapted."""
     if not (texts := read_samples(folder)):
         return None
@@ -89,7 +81,7 @@ def _before_and_after(folder: Path) -> dict[str, Any] | None:
         [text["prompt"][-SHOWN:], text["real"], *(text[name] for name in earlier), text["written"]] for text in texts
     ]
     original = ["original model"] if earlier else []
-    return {"heads": ["held-out text", "its true continuation", *original, "adapted model"], "rows": rows}
+    return Table(["held-out text", "its true continuation", *original, "adapted model"], rows)
 
 
 def _group(title: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -132,8 +124,7 @@ def _run(folder: Path) -> dict[str, Any]:
             x, y = curves.setdefault(block, ([], []))
             x.append(entry["layer_evaluations"])
             y.append(loss)
-    train, task = recipe.train, recipe.task
-    unit = "" if isinstance(task, ImageGeneration) else " (nats)"
+    train, unit = recipe.train, f" ({recipe.task.unit})" if recipe.task.unit else ""
     unit_of_level = model.partition.levels.unit if isinstance(model, DiffusionBlocksModel) else ""
     order = f"order of the blocks {train.order}, " if summary["num_blocks"] > 1 else ""
     return {
@@ -144,73 +135,17 @@ def _run(folder: Path) -> dict[str, Any]:
         "warnings": summary["warnings"],
         "ranges": figures.noise_ranges(ranges, unit_of_level) if ranges else "",
         "losses": figures.losses(curves, summary["num_blocks"], unit) if curves else "",
-        **(_SHOWN[type(task)](run) if beside is None else {"continuations": beside}),
+        "figures": [figures.drawn(*figure) for figure in (_of_task(run) if beside is None else [(CONTINUED, beside)])],
     }
+
+
+def _of_task(run: Run | None) -> list[Figure]:
+    """What the task shows of a run."""
+    assert run is not None
+    with run.trainer.averaged():
+        return run.recipe.task.figures(run.trained)
 
 
 def _range(model: DiffusionBlocksModel, block: int) -> dict[str, float]:
     own, trained = model.partition.range(block), model.partition.range(block, widened=True)
     return {"low": own.low, "high": own.high, "trained_low": trained.low, "trained_high": trained.high}
-
-
-def _samples(run: Any) -> dict[str, Any]:
-    count = min(PREDICTED, len(run.data.test))
-    rows = predictions(run, count)
-    images = run.data.test.images[:count]
-    array = images[:, 0].numpy() if images.shape[1] == 1 else torch.movedim(images, 1, -1).numpy()
-    captions = [
-        row["predicted"] if row["predicted"] == row["label"] else f"{row['predicted']}, not {row['label']}"
-        for row in rows
-    ]
-    right = [row["predicted"] == row["label"] for row in rows]
-    return {"samples": figures.samples(np.asarray(array), captions, right)}
-
-
-def _texts(run: Any) -> dict[str, Any]:
-    """Some texts, and how one of them came out of masks: every token in the colour of the block that wrote it."""
-    made, blocks = sample_texts(run, TEXTS), run.model.num_blocks
-    if isinstance(run.recipe.task, NextToken):
-        return {"texts": made["texts"]}
-    with run.trainer.averaged():
-        moments = path(run)
-    colours: dict[int | None, str] = {block: figures.block_css(block, blocks) for block in range(blocks)}
-    colours[None] = "#ccc"
-    for moment in moments:
-        moment["colour"] = colours[moment["block"]]
-        moment["tokens"] = [(text, colours[writer]) for text, writer in moment["tokens"]]
-    return {"texts": made["texts"], "moments": moments}
-
-
-def _images(run: Any) -> dict[str, str]:
-    """A grid of generated images, all classes in turn, and how some of them came out of noise."""
-    names, model, task = run.data.classes, run.model, run.recipe.task
-    steps: list[dict[str, Any]] = []
-
-    def watch(block: int, level: float, z: torch.Tensor, estimate: torch.Tensor) -> None:
-        shown = z / (1 + level)
-        steps.append({"block": block, "sigma": level, "noisy": to_pixels(decode(shown[:PATHS]))})
-
-    decoder = Autoencoder(run.recipe.data) if run.recipe.data.vae else None
-
-    def decode(latents: torch.Tensor) -> torch.Tensor:
-        return latents if decoder is None else decoder.decode(latents.cpu())
-
-    with run.trainer.averaged():
-        labels = torch.arange(IMAGES) % len(names)
-        made = generate(run, labels, quiet=True)
-        end = decode(
-            task.sample(model, labels[:PATHS], seed=derive(0, "samples", 0), device=run.trainer.device, watch=watch)
-        )
-    chosen = [steps[round(i * (len(steps) - 1) / (PATH_STEPS - 2))] for i in range(PATH_STEPS - 1)]
-    last = {"block": chosen[-1]["block"], "sigma": 0.0, "noisy": to_pixels(end)}
-    columns = [{**step, "noisy": [grid(image[None]) for image in step["noisy"]]} for step in (*chosen, last)]
-    return {"grid": figures.picture(grid(made.images, columns=16)), "path": figures.path(columns, model.num_blocks)}
-
-
-_SHOWN: dict[Any, Any] = {
-    Classification: _samples,
-    ImageGeneration: _images,
-    MaskedLM: _texts,
-    CausalLM: _texts,
-    RecurrentLM: _texts,
-}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,9 @@ from torch.nn.functional import pad
 from diffusionblocks.blocks.causal import CausalBlocks, following
 from diffusionblocks.blocks.looped import LoopedBlocks
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel
+from diffusionblocks.data.text.splits import TextData
 from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation.text import exponential
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.networks.readout import IGNORED, TokenReadout
 from diffusionblocks.options import option
@@ -21,7 +24,64 @@ from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights
 from diffusionblocks.tasks.readers import BlocksReader, OrdinaryReader, Reader
 from diffusionblocks.theory.likelihood import TokenShares, token_bound
 from diffusionblocks.theory.targets import add_noise
-from diffusionblocks.training.task import StepOutput
+from diffusionblocks.training.task import Metric, Sampling, StepOutput, TrainedOnText
+
+_OF_PRETRAINED = {"head_start": "fresh", "distill": False, "ordinary": 0.0}  # what only blocks of pretrained ones have
+# What the paper describes and its released code does ([DB] sections 3 and 5.4, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "overlap": 0.1,
+        "head_layers": 0,
+        "condition_width": 64,
+        **_OF_PRETRAINED,
+    },
+    "task": {"sampler": "euler"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
+# Every block reads the tokens; levels by information, exact evidence in the readout, ancestral sampling.
+INFORMATION: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "none",
+        "readout": "bayes",
+        "target_table": "fixed",
+        "shared": "copies",
+        "levels": "information",
+        "least_hidden": 0.65,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 0,
+        **_OF_PRETRAINED,
+    },
+    "task": {"sampler": "categorical"},
+}
+# Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly any
+# evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers 1)
+# helps at equal samples and costs memory and a third more computation (docs/LOG.md).
+FEATURES: dict[str, Any] = {
+    "blocks": {
+        "context": "features",
+        "target_entry": "none",
+        "readout": "bayes",
+        "target_table": "fixed",
+        "shared": "trained",
+        "levels": "information",
+        "least_hidden": 0.97,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 0,
+        **_OF_PRETRAINED,
+    },
+    "train": {"order": "sweep", "branch_at": 0.0},
+}
 
 
 @dataclass(kw_only=True)
@@ -36,6 +96,7 @@ class CausalLM(NextToken):
     """
 
     target: ClassVar = "causal"
+    presets: ClassVar = {"paper": PAPER, "information": INFORMATION, "features": FEATURES}
     writes: ClassVar = True
 
     kind: str = option("causal-lm", choices=("causal-lm",))
@@ -132,13 +193,65 @@ class CausalLM(NextToken):
             generator=generator,
         )
 
+    def measure_before(self, trained: TrainedOnText, split: TextData) -> dict[str, Metric]:
+        nats = trained.evaluate(split)["nats_per_token"]
+        return {"nats_per_token": nats, "perplexity": exponential(nats), **self._general(trained)}
+
+    def compares_before(self) -> bool:
+        return self.before
+
+    def without_before(self) -> CausalLM:
+        return replace(self, before=False)
+
+    def continuations_of(
+        self, trained: TrainedOnText, split: TextData, context: Callable[[Tensor], Tensor]
+    ) -> list[dict[str, str]]:
+        """`continuations` texts, each cut in the middle (conversations: where the first answer begins), and the
+        likeliest `continued` tokens after the cut."""
+        tokenizer, count = trained.data.tokenizer, min(self.continuations, len(split))
+        greedy, model = replace(self, temperature=0.0, top_p=1.0, top_k=0), ordinary_network(trained.model)
+        longest = int(model.config.max_position_embeddings)
+
+        def ended(tokens: Tensor) -> bool:
+            return bool(tokens[0, -1] == tokenizer.separator)
+
+        found = []
+        for index in range(count):
+            batch = split[index * len(split) // count]
+            real = int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(batch["input_ids"])
+            ids, cut = batch["input_ids"][:real], max(1, real // 2)
+            if "labels" in batch:
+                answers = torch.nonzero(batch["labels"][1:real] != IGNORED)
+                cut = int(answers[0]) + 1 if len(answers) else cut
+            prompt = torch.cat([context(ids[:cut]), ids[:cut]])[-max(1, longest - self.continued) :]
+            start = prompt[None].to(trained.device)
+            made = greedy.sample(trained.model, start, len(prompt) + self.continued, watch=ended)[0, len(prompt) :]
+            texts = [tokenizer.decode(part.tolist()) for part in (ids[:cut], ids[cut : cut + self.continued], made)]
+            found.append(dict(zip(("prompt", "real", "written"), texts, strict=True)))
+        return found
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        of_walks = {"steps": "sampling_steps", "sampler": "sampler"} if self._walks(model) else {}
+        found = super().sampling(model)
+        return found._replace(settings={**found.settings, **of_walks})
+
+    def sampled(self, model: BlockModel) -> tuple[str, ...]:
+        return super().sampled(model) + (("sampler", "sampling_steps") if self._walks(model) else ())
+
+    def _walks(self, model: BlockModel) -> bool:
+        """Whether a token is drawn along noise levels."""
+        return isinstance(model, CausalBlocks) and not model.is_ordinary
+
     def reader(self, model: BlockModel) -> Reader:
         """What writes with `model`."""
         if isinstance(model, CausalBlocks) and not model.is_ordinary:
-            return BlocksReader(model, self._choice(), self.sampler, self.sampling_steps)
-        return OrdinaryReader(
-            model.network if isinstance(model, CausalBlocks) else _whole(model).network, self._choice()
-        )
+            return BlocksReader(model, self.token_choice, self.sampler, self.sampling_steps)
+        return OrdinaryReader(ordinary_network(model), self.token_choice)
+
+
+def ordinary_network(model: BlockModel) -> Any:
+    """The ordinary language model of transformers that a model is."""
+    return model.network if isinstance(model, CausalBlocks) else _whole(model).network
 
 
 def _padded(batch: Batch) -> Tensor:
@@ -146,7 +259,7 @@ def _padded(batch: Batch) -> Tensor:
     return pad(following(batch), (0, 1), value=IGNORED)
 
 
-def _whole(model: BlockModel) -> Any:
+def _whole(model: BlockModel) -> EndToEndModel:
     if not isinstance(model, EndToEndModel) or not isinstance(model.readout, TokenReadout):
         raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
     return model

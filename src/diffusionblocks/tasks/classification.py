@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,16 +18,52 @@ from torch.nn.functional import cross_entropy
 from diffusionblocks.blocks.labels import LabelBlocks
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.data.images.config import DataConfig
+from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
 from diffusionblocks.seeds import Draws, generator, normal_like
+from diffusionblocks.system.files import to_json
 from diffusionblocks.theory import grids
 from diffusionblocks.theory.categorical import ancestral
 from diffusionblocks.theory.ode import euler
 from diffusionblocks.theory.precondition import LOSS_WEIGHTS
 from diffusionblocks.theory.sampler import DenoiserOutput
 from diffusionblocks.theory.targets import add_noise
-from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
+from diffusionblocks.training.figures import Figure, Pictures
+from diffusionblocks.training.task import (
+    Asked,
+    Made,
+    Metric,
+    Sampling,
+    StepOutput,
+    Task,
+    TrainedOnImages,
+    all_beside,
+    drawn_for,
+    mean_with_error,
+)
+
+PREDICTED = 16  # test samples in the report
+
+
+# What the paper describes and its released code does ([DB] sections 3 and 5.1, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "context": "input",
+        "target_entry": "replace",
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "overlap": 0.05,
+        "head_layers": 0,
+        "condition_width": 64,
+    },
+    "task": {"sampler": "euler", "decision": "final"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
 
 
 @dataclass(kw_only=True)
@@ -47,6 +83,7 @@ class Classification(Task):
 
     target: ClassVar = "label"
     data: ClassVar = DataConfig
+    presets: ClassVar = {"paper": PAPER}
 
     kind: str = option("classification", choices=("classification",))
     loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))
@@ -131,6 +168,67 @@ class Classification(Task):
             "accuracy": mean_with_error(100.0 * torch.cat(correct)),
             "validation_loss": mean_with_error(torch.cat(losses)),
         }
+
+    # ------------------------------------------------------------------ what a finished run is asked
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        return Sampling("classes", needs_data=True)
+
+    def make(self, trained: TrainedOnImages, asked: Asked) -> Made:
+        """The first test samples with their label, the prediction, its probability, and every step of the denoising
+        chain."""
+        rows = self.predictions(trained, asked.num)
+        found = {"predictions": rows}
+        lines = [
+            f"{row['index']:5d}  label {row['label']}  predicted {row['predicted']} ({row['probability']:.1%})"
+            + ("" if row["predicted"] == row["label"] else "  wrong")
+            for row in rows
+        ]
+        return Made(found, "\n".join(lines), to_json(found, indent=2) + "\n")
+
+    @torch.no_grad()
+    def predictions(self, trained: TrainedOnImages, num: int) -> list[dict[str, Any]]:
+        """Of the first `num` test samples. A step of a chain holds the block that ran, its noise level, and what
+        p(v | x, z) favoured there."""
+        model, data = trained.model, trained.data
+        if not 1 <= num <= len(data.test):
+            raise UserError(f"--num must be 1 to {len(data.test)} (the test split), got {num}")
+        batch = {name: tensor.to(trained.device) for name, tensor in data.test.__getitems__(list(range(num))).items()}
+        best = self.log_probabilities(model, batch).exp().cpu().max(-1)
+        rows: list[dict[str, Any]] = [
+            {
+                "index": index,
+                "label": data.classes[int(batch["labels"][index])],
+                "predicted": data.classes[int(best.indices[index])],
+                "probability": best.values[index].item(),
+            }
+            for index in range(num)
+        ]
+        if not isinstance(model, LabelBlocks):
+            return rows
+        outputs = self.chain(model, batch, generator(0, trained.device))
+        for row in rows:
+            row["chain"] = []
+        for level, output in zip(self.levels(model), outputs, strict=True):
+            block = int(model.partition.block_of(torch.tensor(level)))
+            favoured = _logits(output).softmax(-1).max(-1)
+            for row, value, index in zip(rows, favoured.values.tolist(), favoured.indices.tolist(), strict=True):
+                step = {"block": block, "sigma": level, "predicted": data.classes[index], "probability": value}
+                row["chain"].append(step)
+        return rows
+
+    def figures(self, trained: TrainedOnImages) -> list[Figure]:
+        test = trained.data.test
+        rows = self.predictions(trained, min(PREDICTED, len(test)))
+        images = test.images[: len(rows)]
+        array = images[:, 0].numpy() if images.shape[1] == 1 else torch.movedim(images, 1, -1).numpy()
+        right = [row["predicted"] == row["label"] for row in rows]
+        captions = [
+            row["predicted"] if good else f"{row['predicted']}, not {row['label']}"
+            for row, good in zip(rows, right, strict=True)
+        ]
+        title = "Test samples with their predictions (in red: wrong ones, with the true label)"
+        return [Figure(title, Pictures(array, captions, right))]
 
 
 def _logits(output: DenoiserOutput) -> Tensor:

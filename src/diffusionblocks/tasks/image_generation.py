@@ -7,26 +7,66 @@ Shapes: N batch, image [channels, height, width].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from diffusionblocks.blocks.images import ImageBlocks, ImageNetwork, weighted_error
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.config import DataConfig
-from diffusionblocks.errors import UserError
+from diffusionblocks.data.images.grid import grid, to_pixels
+from diffusionblocks.data.images.latents import Autoencoder
+from diffusionblocks.data.images.splits import ImageData
+from diffusionblocks.errors import UserError, nearest
+from diffusionblocks.evaluation import images
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
-from diffusionblocks.seeds import Draws, generator, normal_like, uniform
+from diffusionblocks.seeds import Draws, derive, generator, normal_like, uniform
 from diffusionblocks.system.devices import wide
 from diffusionblocks.theory.grids import GRIDS
 from diffusionblocks.theory.ode import SAMPLERS
 from diffusionblocks.theory.sampler import DenoiserOutput
 from diffusionblocks.theory.targets import add_noise
-from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, drawn_for, mean_with_error
+from diffusionblocks.training.figures import Figure, Picture, Stage, Stages
+from diffusionblocks.training.task import (
+    Asked,
+    Images,
+    Made,
+    Metric,
+    Sampling,
+    StepOutput,
+    Task,
+    TrainedOnImages,
+    all_beside,
+    drawn_for,
+    mean_with_error,
+)
+
+AT_ONCE = 250  # images made together
+SHOWN, PATHS, PATH_STEPS = 64, 4, 12  # in the report: images, those shown on their way, and steps of the way
+
+
+class Generated(NamedTuple):
+    """layer_evaluations: forward passes of a layer, in all."""
+
+    images: Images
+    layer_evaluations: int
+    seconds: float
+
+
+# What the paper describes and its released code does ([DB] sections 3 and 5.2, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {"shared": "trained", "levels": "log-normal", "sigma_min": 0.002, "sigma_max": 80.0, "overlap": 0.05},
+    "task": {"sampler": "euler", "sampling_steps": 50, "grid": "rho", "guidance": 2.0, "label_dropout": 0.1},
+    "train": {"order": "random", "branch_at": 0.0},
+}
 
 
 @dataclass(kw_only=True)
@@ -48,7 +88,9 @@ class ImageGeneration(Task):
 
     target: ClassVar = "image"
     data: ClassVar = DataConfig
+    presets: ClassVar = {"paper": PAPER}
     by_block: ClassVar = True
+    unit: ClassVar = ""
 
     kind: str = option("image-generation", choices=("image-generation",))
     label_dropout: float = option(0.1, least=0, most=1)
@@ -164,8 +206,145 @@ class ImageGeneration(Task):
         z = normal_like(torch.empty(len(labels), *model.sample_shape, device=device), source) * levels[0]
         return SAMPLERS[self.sampler](denoise, z, levels, generator=source)
 
+    # ------------------------------------------------------------------ what a finished run is asked
 
-def _diffusion(model: Any) -> Any:
+    def check_data(self, split: Dataset) -> None:
+        if self.num_samples:
+            images.check(self.num_samples, self.inception, split)
+
+    def measure(self, trained: TrainedOnImages, split: ImageData, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """What samples are like beside the images of `split` (`evaluation.images.of_samples`), and how likely those
+        images are, unless they are latents."""
+        found = dict(metrics)
+        if self.num_samples:
+            found |= images.of_samples(
+                lambda labels, seed: (part.images for part in self.generated(trained, labels, seed=seed)),
+                self.num_samples,
+                split,
+                trained.data,
+                trained.config,
+                sets=self.evaluations,
+                inception=self.inception,
+                device=trained.device,
+            )
+        if not trained.config.vae:
+            found |= images.bits_per_dimension(_diffusion(trained.model), split, trained.device)
+        return found
+
+    def generated(
+        self, trained: TrainedOnImages, labels: Tensor, *, seed: int = 0, quiet: bool = False
+    ) -> Iterator[Generated]:
+        """Images of the given classes [N] in parts, with a progress bar, for sets that do not fit memory."""
+        from rich.console import Console
+        from rich.progress import track
+
+        model = _diffusion(trained.model)
+        passes: list[int] = []
+
+        def count(block: int, level: float, z: Tensor, estimate: Tensor) -> None:
+            passes.append(len(model.block(block).layers) * len(z) * (1 if self.guidance == 1.0 else 2))
+
+        decode, starts = _decoder(trained), range(0, len(labels), AT_ONCE)
+        quiet, console = quiet or len(starts) < 2, Console(stderr=True)
+        for start in track(starts, "sampling", disable=quiet, transient=True, console=console):
+            began, part = time.perf_counter(), labels[start : start + AT_ONCE]
+            passes.clear()
+            found = self.sample(model, part, seed=derive(seed, "samples", start), device=trained.device, watch=count)
+            made = Images(to_pixels(decode(found)), part)
+            yield Generated(made, sum(passes), time.perf_counter() - began)
+
+    def generate(self, trained: TrainedOnImages, labels: Tensor, *, seed: int = 0, quiet: bool = False) -> Generated:
+        """The same at once."""
+        parts = list(self.generated(trained, labels, seed=seed, quiet=quiet))
+        return Generated(
+            Images(torch.cat([part.images.images for part in parts]), labels),
+            layer_evaluations=sum(part.layer_evaluations for part in parts),
+            seconds=sum(part.seconds for part in parts),
+        )
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        return Sampling(
+            "images",
+            ("class", "seed"),
+            {"guidance": "guidance", "grid": "grid", "steps": "sampling_steps", "sampler": "sampler"},
+            file="samples.png",
+            endings={".png": "a grid", ".npz": "the samples"},
+        )
+
+    def sampled(self, model: BlockModel) -> tuple[str, ...]:
+        return ("num_samples", "evaluations", "sampler", "sampling_steps", "grid", "guidance", "inception")
+
+    def make(self, trained: TrainedOnImages, asked: Asked) -> Made:
+        """Images of the classes in turn. Raises UserError for a class that does not exist."""
+        names = trained.data.classes
+        classes = class_numbers(asked.classes, names) if asked.classes else range(len(names))
+        for index in classes:
+            if not 0 <= index < len(names):
+                raise UserError(
+                    f"class {index} does not exist: classes are 0 to {len(names) - 1} ({', '.join(names[:12])})"
+                )
+        chosen = torch.tensor(list(classes))
+        made = self.generate(trained, chosen[torch.arange(asked.num) % len(chosen)], seed=asked.seed)
+        found = {
+            "num": asked.num,
+            "classes": [names[label] for label in made.images.labels.tolist()],
+            "sampler": self.sampler,
+            "steps": self.sampling_steps,
+            "guidance": self.guidance,
+            "seed": asked.seed,
+            "layer_evaluations_per_image": made.layer_evaluations / asked.num,
+            "seconds": round(made.seconds, 3),
+        }
+        return Made(found, f"{asked.num} images in {made.seconds:.1f} s", made.images)
+
+    def figures(self, trained: TrainedOnImages) -> list[Figure]:
+        """All classes in turn, and how some images come out of noise."""
+        model, labels = _diffusion(trained.model), torch.arange(SHOWN) % len(trained.data.classes)
+        steps: list[Stage] = []
+        decode = _decoder(trained)
+
+        def single(found: Tensor) -> list[np.ndarray]:
+            return [grid(image[None]) for image in to_pixels(decode(found))]
+
+        def watch(block: int, level: float, z: Tensor, estimate: Tensor) -> None:
+            steps.append(Stage(block, level, single(z[:PATHS] / (1 + level))))
+
+        made = self.generate(trained, labels, quiet=True)
+        end = self.sample(model, labels[:PATHS], seed=derive(0, "samples", 0), device=trained.device, watch=watch)
+        chosen = [steps[round(i * (len(steps) - 1) / (PATH_STEPS - 2))] for i in range(PATH_STEPS - 1)]
+        stages = [*chosen, Stage(chosen[-1].block, 0.0, single(end))]
+        return [
+            Figure("Generated images, one class after another", Picture(grid(made.images.images, columns=16))),
+            Figure(
+                "From noise to image: above every step the block that runs and its noise level",
+                Stages(stages, model.num_blocks),
+            ),
+        ]
+
+
+def _decoder(trained: TrainedOnImages) -> Callable[[Tensor], Tensor]:
+    """What the network makes -> images: decoded where it makes latents."""
+    if not trained.config.vae:
+        return lambda found: found
+    decoder = Autoencoder(trained.config, str(trained.device))
+    return lambda latents: decoder.decode(latents.cpu())
+
+
+_NUMBER = re.compile(r"-?[0-9]{1,9}")
+
+
+def class_numbers(text: str, names: Sequence[str]) -> list[int]:
+    """`3`, `cat` or `3,cat` -> numbers of classes. A name that looks like a number is a number. Raises UserError for an
+    unknown name."""
+    found = []
+    for part in map(str.strip, text.split(",")):
+        if not _NUMBER.fullmatch(part) and part not in names:
+            raise UserError(f"unknown class {part!r}{nearest(part, names)}")
+        found.append(int(part) if _NUMBER.fullmatch(part) else names.index(part))
+    return found
+
+
+def _diffusion(model: BlockModel) -> ImageBlocks | ImageNetwork:
     if not isinstance(model, ImageBlocks | ImageNetwork):
         raise UserError(f"the task image-generation needs a diffusion network; got {type(model).__name__}")
     return model

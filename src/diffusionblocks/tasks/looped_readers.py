@@ -18,7 +18,7 @@ from diffusionblocks.seeds import normal_like
 from diffusionblocks.tasks.readers import Cache
 from diffusionblocks.theory import grids
 from diffusionblocks.theory.categorical import bridge
-from diffusionblocks.theory.choice import Choice, draw
+from diffusionblocks.theory.choice import TokenChoice, draw
 from diffusionblocks.theory.targets import add_noise
 
 
@@ -36,7 +36,7 @@ class _LoopReader:
             nats), in all texts; 0 = never.
     """
 
-    def __init__(self, loop: LoopedBlock, choice: Choice, iterations: int, early_exit: float) -> None:
+    def __init__(self, loop: LoopedBlock, choice: TokenChoice, iterations: int, early_exit: float) -> None:
         self.loop, self.choice, self.iterations, self.early_exit = loop, choice, iterations, early_exit
         self.layer_evaluations = 0
         self.exits: list[int] = []  # iterations that each token took
@@ -82,7 +82,7 @@ class _LoopReader:
 class UnrolledReader(_LoopReader):
     """A looped network that was trained by unrolling: K iterations from a random state for every token."""
 
-    def __init__(self, model: LoopedNetwork, choice: Choice, iterations: int, early_exit: float = 0.0) -> None:
+    def __init__(self, model: LoopedNetwork, choice: TokenChoice, iterations: int, early_exit: float = 0.0) -> None:
         super().__init__(model.loop, choice, iterations, early_exit)
         self.model = model
         self._coda, self._done = Cache(), 0  # rows whose last state was read out
@@ -150,7 +150,7 @@ class LevelsReader(_LoopReader):
     def __init__(
         self,
         model: LoopedBlocks,
-        choice: Choice,
+        choice: TokenChoice,
         iterations: int,
         early_exit: float = 0.0,
         sampler: str = "categorical",

@@ -8,27 +8,56 @@ Shapes: N batch, T positions, V tokens.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from diffusionblocks.blocks.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import TextData
 from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation import text
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.options import check_options, option
-from diffusionblocks.seeds import Draws, generator, uniform
+from diffusionblocks.seeds import Draws, derive, generator, uniform
 from diffusionblocks.system.devices import wide
-from diffusionblocks.theory.choice import Choice
+from diffusionblocks.tasks.prompts import start_of
+from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, Written, check_length, told
+from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks, Partition
 from diffusionblocks.theory.unmasking import SAMPLERS, even
-from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, beside, drawn_for, per_token
+from diffusionblocks.training.figures import Figure, Moment, Moments, Texts
+from diffusionblocks.training.task import (
+    Asked,
+    Made,
+    Metric,
+    Sampling,
+    StepOutput,
+    Task,
+    TrainedOnText,
+    all_beside,
+    beside,
+    drawn_for,
+    per_token,
+)
 
+LOGITS = 1 << 26  # texts are made together as long as their logits stay below this number
+SHOWN = 6  # texts in the report
 EMPHASIS = {"bound": 0.0, "root": 0.5, "equal": 1.0}  # an answer's weight is that of the bound times n to this power
+
+
+# What the paper describes and its released code does ([DB] sections 3 and 5.3, app. D and E).
+PAPER: dict[str, Any] = {
+    "blocks": {"shared": "trained", "schedule": "linear", "overlap": 0.1, "condition_width": 64},
+    "task": {"masking": "independent", "loss_weight": "bound"},
+    "train": {"order": "random", "branch_at": 0.0},
+}
 
 
 @dataclass(kw_only=True)
@@ -45,7 +74,8 @@ class MaskedLM(Task):
             variance. Evaluation is by the bound.
         levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
         sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
-        temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see `Choice`).
+        temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see
+            `TokenChoice`).
         num_samples: texts that the finished run makes for its metrics; 0 = none are made.
         teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
             empty = none. mauve: also compare them with real texts, as the teacher sees both.
@@ -53,6 +83,7 @@ class MaskedLM(Task):
 
     target: ClassVar = "masked"
     data: ClassVar = TextConfig
+    presets: ClassVar = {"paper": PAPER}
     by_block: ClassVar = True
 
     kind: str = option("masked-lm", choices=("masked-lm",))
@@ -71,8 +102,10 @@ class MaskedLM(Task):
     def __post_init__(self) -> None:
         check_options("task", self)
 
-    def _choice(self) -> Choice:
-        return Choice(self.temperature, self.top_p, self.top_k)
+    @property
+    def token_choice(self) -> TokenChoice:
+        """How a token is drawn."""
+        return TokenChoice(self.temperature, self.top_p, self.top_k)
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
@@ -161,9 +194,106 @@ class MaskedLM(Task):
             at = torch.full((len(z),), level, device=z.device)
             return model.denoiser(block).logits_at({"noisy_target": z}, at, where)
 
-        sampler = SAMPLERS[self.sampler](mask_id, schedule, self._choice())  # type: ignore[arg-type]
+        sampler = SAMPLERS[self.sampler](mask_id, schedule, self.token_choice)  # type: ignore[arg-type]
         levels = even(schedule.level(share).item(), self.sampling_steps)
         return sampler(denoise, tokens, levels, generator=generator(seed, tokens.device))
+
+    # ------------------------------------------------------------------ what a finished run is asked
+
+    def check_data(self, split: Dataset) -> None:
+        text.check(self.teacher, self.mauve, self.num_samples, split)
+
+    def measure(self, trained: TrainedOnText, split: TextData, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """The likelihood in bits per character and per byte, and what samples are like
+        (`evaluation.text.of_samples`)."""
+        tokenizer = trained.data.tokenizer
+        found = {**text.in_bits(metrics["nats_per_token"], split, tokenizer), **metrics}
+        if self.num_samples:
+            made = self.fill(trained, blank(trained, self.num_samples)).tokens
+            found |= text.of_samples(
+                made, split, tokenizer, teacher=self.teacher, with_mauve=self.mauve, device=trained.device
+            )
+        return found
+
+    def fill(
+        self,
+        trained: TrainedOnText,
+        start: Tensor,
+        *,
+        seed: int = 0,
+        watch: Callable[[int, float, Tensor], Any] | None = None,
+    ) -> Written:
+        """Fills the masked tokens of `start` [N, T], as many texts at once as fit. watch: as in `sample`."""
+        model, passes = _masked(trained.model), 0
+
+        def count(block: int, level: float, z: Tensor) -> None:
+            nonlocal passes
+            passes += len(model.block(block).layers) * len(z)
+            if watch is not None:
+                watch(block, level, z)
+
+        found, began = [], time.perf_counter()
+        together = max(1, min(AT_ONCE, LOGITS // (start.shape[1] * trained.data.num_outputs)))
+        for first in range(0, len(start), together):
+            part = start[first : first + together].to(trained.device)
+            found.append(self.sample(model, part, seed=derive(seed, "samples", first), watch=count).cpu())
+        return Written(torch.cat(found), passes, time.perf_counter() - began)
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        return Sampling("text", OPTIONS, {**SETTINGS, "steps": "sampling_steps", "sampler": "sampler"})
+
+    def sampled(self, model: BlockModel) -> tuple[str, ...]:
+        return ("num_samples", "sampler", "sampling_steps", "temperature", "top_p", "top_k", "teacher")
+
+    def make(self, trained: TrainedOnText, asked: Asked) -> Made:
+        """Texts with the blanks of the prompt filled in."""
+        tokenizer = trained.data.tokenizer
+        check_length(asked.length)
+        if asked.chat:
+            raise UserError("--chat takes a question (--prompt) for a model that writes token by token")
+        start = start_of(asked.prompt, tokenizer, trained.config.length, asked.length).expand(asked.num, -1)
+        made = self.fill(trained, start, seed=asked.seed)
+        texts = [tokenizer.decode(text) for text in made.tokens.tolist()]
+        how = {"sampler": self.sampler, "steps": self.sampling_steps}
+        how |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        written = int((start == _masked(trained.model).mask_id).sum())
+        return told(texts, made, written, made.tokens.shape[1], asked, how)
+
+    def figures(self, trained: TrainedOnText) -> list[Figure]:
+        made = self.make(trained, Asked(num=SHOWN))
+        title = (
+            "From masks to text: at each noise level the block that runs next; every token has the colour of the block "
+            "that wrote it"
+        )
+        moments = Moments(self.moments(trained), trained.model.num_blocks)
+        return [Figure("Generated texts", Texts(made.found["texts"])), Figure(title, moments)]
+
+    def moments(self, trained: TrainedOnText, seed: int = 0, shown: int = 8) -> list[Moment]:
+        """How one text comes out of masks, at `shown` moments."""
+        steps: list[tuple[int | None, float, Tensor]] = []
+        made = self.fill(
+            trained,
+            blank(trained, 1),
+            seed=seed,
+            watch=lambda block, level, z: steps.append((block, level, z[0].cpu())),
+        )
+        steps.append((None, 0.0, made.tokens[0]))
+        writers: list[int | None] = [None] * len(made.tokens[0])
+        found = []
+        chosen = {round(index * (len(steps) - 1) / (shown - 1)) for index in range(shown)}
+        for number, (block, level, z) in enumerate(steps):
+            if number:
+                changed = (z != steps[number - 1][2]).tolist()
+                writers = [steps[number - 1][0] if new else old for new, old in zip(changed, writers, strict=True)]
+            if number in chosen:
+                texts = [trained.data.tokenizer.decode([token]) for token in z.tolist()]
+                found.append(Moment(level, block, list(zip(texts, writers, strict=True))))
+        return found
+
+
+def blank(trained: TrainedOnText, num: int, length: int = 0) -> Tensor:
+    """`num` texts of masks alone [num, length]; 0 = the window."""
+    return torch.full((num, length or trained.config.length), _masked(trained.model).mask_id)
 
 
 def most_masked(partition: Partition, blocks: Blocks, tokens: Tensor, *, exact: bool) -> int:
@@ -182,7 +312,7 @@ def most_masked(partition: Partition, blocks: Blocks, tokens: Tensor, *, exact: 
     return min(texts * length, math.ceil(most) + 1)
 
 
-def _masked(model: Any) -> Any:
+def _masked(model: BlockModel) -> MaskedBlocks | MaskedNetwork:
     if not isinstance(model, MaskedBlocks | MaskedNetwork):
         raise UserError(f"the task masked-lm needs a masked diffusion network; got {type(model).__name__}")
     return model

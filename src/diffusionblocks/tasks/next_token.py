@@ -11,26 +11,52 @@ Shapes: N batch, T tokens, R = T - 1 rows that predict, V tokens of the vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import ClassVar
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from diffusionblocks.blocks.causal import CausalBlocks, following
 from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.data.stream import in_order
+from diffusionblocks.data.text.chat import question
 from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import TextData
+from diffusionblocks.errors import UserError
+from diffusionblocks.evaluation import text
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.options import check_options, option
-from diffusionblocks.seeds import Draws, generator, normal_like, uniform
+from diffusionblocks.seeds import Draws, derive, generator, normal_like, uniform
+from diffusionblocks.tasks.prompts import beginning
 from diffusionblocks.tasks.readers import Reader
-from diffusionblocks.theory.choice import Choice
+from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, Writing, Written, check_length, told
+from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks
 from diffusionblocks.theory.targets import add_noise
-from diffusionblocks.training.task import Metric, StepOutput, Task, all_beside, beside, drawn_for, per_token
+from diffusionblocks.training.figures import Figure, Texts
+from diffusionblocks.training.task import (
+    Asked,
+    LanguageModel,
+    Made,
+    Metric,
+    Sampling,
+    StepOutput,
+    Task,
+    TrainedOnText,
+    all_beside,
+    beside,
+    drawn_for,
+    on_device,
+    per_token,
+)
 
+CONTROLLED = 128  # windows on which controls are measured
+SHOWN = 6  # texts in the report
 Measure = Callable[[Batch, torch.Generator], dict[str, Tensor]]
 
 
@@ -44,7 +70,7 @@ class NextToken(Task):
     Args:
         kind: the name of this task in a recipe.
         sampler: of blocks that draw along noise levels, `categorical` or `euler` ([DB]).
-        temperature, top_p, top_k: of the distribution that a token is drawn from (see `Choice`).
+        temperature, top_p, top_k: of the distribution that a token is drawn from (see `TokenChoice`).
         num_samples: texts that the finished run makes for its metrics; 0 = none are made.
         teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
             empty = none. mauve: also compare them with real texts, as the teacher sees both.
@@ -64,8 +90,10 @@ class NextToken(Task):
     def __post_init__(self) -> None:
         check_options("task", self)
 
-    def _choice(self) -> Choice:
-        return Choice(self.temperature, self.top_p, self.top_k)
+    @property
+    def token_choice(self) -> TokenChoice:
+        """How a token is drawn."""
+        return TokenChoice(self.temperature, self.top_p, self.top_k)
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
@@ -192,6 +220,135 @@ class NextToken(Task):
                 break
             reader.read(new)
         return tokens
+
+    # ------------------------------------------------------------------ what a finished run is asked
+
+    def check_data(self, split: Dataset) -> None:
+        text.check(self.teacher, self.mauve, self.num_samples, split)
+
+    def measure(self, trained: TrainedOnText, split: TextData, metrics: dict[str, Metric]) -> dict[str, Metric]:
+        """The likelihood in bits per character and per byte, its perplexity, that of `data.general`, what the losses
+        owe to the noisy target (`scrambled`), and what samples are like (`evaluation.text.of_samples`)."""
+        nats, tokenizer = metrics["nats_per_token"], trained.data.tokenizer
+        controls = list(on_device(in_order(text.some(split, CONTROLLED), CONTROLLED), trained.device))
+        found = {**text.in_bits(nats, split, tokenizer), **metrics, "perplexity": text.exponential(nats)}
+        found |= {**self._general(trained), **self.scrambled(trained.model, controls)}
+        found |= self.controlled(trained.model, controls)
+        if self.num_samples:
+            made = self.new_texts(trained, self.num_samples).tokens
+            found |= text.of_samples(
+                made, split, tokenizer, teacher=self.teacher, with_mauve=self.mauve, device=trained.device
+            )
+        return found
+
+    def controlled(self, model: BlockModel, batches: Sequence[Batch]) -> dict[str, Metric]:
+        """More metrics, on a part of the split."""
+        return {}
+
+    def _general(self, trained: TrainedOnText) -> dict[str, Metric]:
+        """Likelihood of `data.general`."""
+        if trained.data.general is None:
+            return {}
+        nats = trained.evaluate(trained.data.general)["nats_per_token"]
+        return {"general_nats_per_token": nats, "general_perplexity": text.exponential(nats)}
+
+    def language_model(self, trained: TrainedOnText) -> LanguageModel:
+        """The window is what the positions of an ordinary network allow; denoisers read that which they were trained
+        on."""
+        model: Any = trained.model
+        ordinary = self.writes and model.is_ordinary
+
+        def log_p(tokens: Sequence[int], scored: int) -> tuple[float, bool]:
+            ids = torch.tensor(tokens)
+            labels = ids.clone()
+            labels[: len(ids) - scored] = IGNORED
+            batch = {"input_ids": ids[None].to(trained.device), "labels": labels[None].to(trained.device)}
+            model.eval()
+            with torch.no_grad():
+                nats = self.measurer(model)(batch, generator(0, trained.device))["nats_per_token"].sum().item()
+                if not ordinary:
+                    return -nats, False
+                logits = model.network(batch["input_ids"]).logits[0, -scored - 1 : -1]
+                return -nats, bool((logits.argmax(-1) == batch["input_ids"][0, -scored:]).all())
+
+        def write(start: Tensor, length: int, temperature: float, watch: Callable[[Tensor], bool]) -> Tensor:
+            model.eval()
+            task = replace(self, temperature=temperature, top_p=1.0, top_k=0)
+            return task.sample(model, start.to(trained.device), length, watch=watch)
+
+        window = model.network.config.max_position_embeddings if ordinary else trained.config.length
+        return LanguageModel(trained.data.tokenizer, trained.config.tokenizer, int(window), log_p, write)
+
+    def together(self, model: BlockModel, length: int) -> int:
+        """Texts of `length` tokens that are written at once."""
+        return AT_ONCE
+
+    def go_on(
+        self,
+        trained: TrainedOnText,
+        start: Tensor,
+        length: int,
+        *,
+        seed: int = 0,
+        watch: Callable[[Tensor], bool] | None = None,
+    ) -> Written:
+        """Continues `start` [N, P] to [N, length]. watch: as in `sample`; then all texts are written together."""
+        found, began = list[Tensor](), time.perf_counter()
+        passes, exits = 0, list[int]()
+        together = len(start) if watch is not None else self.together(trained.model, length)
+        for first in range(0, len(start), together):
+            part = start[first : first + together].to(trained.device)
+            reader = self.reader(trained.model)
+            seeded = derive(seed, "samples", first)
+            found.append(self.sample(trained.model, part, length, seed=seeded, watch=watch, reader=reader).cpu())
+            passes += reader.layer_evaluations
+            exits += getattr(reader, "exits", [])
+        iterations = sum(exits) / len(exits) if exits else None
+        return Written(torch.cat(found), passes, time.perf_counter() - began, iterations)
+
+    def new_texts(self, trained: TrainedOnText, num: int, *, seed: int = 0) -> Written:
+        """`num` texts of the length of a window, from nothing: a document begins after the end of another."""
+        start = torch.full((num, 1), trained.data.tokenizer.separator)
+        made = self.go_on(trained, start, trained.config.length + 1, seed=seed)
+        return made._replace(tokens=made.tokens[:, 1:])
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        return Sampling("text, one token after the other", (*OPTIONS, "stop", "stream"), SETTINGS)
+
+    def sampled(self, model: BlockModel) -> tuple[str, ...]:
+        return ("num_samples", "temperature", "top_p", "top_k", "teacher")
+
+    def make(self, trained: TrainedOnText, asked: Asked) -> Made:
+        """Texts that continue the prompt."""
+        tokenizer, window, chat = trained.data.tokenizer, trained.config.length, asked.chat
+        check_length(asked.length)
+        if chat and not asked.prompt:
+            raise UserError("--chat takes a question (--prompt) for a model that writes token by token")
+        prompt = question(asked.prompt, tokenizer) if chat else asked.prompt
+        own = beginning(prompt, tokenizer, window, asked.length)
+        # A text begins after the end of another; a conversation as its template says, and ends where its turn does.
+        before = [] if chat else [tokenizer.separator]
+        stop = [*asked.stop, tokenizer.decode([tokenizer.separator])] if chat else list(asked.stop)
+        progress = Writing(tokenizer, len(before), len(own), stop, asked.stream, answers=chat)
+        made = self.go_on(
+            trained,
+            torch.tensor([*before, *own]).expand(asked.num, -1),
+            (asked.length or window) + len(before),
+            seed=asked.seed,
+            watch=progress if stop or asked.stream is not None else None,
+        )
+        tokens = made.tokens[:, len(before) :]
+        texts, written = [progress.text(tokens) for tokens in tokens.tolist()], asked.num * (tokens.shape[1] - len(own))
+        progress.finish(texts[0])
+        how: dict[str, Any] = {"stop": stop} if stop else {}
+        if made.iterations is not None:
+            how["iterations_per_token"] = made.iterations
+        how |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return told(texts, made, written, tokens.shape[1], asked, how)
+
+    def figures(self, trained: TrainedOnText) -> list[Figure]:
+        made = self.make(trained, Asked(num=SHOWN))
+        return [Figure("Generated texts", Texts(made.found["texts"]))]
 
 
 def mean_weights(labels: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from diffusionblocks.networks.attention import View, cache_argument, causally
 from diffusionblocks.seeds import normal_like
 from diffusionblocks.theory import grids
 from diffusionblocks.theory.categorical import ancestral
-from diffusionblocks.theory.choice import Choice, draw
+from diffusionblocks.theory.choice import TokenChoice, draw
 from diffusionblocks.theory.ode import euler
 from diffusionblocks.theory.precondition import coefficients
 from diffusionblocks.theory.sampler import DenoiserOutput
@@ -40,7 +40,7 @@ class Reader(Protocol):
 class OrdinaryReader:
     """network: a causal language model of transformers."""
 
-    def __init__(self, network: Any, choice: Choice) -> None:
+    def __init__(self, network: Any, choice: TokenChoice) -> None:
         self.network, self.choice = network, choice
         self.layer_evaluations = 0
         self._kept: Any = None
@@ -73,7 +73,7 @@ class BlocksReader:
         sampler: `categorical` (see `theory.categorical`) or `euler` ([DB]). steps: levels; 0 = one per block.
     """
 
-    def __init__(self, model: CausalBlocks, choice: Choice, sampler: str = "categorical", steps: int = 0) -> None:
+    def __init__(self, model: CausalBlocks, choice: TokenChoice, sampler: str = "categorical", steps: int = 0) -> None:
         self.model, self.choice, self.sampler = model, choice, sampler
         linear = model.config.readout == "linear"
         grid = grids.equal_mass if linear else grids.equal_mass_tops

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,10 +27,27 @@ from diffusionblocks.seeds import Draws
 from diffusionblocks.tasks.looped_readers import LevelsReader, UnrolledReader, grid
 from diffusionblocks.tasks.next_token import Measure, NextToken, mean_weights, summed
 from diffusionblocks.tasks.readers import Reader
+from diffusionblocks.tasks.writing import AT_ONCE
 from diffusionblocks.theory.likelihood import walk_bound
-from diffusionblocks.training.task import Metric, StepOutput, all_beside
+from diffusionblocks.training.task import Metric, Sampling, StepOutput, all_beside
 
+KEPT = 1 << 28  # texts are written together as long as keys and values stay below this number
 SPREAD = 0.5  # standard deviation of the log of the mean of iterations ([Huginn] section 3.3)
+
+
+# What the paper describes and its released code does ([DB] sections 3 and 5.5, app. E).
+PAPER: dict[str, Any] = {
+    "blocks": {
+        "readout": "linear",
+        "target_table": "trained",
+        "shared": "trained",
+        "levels": "log-normal",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "condition_width": 64,
+    },
+    "task": {"sampler": "euler"},
+}
 
 
 @dataclass(kw_only=True)
@@ -48,7 +65,9 @@ class RecurrentLM(NextToken):
     """
 
     target: ClassVar = "recurrent"
+    presets: ClassVar = {"paper": PAPER}
     splits: ClassVar = False
+    repeats: ClassVar = ("iterations", "early_exit", "curve")
 
     kind: str = option("recurrent-lm", choices=("recurrent-lm",))
     iterations: int = option(16, least=1)
@@ -154,8 +173,32 @@ class RecurrentLM(NextToken):
         found = walk_bound(told, clean, grid(model, iterations), generator=generator)
         return torch.zeros(wanted.shape, dtype=torch.float64).masked_scatter(wanted.cpu(), found)
 
+    def controlled(self, model: BlockModel, batches: Sequence[Batch]) -> dict[str, Metric]:
+        """`over_iterations` of `curve`."""
+        return self.over_iterations(model, batches, sorted(set(self.curve))) if self.curve else {}
+
+    def inference_layers(self, model: BlockModel) -> float | None:
+        assert isinstance(model, LoopedNetwork | LoopedBlocks)
+        return model.inference_layers(self.iterations)
+
+    def together(self, model: BlockModel, length: int) -> int:
+        """A looped network keeps keys and values of every iteration."""
+        assert isinstance(model, LoopedNetwork | LoopedBlocks)
+        width = model.loop.injection.linear.out_features
+        return max(1, min(AT_ONCE, KEPT // (2 * self.iterations * len(model.layers[0]) * length * width)))
+
+    def sampling(self, model: BlockModel) -> Sampling:
+        found, more = super().sampling(model), ["iterations", "early_exit"]
+        more += ["sampler"] if isinstance(model, LoopedBlocks) else []
+        return found._replace(settings={**found.settings, **{name: name for name in more}})
+
+    def sampled(self, model: BlockModel) -> tuple[str, ...]:
+        num, *others = super().sampled(model)
+        sampler = ("sampler",) if isinstance(model, LoopedBlocks) else ()
+        return (num, "iterations", "early_exit", *others, *sampler)
+
     def reader(self, model: BlockModel) -> Reader:
         if isinstance(model, LoopedBlocks):
-            return LevelsReader(model, self._choice(), self.iterations, self.early_exit, self.sampler)
+            return LevelsReader(model, self.token_choice, self.iterations, self.early_exit, self.sampler)
         assert isinstance(model, LoopedNetwork)
-        return UnrolledReader(model, self._choice(), self.iterations, self.early_exit)
+        return UnrolledReader(model, self.token_choice, self.iterations, self.early_exit)

@@ -15,7 +15,7 @@ Choose = Callable[[Tensor, torch.Generator | None], Tensor]
 
 
 @dataclass(frozen=True)
-class Choice:
+class TokenChoice:
     """Draws tokens from logits.
 
     Args:

@@ -69,6 +69,11 @@ class ImageSplits(NamedTuple):
     def num_outputs(self) -> int:
         return len(self.classes)
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's summary says of the data."""
+        return {"classes": self.classes}
+
 
 def load_images(config: DataConfig, seed: int = 0) -> ImageSplits:
     """Reads, checks and splits. `seed` only steers augmentation; the split depends on `config.split_seed`.

@@ -175,6 +175,11 @@ class TextSplits(NamedTuple):
     def num_outputs(self) -> int:
         return self.tokenizer.size
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a run's summary says of the data: nothing."""
+        return {}
+
 
 def load_text(config: TextConfig, seed: int = 0, *, mask: bool = True) -> TextSplits:
     """Tokenises (once), checks and splits.

@@ -17,10 +17,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.text.splits import TextData
+from diffusionblocks.data.splits import Splits
+from diffusionblocks.data.text.corpora import TextConfig
+from diffusionblocks.data.text.splits import TextData, TextSplits
 from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
 from diffusionblocks.networks.readout import IGNORED
+from diffusionblocks.recipes import Recipe
 from diffusionblocks.recipes.schema import InContextConfig
 
 METHODS = ("prompt", "retrieval")
@@ -157,19 +160,27 @@ class InContext(Dataset):
         return whole, np.concatenate([np.full(len(context), IGNORED, dtype=np.int64), scored])
 
 
-def check(run: Any) -> None:
-    """Raises UserError for what would only fail at evaluation."""
-    settings, recipe = run.recipe.in_context, run.recipe
+def as_scored(recipe: Recipe, data: Splits, split: Any) -> Any:
+    """The split as the recipe's method is scored on it: `prompt` and `retrieval` put a context before every text."""
+    if recipe.method not in METHODS:
+        return split
+    assert isinstance(data, TextSplits)
+    return InContext(split, Passages(data.train, data.tokenizer, recipe.in_context), recipe.method)
+
+
+def check(recipe: Recipe, data: Splits, longest: int) -> None:
+    """Raises UserError for what would only fail at evaluation. longest: text that the network reads, in tokens."""
+    settings = recipe.in_context
     settings.check()
-    if isinstance(run.data.train, TextData):
-        Passages(run.data.train, run.data.tokenizer, settings)
-        if run.data.train.packing == "documents":
+    assert isinstance(data, TextSplits) and isinstance(recipe.data, TextConfig)
+    if isinstance(data.train, TextData):
+        Passages(data.train, data.tokenizer, settings)
+        if data.train.packing == "documents":
             raise UserError(
                 f"the method {recipe.method} puts text before a window: set data.packing to stream or padded"
             )
     if recipe.method == "retrieval":
         _bm25s()
-    longest = run.model.network.config.max_position_embeddings
     if settings.tokens + recipe.data.length > longest:
         raise UserError(
             f"in_context.tokens {settings.tokens} and data.length {recipe.data.length} exceed the {longest} positions "
