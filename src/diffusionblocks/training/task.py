@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from diffusionblocks.blocks.handed import Handed
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.errors import Failed, UserError
 from diffusionblocks.networks.parts import Batch
@@ -16,11 +17,12 @@ from diffusionblocks.seeds import Draws
 
 
 class StepOutput(NamedTuple):
-    """loss: scalar to differentiate. context: detached features for the next block, or None. layers: layers that a
-    sample passed, forward and backward (forward alone counts a third), where that is not the same in every step."""
+    """loss: scalar to differentiate. handed: what the next step gets: detached features, or the passage that was handed
+    in. layers: layers that a sample passed, forward and backward (forward alone counts a third), where that is not the
+    same in every step."""
 
     loss: Tensor
-    context: Tensor | None
+    handed: Handed = None
     layers: float | None = None
 
 
@@ -62,12 +64,21 @@ class Task:
     by_block: ClassVar[bool] = False
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         """Loss of block `block` on a batch.
 
-        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own. draws: the
-        randomness of the step, on the batch's device; None = new ones (`drawn_for`).
+        handed: what the step before hands to this one. ranges: the blocks whose noise ranges the levels are drawn from
+        (before branching); None = its own. draws: the randomness of the step, on the batch's device; None = new ones
+        (`drawn_for`). settling: only the block's head learns (`LocalObjective`).
         """
         raise NotImplementedError
 
