@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.network import Batch, Block, BlockModel, EndToEndModel, Parts, documents_apart
-from diffusionblocks.seeds import derive
+from diffusionblocks.seeds import derive, seed_own
 
 
 @dataclass
@@ -41,6 +41,7 @@ class Passage:
     Args:
         trained: the blocks that will step. seed: of everything random in the layers (dropout): a block that is
             recomputed must draw what it drew. kept: those of the trained blocks, the last aside, whose graphs are kept.
+        device: of the steps.
         entering: block -> what entered it [N, T, D], as a leaf, until the block has stepped. Block 0 reads the batch
             itself.
         leaving: kept block -> what the next trained block got of it, with the graph between the two. graphs: what they
@@ -52,6 +53,7 @@ class Passage:
     trained: Sequence[int]
     seed: int = 0
     kept: Collection[int] = ()
+    device: torch.device | str = "cpu"
     graphs: list[WithoutWeights] = field(default_factory=list)
     entering: dict[int, Tensor] = field(default_factory=dict)
     leaving: dict[int, Tensor] = field(default_factory=dict)
@@ -61,7 +63,7 @@ class Passage:
 
     def at(self, place: int) -> None:
         """Before block `place` runs, -1 the stem: what it draws depends on the seed and the place alone."""
-        torch.manual_seed(derive(self.seed, "passage", place))
+        seed_own(derive(self.seed, "passage", place), self.device)
 
     def enter(self, index: int, hidden: Tensor) -> Tensor:
         """Keeps what enters a block that will step."""

@@ -137,6 +137,7 @@ class Trainer:
         self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
+        self._modules = list(model.modules())
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
         self._watched = False  # somebody looks at the norms
@@ -237,9 +238,10 @@ class Trainer:
         Returns the mean loss (detached scalar) and, in features context, the clean stream for the next block.
         """
         state, parts = self.states[index], self.config.accumulation
-        self.model.train()
+        self._train_mode()
         self.model.block(index).settling = state.settles()
-        total, contexts, layers = torch.zeros((), device=self.device), [], 0.0
+        total: Tensor | None = None
+        contexts, layers = list[Tensor](), 0.0
         for micro, piece in enumerate(_pieces(batch, parts)):
             draws = Draws(self.config.seed, self.device, index, state.steps, micro)
             draws.seed_layers()
@@ -247,19 +249,26 @@ class Trainer:
                 with self._passing(index, micro) as passage:
                     with self.autocast():
                         loss, context, passed = self._loss(index, piece, passage, ranges, draws)
-                    (loss / parts).backward()
+                    (loss / parts if parts > 1 else loss).backward()
                 if passage is not None:
                     passage.stepped(index, loss.detach(), parts)
-            total += loss.detach() / parts
-            contexts.append(context)
+            share = (loss.detach() / parts if parts > 1 else loss.detach()).float()
+            total = share if total is None else total + share
+            contexts += [] if context is None else [context]
             layers += self.model.layer_evaluations(index) if passed is None else passed
+        assert total is not None
         norms = state.step(self._trust(index, total)), self.shared.step()
         if self._watched:
             owners = (f"block {index}", state), ("the shared parts", self.shared)
             pairs = zip(owners, norms, strict=True)
             self._norms += [(name, own.steps, norm) for (name, own), norm in pairs if norm is not None]
         self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
-        return total, None if contexts[0] is None else torch.cat([c for c in contexts if c is not None])
+        return total, torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else None
+
+    def _train_mode(self) -> None:
+        """As `model.train()`, which would pass through all modules, of all blocks, in the step of each."""
+        if not all(module.training for module in self._modules):
+            self.model.train()
 
     def _loss(
         self, index: int, piece: Batch, passage: Passage | None, ranges: range | None, draws: Draws
@@ -280,7 +289,7 @@ class Trainer:
             return
         if index == self.round[0]:
             seed = derive(self.config.seed, "passage", self.states[index].steps, micro)
-            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.graphs : -1])]
+            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.graphs : -1], self.device)]
         model.passage = self.passages[micro]
         try:
             yield model.passage
