@@ -136,13 +136,15 @@ def of_loops() -> Iterator[dict[str, Any]]:
 
 
 def planned(row: dict[str, Any], device: str = "cpu") -> Predictor:
-    """What predicts one row. device cuda: residency host."""
+    """What predicts one row. device cuda: residency host, and room for the next block whatever else is on the card: by
+    default a run does without it where less than a tenth of the card is free, which other processes may bring about."""
     network, batch, task, samples = FAMILIES[row["family"]]
     if "truncation" in row:
         task = RecurrentLM(truncation=row["truncation"], mean_iterations=ITERATIONS, draw="constant")
     away = "disk" if device == "cpu" else "host"
-    train = {"batch_size": samples, "residency": away, "device": device, "branch_at": 0.0, **row["train"]}
-    settings = dblocks.TrainingConfig(**train)
+    ahead = None if device == "cpu" else True
+    train = {"batch_size": samples, "residency": away, "prefetch": ahead, "device": device, "branch_at": 0.0}
+    settings = dblocks.TrainingConfig(**{**train, **row["train"]})
     work = Workload(
         network=network,
         batch=batch,

@@ -25,6 +25,21 @@ def generator(seed: int, device: torch.device | str = "cpu") -> torch.Generator:
     return torch.Generator(torch.device(device)).manual_seed(seed)
 
 
+def seed_own(seed: int, device: torch.device | str) -> None:
+    """Seeds torch's own generators, the CPU's and the device's.
+
+    `torch.manual_seed` does so too, but also writes down the stack for every kind of device that is not in use, which
+    costs a step half a millisecond.
+    """
+    kind = torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        torch.manual_seed(seed)
+        return
+    torch.default_generator.manual_seed(seed)
+    if kind == "cuda":
+        torch.cuda.manual_seed_all(seed)
+
+
 def uniform(
     *size: int,
     generator: torch.Generator | None,
@@ -64,7 +79,7 @@ class Draws:
 
     def seed_layers(self) -> None:
         """Seeds torch's own generators, before a forward pass."""
-        torch.manual_seed(self.number("layers"))
+        seed_own(self.number("layers"), self.generator.device)
 
     @classmethod
     def new(cls, device: torch.device | str) -> Draws:

@@ -170,8 +170,8 @@ def test_latents_train_and_are_decoded(settings, capsys, tmp_path):
     line = fails(capsys, "train", "dit-digits", *settings, *words)
     scale = line.rsplit(" ", 1)[1]
     assert "set data.latent_scale to" in line
-    code, out, _ = run(capsys, "train", "dit-digits", *settings, *words, "--data.latent-scale", scale, "--json")
-    assert code == 0
+    code, out, err = run(capsys, "train", "dit-digits", *settings, *words, "--data.latent-scale", scale, "--json")
+    assert code == 0, err
     assert "bits_per_dimension" not in json.loads(out)["metrics"]
     assert run(capsys, "sample", tmp_path / "run", "--num", 3, "--output", tmp_path / "x.npz")[0] == 0
     assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, 8, 8, 3)

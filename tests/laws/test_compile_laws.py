@@ -103,9 +103,8 @@ def round_of_steps(own, order, batch, carried=False):
     """A step of each block. carried: on the features that the step before handed on, not on features made for it."""
     handed = ()
     for index in order:
-        if own.config.order != "backward" and not carried:
-            handed = own.entering(index, batch)
-        handed = own.block_step(index, batch, handed).handed
+        anew = () if carried else own.entering(index, batch)
+        handed = own.block_step(index, batch, anew or handed).handed
 
 
 def count(graphs, own):

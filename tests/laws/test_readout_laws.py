@@ -13,13 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import diffusionblocks as dblocks
-from diffusionblocks.blocks.exact import WithoutWeights
+from diffusionblocks.blocks.handed import WithoutWeights
 from diffusionblocks.blocks.masked import hide
 from diffusionblocks.networks import readout
 from diffusionblocks.networks.readout import IGNORED, TokenReadout, chunk_size, weighted_cross_entropy
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.planning.tracker import PhaseTracker
 from diffusionblocks.theory import evidence as evidence_module
+from diffusionblocks.theory import products
 from diffusionblocks.theory.evidence import Evidence, features_in_halves, rows_in_halves
 from diffusionblocks.theory.noise import unit_rows
 from diffusionblocks.training.lanes import AtOnce
@@ -254,6 +255,60 @@ def test_a_card_multiplies_halves_into_fp32(monkeypatch):
             weighted_cross_entropy(hidden, head, labels, weights, None, known)
     assert products == [(3 * E, torch.bfloat16, torch.bfloat16, torch.float32)] * 4
     assert joined.count(V) == 1
+
+
+def _of_a_card(monkeypatch):
+    """The products that only a card has, in double precision."""
+    plain_mm, plain_addmm = torch.mm, torch.addmm
+    made = []
+
+    def mm(left, right, out_dtype=None):
+        made.append("mm")
+        return plain_mm(left.double(), right.double()).to(out_dtype)
+
+    def addmm(total, left, right, out_dtype=None, out=None):
+        assert out is total and total.dtype == out_dtype == torch.float32
+        made.append("addmm")
+        return out.copy_(plain_addmm(total.double(), left.double(), right.double()))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    for module in (evidence_module, products, readout):
+        monkeypatch.setattr(module, "multiplies_halves", lambda device: True)
+    return made
+
+
+@pytest.mark.parametrize("evidence", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_narrow_products_into_fp32_err_less_than_rounded_ones(monkeypatch, device, evidence):
+    """On a card they are its own; on a CPU others stand in for them."""
+    if device == "cuda" and not (torch.cuda.is_available() and products.multiplies_halves(torch.device(device))):
+        pytest.skip("needs a card that multiplies bf16 into fp32")
+    monkeypatch.setattr(readout, "CHUNK_ELEMENTS", 1)
+    hidden, head, labels, weights, known = parts(bias=False, evidence=evidence)
+    hidden, labels, weights = hidden.detach().to(device).requires_grad_(), labels.to(device), weights.to(device)
+    head.to(device)
+    known = None if known is None else Evidence(*(t.detach().to(device).requires_grad_() for t in known))
+
+    def gradients(narrow):
+        with torch.autocast(device, torch.bfloat16, enabled=narrow):
+            loss = weighted_cross_entropy(hidden, head, labels, weights, None, known)
+        return [loss, *torch.autograd.grad(loss, leaves(hidden, head, known))]
+
+    exact = gradients(False)
+    with monkeypatch.context() as patch:
+        for module in (evidence_module, products, readout):
+            patch.setattr(module, "multiplies_halves", lambda device: False)
+        rounded = gradients(True)
+    made = _of_a_card(monkeypatch) if device == "cpu" else None
+    found = gradients(True)
+    if made is not None:  # logits and the head's gradient, in every chunk
+        chunks = -(-M // chunk_size(M, V))
+        assert made.count("addmm") == (2 if evidence else 1) * chunks and made.count("mm") == chunks
+    for ours, theirs, right in zip(found, rounded, exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - right).norm() <= 1.1 * (theirs - right).norm() + 1e-4 * right.norm()
+        assert (ours - right).norm() <= 0.01 * right.norm()
 
 
 def test_one_rounded_product_would_not_do():

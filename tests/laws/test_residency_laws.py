@@ -48,6 +48,20 @@ def test_nothing_grows_over_a_thousand_switches(kind, tmp_path):
     assert all(now <= then for now, then in zip(after, before, strict=True)), (before, after)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16-true"])
+def test_the_average_of_a_block_that_has_not_stepped_is_its_weights(precision):
+    """Before the first step, and of blocks that do not train at all."""
+    made = trainer(residency="disk", ema_decay=0.9, blocks=[1], steps=2, precision=precision)
+    before = weights(made.model)
+    with made.averaged():
+        assert same(weights(made.model), before)
+    made.fit()
+    with made.averaged():
+        own = weights(made.model)
+        changed = {name for name in before if not torch.equal(own[name], before[name])}
+    assert changed and all(name.startswith("blocks.1.") for name in changed)
+
+
 @pytest.mark.parametrize("order", ["sweep", "sequential", "random"])
 def test_prefetching_changes_nothing(order):
     plain = trainer(residency="disk", order=order, branch_at=0.25)

@@ -138,7 +138,7 @@ class BlockCoordinateModel(EndToEndModel):
     def _embedded(self, batch: Batch, passage: Passage | None) -> Tensor:
         if passage is None:
             return self.stem(batch)
-        passage.at(-1)
+        passage.at(-1, next(iter(batch.values())).device)
         with passage.without_weights(self.block(0)) if 0 in passage.kept else nullcontext():
             return self.stem(batch)
 
@@ -158,7 +158,7 @@ class BlockCoordinateModel(EndToEndModel):
         """One block. frozen: it keeps nothing but what passes between its layers."""
         views = [view] if (view := documents_apart(batch, hidden)) is not None else []
         if passage is not None:
-            passage.at(index)
+            passage.at(index, hidden.device)
         if not frozen:
             return self.block(index)("trunk", hidden, *views)
         for layer in self.block(index).layers:

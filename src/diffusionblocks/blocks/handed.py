@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from diffusionblocks.networks.parts import Batch
-from diffusionblocks.seeds import derive
+from diffusionblocks.seeds import derive, seed_own
 
 
 def with_context(batch: Batch, context: Tensor | None) -> Batch:
@@ -54,9 +54,9 @@ class Passage:
     gradient: Tensor | None = None
     loss: Tensor | None = None
 
-    def at(self, place: int) -> None:
-        """Before block `place` runs, -1 the stem: what it draws depends on the seed and the place alone."""
-        torch.manual_seed(derive(self.seed, "passage", place))
+    def at(self, place: int, device: torch.device) -> None:
+        """Before block `place` runs there, -1 the stem: what it draws depends on the seed and the place alone."""
+        seed_own(derive(self.seed, "passage", place), device)
 
     def enter(self, index: int, hidden: Tensor) -> Tensor:
         """Keeps what enters a block that will step."""

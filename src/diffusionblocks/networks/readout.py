@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.theory.evidence import Evidence, adding, weight_of
+from diffusionblocks.theory.products import NARROW, add_product, multiplies_halves
 
 IGNORED = -100  # label of positions without a target, as in transformers
 CHUNK_ELEMENTS = 1 << 23  # logits in memory at once (32 MiB in fp32) ...
@@ -120,8 +121,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
             for first in range(0, len(hidden), size):
                 here = slice(first, first + size)
                 part, label = hidden[here], labels[here, None]
-                scores = linear(part.to(dtype), matrix, offset)
-                scores = scores.float() if weigh is None else weigh(features[here]).add_(scores)
+                scores = _logits(part.to(dtype), matrix, offset, None if weigh is None else weigh(features[here]))
                 if never is not None:
                     scores.select(1, never).fill_(-torch.inf)
                 bracket = scores.log_softmax(1)
@@ -141,7 +141,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
                 if to_hidden is not None:
                     to_hidden[here] = (bracket @ matrix) * scale
                 if to_weight is not None:
-                    _accumulate(to_weight, bracket, (part * scale).to(dtype))
+                    add_product(to_weight, bracket.T, (part * scale).to(dtype))
                 del bracket  # before the next chunk's logits
         made = (to_hidden, to_weight, to_bias, to_features, to_rows)
         owners = (hidden, weight, bias, features, rows)
@@ -157,12 +157,16 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return *scaled, None, None, None
 
 
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left.T @ right, total in fp32."""
-    if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
-    else:
-        total += left.T @ right
+def _logits(part: Tensor, matrix: Tensor, offset: Tensor | None, evidence: Tensor | None) -> Tensor:
+    """part [chunk, D] @ matrix.T [D, V] + offset + evidence [chunk, V] in fp32, in the place of the evidence."""
+    wide = offset is None and part.dtype in NARROW and multiplies_halves(part.device)
+    if wide and evidence is None:
+        return torch.mm(part, matrix.T, out_dtype=torch.float)
+    if wide and evidence is not None:
+        add_product(evidence, part, matrix.T)
+        return evidence
+    scores = linear(part, matrix, offset)
+    return scores.float() if evidence is None else evidence.add_(scores)
 
 
 def chunked_cross_entropy(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from diffusionblocks.theory.products import multiplies_halves
+
 
 class Evidence(NamedTuple):
     """features @ rows.T is added to the logits. features [..., E], rows [V, E]."""
@@ -48,13 +50,6 @@ def adding(rows: Tensor) -> Callable[[Tensor], Tensor]:
             return linear(features.float(), wide)
 
     return product
-
-
-def multiplies_halves(device: torch.device) -> bool:
-    """Whether bf16 products with fp32 results exist there, and are faster than fp32: NVIDIA cards since Ampere."""
-    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def features_in_halves(features: Tensor) -> Tensor:

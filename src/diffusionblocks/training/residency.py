@@ -257,7 +257,11 @@ class Residency:
                 if name in views:
                     views[name].copy_(tensor)
             for name in views.keys() - state.tensors().keys():
-                views[name].zero_()
+                kind, _, parameter = name.partition(".")
+                if kind == "average":  # of a block that has not stepped, or never does: its weights
+                    views[name].copy_(views[f"model.{parameter}"])
+                else:
+                    views[name].zero_()
             if self.kind == "disk":
                 self._away.append({})
                 away = self._to_disk(index, away)

@@ -73,7 +73,8 @@ class BlockState:
         for group in self.optimizer.param_groups:
             group["lr"] = rate if group.get("head") else rate * trust
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters.values():  # zero_grad, without its bookkeeping
+            parameter.grad = None
         self.steps += 1
         if self.config.ema_decay:
             self._update_average()

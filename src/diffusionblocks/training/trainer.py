@@ -53,7 +53,7 @@ from diffusionblocks.training.progress import Journal, Progress, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.task import Metric, Task, check_finite, on_device
-from diffusionblocks.training.worker import StepResult, cut, step
+from diffusionblocks.training.worker import StepResult, Worker, cut
 
 log = logging.getLogger("diffusionblocks")
 EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
@@ -131,6 +131,7 @@ class Trainer:
         self._averaged = self._here = False  # here: shared parts are on the device
         self.local = LocalObjective(model, self.config.heads_first, self.config.trust)
         self.local.check(self.states, self.trained)
+        self.worker = Worker(model, task, self.config, self.local)
         self._divergence = Divergence(self.config, self.device, self.streams, self.output_dir)
         self._first_step, self._passed = 0, dict[str, int]()
 
@@ -212,19 +213,9 @@ class Trainer:
         handed: what the step before handed on. ranges: the blocks whose noise ranges it learns, before they part
         (None = its own).
         """
-        borrows = self.model.reads_idle_blocks
-        result = step(
-            self.model,
-            self.task,
-            index,
-            (self.states[index], self.shared),
-            batch,
-            handed or self._passages(index),
-            config=self.config,
-            local=self.local,
-            ranges=ranges,
-            borrowed=self.residency.borrowed if borrows else nullcontext,
-        )
+        states, borrowed = (self.states[index], self.shared), self.residency.borrowed
+        handed = handed or self._passages(index)
+        result = self.worker.step(index, states, batch, handed, ranges=ranges, borrowed=borrowed)
         self.progress.layer_evaluations += result.layers * len(next(iter(batch.values())))
         return result
 
@@ -249,10 +240,10 @@ class Trainer:
 
     def entering(self, index: int, batch: Batch) -> Sequence[Handed]:
         """What a step of block `index` gets where none before it handed anything on: features, made by the blocks
-        before it."""
+        before it, or, for the first in the order backward, passages to fill."""
         context = self.context(index, batch)
         if context is None:
-            return ()
+            return self._passages(index)
         passed = sum(len(self.model.block(i).layers) for i in range(index))
         self.progress.layer_evaluations += passed * len(context) / 3
         return cut(context, self.config.accumulation)
