@@ -194,10 +194,10 @@ def time(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(arguments.rounds + 1):
         for name, (trainer, batch) in ways.items():
-            started = perf_counter()
+            started, handed = perf_counter(), ()
             for block in trainer.round:
                 with trainer.residency.active(block):
-                    trainer.block_step(block, batch)
+                    handed = trainer.block_step(block, batch, handed).handed
             if number:  # the first creates optimizer state
                 seconds[name].append(perf_counter() - started)
                 print(f"{name} {seconds[name][-1]:.2f} s", flush=True)

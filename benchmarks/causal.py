@@ -66,11 +66,9 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def round_of_steps(run: Any) -> None:
         """One step of every block, with its update; in features context each goes on from the one before."""
-        own = dict(batch)
+        handed: Any = ()
         for block in range(run.model.num_blocks):
-            _, context = run.trainer.block_step(block, own)
-            if context is not None:
-                own["context"] = context
+            handed = run.trainer.block_step(block, batch, handed).handed
 
     training = alternating({name: (lambda run=run: round_of_steps(run)) for name, run in runs.items()})
     start = torch.zeros(WRITTEN, 1, dtype=torch.long)

@@ -51,11 +51,9 @@ def steps(method: str, compiled: bool) -> Any:
     batch = next(iter(trainer.stream.load([0])))
 
     def round_of_steps() -> None:
-        own = dict(batch)
+        handed: Any = ()
         for block in range(trainer.model.num_blocks):
-            _, context = trainer.block_step(block, own)
-            if context is not None:
-                own["context"] = context
+            handed = trainer.block_step(block, batch, handed).handed
 
     return round_of_steps
 

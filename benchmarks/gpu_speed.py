@@ -28,7 +28,7 @@ from diffusionblocks.blocks.kinds import whole_network
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.theory.partition import split_layers
-from diffusionblocks.training.order import Visit
+from diffusionblocks.training.order import one_round
 from diffusionblocks.training.task import Task
 from timing import alternating, ratio
 
@@ -171,17 +171,11 @@ def trainer(model: BlockModel, task: Task, samples: int, **options: Any) -> dblo
 
 def rounds(trained: dblocks.Trainer, batches: Sequence[Batch], number: int) -> None:
     """A visit to each block, in order, for as many steps as there are batches, as Trainer.fit makes them."""
-    own, order = [dict(batch) for batch in batches], trained.round
-    for block, following in zip(order, [*order[1:], order[0]], strict=True):
-        visit = Visit(
-            block=block,
-            batches=range(number, number + len(own)),
-            samples=trained.config.batch_size,
-            carried=block != order[0],
-            handed=block - 1 in trained.trained,
-            border=block == order[-1],
-        )
-        trained.visit(visit, own, following if len(order) > 1 else None)
+    order, handed = trained.round, list[Any]()
+    numbers = range(number, number + len(batches))
+    visits = one_round(trained.config.order, trained.trained, numbers, trained.config.batch_size)
+    for visit, following in zip(visits, [*order[1:], order[0]], strict=True):
+        handed = trained.visit(visit, batches, handed, following if len(order) > 1 else None).handed
 
 
 def ours(

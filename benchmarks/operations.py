@@ -92,12 +92,10 @@ def count(build: Callable[[], Any], task: Any, data: Any) -> Counter[str]:
     trainer = dblocks.Trainer(build(), task, data, None, settings)
     found: Counter[str] = Counter()
     for number in (0, 1):
-        (batch,) = trainer.stream.load([number])
+        (batch,), handed = trainer.stream.load([number]), ()
         for block in trainer.round:
             with trainer.residency.active(block), Count() as step:
-                _, context = trainer.block_step(block, batch)
-            if context is not None:
-                batch["context"] = context
+                handed = trainer.block_step(block, batch, handed).handed
             if number:
                 found += step.found
     return found

@@ -59,8 +59,7 @@ def test_while_heads_settle_only_heads_move_and_learn_what_the_network_answers()
     network = make_llama(tie_word_embeddings=True).eval()
     model, task = blocks(network), dblocks.CausalLM()
     block = model.block(0)
-    block.settling = True
-    found = task.step(model, 0, {"input_ids": TOKENS})
+    found = task.step(model, 0, {"input_ids": TOKENS}, settling=True)
     found.loss.backward()
     assert all(p.grad is None for p in block.layers.parameters())
     assert all(p.grad is not None for p in block.head.parameters())
@@ -118,11 +117,11 @@ def test_trust_slows_the_layers_of_a_block_but_not_its_head():
     model = blocks()
     trainer = dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, config(trust=True, learning_rate=1e-2))
     loss = torch.tensor(3.0)
-    assert trainer._trust(0, loss) == 0.0  # nothing is known of the whole network yet
-    assert trainer._trust(2, torch.tensor(2.0)) == 1.0
-    assert float(trainer._trust(0, loss)) == pytest.approx(np.exp(-1))
-    assert trainer._trust(0, torch.tensor(-90.0)) == 1.0
-    state = trainer.states[0]
+    state, local = trainer.states[0], trainer.local
+    assert local.trust(0, state, loss) == 0.0  # nothing is known of the whole network yet
+    assert local.trust(2, trainer.states[2], torch.tensor(2.0)) == 1.0
+    assert float(local.trust(0, state, loss)) == pytest.approx(np.exp(-1))
+    assert local.trust(0, state, torch.tensor(-90.0)) == 1.0
     for parameter in state.parameters.values():
         parameter.grad = torch.ones_like(parameter)
     before = weights(model.block(0))
@@ -165,7 +164,6 @@ def test_after_training_everything_can_be_trained_again():
     model = blocks(ordinary=1.0)
     dblocks.Trainer(model, dblocks.CausalLM(), Counting(), None, config(heads_first=0.9)).fit()
     assert all(p.requires_grad for index in range(3) for p in model.block(index).parameters())
-    assert not any(model.block(index).settling for index in range(3))
     assert not any(p.requires_grad for p in model.shared.parameters())
 
 

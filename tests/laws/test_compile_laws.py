@@ -101,13 +101,10 @@ def made(model, task, data, **options):
 
 def round_of_steps(own, order, batch, carried=False):
     """A step of each block. carried: on the features that the step before handed on, not on features made for it."""
-    batch = dict(batch)
+    handed = ()
     for index in order:
-        if not carried and (context := own.context(index, batch)) is not None:
-            batch["context"] = context
-        _, leaving = own.block_step(index, batch)
-        if leaving is not None:
-            batch["context"] = leaving
+        anew = () if carried else own.entering(index, batch)
+        handed = own.block_step(index, batch, anew or handed).handed
 
 
 def count(graphs, own):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import diffusionblocks as dblocks
-from diffusionblocks.blocks.exact import WithoutWeights
+from diffusionblocks.blocks.handed import WithoutWeights
 from diffusionblocks.blocks.masked import hide
 from diffusionblocks.networks import readout
 from diffusionblocks.networks.readout import IGNORED, TokenReadout, chunk_size, weighted_cross_entropy

@@ -274,9 +274,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_block_and_step(tmp_path):
     trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, settings, output_dir=tmp_path)
     original = trainer.block_step
 
-    def poisoned(index, batch, **options):
-        loss, context = original(index, batch, **options)
-        return (loss * float("nan") if index == 1 and trainer.states[1].steps == 4 else loss), context
+    def poisoned(index, batch, *handed, **options):
+        made = original(index, batch, *handed, **options)
+        return made._replace(loss=made.loss * float("nan")) if index == 1 and trainer.states[1].steps == 4 else made
 
     trainer.block_step = poisoned
     with pytest.raises(dblocks.UserError, match="block 1 became nan at its step 4"):
@@ -301,7 +301,7 @@ def test_own_batches_divide_the_work_but_not_the_samples():
     trainer = dblocks.Trainer(model, dblocks.Classification(), data, None, options)
     sizes = []
     step = trainer.block_step
-    trainer.block_step = lambda index, batch, **more: sizes.append(len(batch["labels"])) or step(index, batch, **more)
+    trainer.block_step = lambda *given, **more: sizes.append(len(given[1]["labels"])) or step(*given, **more)
     progress = trainer.fit()
     assert sizes == [12] * 12 + [4] * 36
     assert progress.samples_seen == 3 * 8 * 12

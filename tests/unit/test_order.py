@@ -66,7 +66,8 @@ def cyclic(start, steps, blocks, settings):
 def backward(start, steps, blocks, settings):
     for batches in groups(start, steps, 1):
         for block in reversed(blocks):
-            yield Visit(block=block, batches=batches, carried=block != blocks[-1], border=block == blocks[0])
+            follows = block != blocks[-1]
+            yield Visit(block=block, batches=batches, carried=follows, handed=follows, border=block == blocks[0])
 
 
 ORDERS = {"sweep": sweep, "cyclic": cyclic, "sequential": sequential, "random": drawn, "backward": backward}

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -132,24 +133,25 @@ class CausalDenoiser(Denoiser):
         return DenoiserOutput(self.target.estimate(logits), raw, logits, context, losses)
 
     def losses(
-        self, batch: Batch, noisy: Tensor, level: Tensor, weights: Tensor | None = None
+        self, batch: Batch, noisy: Tensor, level: Tensor, weights: Tensor | None = None, *, settling: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Cross-entropies of the rows [N, R] in nats, 0 where there is nothing to predict, or, with weights [N, R], the
-        sum of them times these; and the clean stream for the next block."""
-        hidden, context = self.rows(batch, noisy, level)
+        sum of them times these; and the clean stream for the next block. settling: only the head gets gradients."""
+        hidden, context = self.rows(batch, noisy, level, settling=settling)
         evidence = self.target.evidence(noisy, level)
         return self.head()(hidden, following(batch), evidence=evidence, weights=weights), context
 
-    def rows(self, batch: Batch, noisy: Tensor | None, level: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def rows(
+        self, batch: Batch, noisy: Tensor | None, level: Tensor | None, *, settling: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Last hidden states [N, R, D]; and the clean stream that leaves the trunk (features context).
 
-        noisy [N, R, D], level [N]: only needed where `reads_noise`.
+        noisy [N, R, D], level [N]: only needed where `reads_noise`. settling: only the head gets gradients.
         """
         read, features = clean_tokens(batch), self.config.context == "features"
-        hidden = self.trunk(batch) if features else self.part("stem")(read)
+        with torch.no_grad() if settling else nullcontext():
+            hidden = self.trunk(batch) if features else self.part("stem")(read)
         context = hidden if features else None
-        if self.block.settling:
-            hidden = hidden.detach()
         if not self.reads_noise:
             return self.block("read", hidden, None, 0, documents_apart(read, hidden)), context
         assert noisy is not None and level is not None
@@ -170,9 +172,6 @@ class CausalDenoiser(Denoiser):
         """Features context: the clean stream that leaves this block [N, R, D]."""
         read = clean_tokens(batch)
         hidden = self.entering(batch) if self.index else self.part("stem")(read)
-        if self.block.settling:
-            with torch.no_grad():
-                return self.block("trunk", hidden, documents_apart(read, hidden))
         return self.block("trunk", hidden, documents_apart(read, hidden))
 
     def measure(self, hidden: Tensor, noisy: Tensor, level: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -226,7 +226,9 @@ class LoopedDenoiser(CausalDenoiser):
     def reads_noise(self) -> bool:
         return True
 
-    def rows(self, batch: Batch, noisy: Tensor | None, level: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def rows(
+        self, batch: Batch, noisy: Tensor | None, level: Tensor | None, *, settling: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         assert noisy is not None and level is not None
         return self.iterate(noisy, level, *self.embedded(batch)), None
 

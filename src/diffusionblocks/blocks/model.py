@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.blocks.handed import Passage, with_context
 from diffusionblocks.blocks.saving import (
     aligned,
     check_ties,
@@ -48,7 +49,6 @@ class Block(nn.Module):
         self.stem, self.readout = stem, readout
         self.layers = nn.ModuleList(layers)
         self.activation_checkpointing = False
-        self.settling = False  # only the head learns
 
     def run(self, layers: Iterable[Callable[..., Tensor]], hidden: Tensor, *conditions: Any) -> Tensor:
         """Applies `layers` to hidden [N, T, D], recomputing activations in the backward pass if asked.
@@ -146,9 +146,10 @@ class EndToEndModel(BlockModel):
         self._layers_path, self._depth_key = parts.layers_path, parts.depth_key
         self._network = (parts.network,)  # in a tuple: its parameters are registered once, through the blocks
 
-    def forward(self, batch: Batch, active: int | None = None) -> Tensor:
-        """batch of the stem's inputs -> logits. active: the block that trains (here there is but one)."""
-        return self.readout(self.hidden(batch, active))
+    def forward(self, batch: Batch, active: int | None = None, passage: Passage | None = None) -> Tensor:
+        """batch of the stem's inputs -> logits. active: the block that trains (here there is but one). passage: of a
+        batch that goes from block to block (`BlockCoordinateModel`)."""
+        return self.readout(self.hidden(batch, active, passage))
 
     @property
     def is_ordinary(self) -> bool:
@@ -159,7 +160,7 @@ class EndToEndModel(BlockModel):
         """The ordinary network of transformers or diffusers, of which the blocks and shared parts are submodules."""
         return self._network[0]
 
-    def hidden(self, batch: Batch, active: int | None = None) -> Tensor:
+    def hidden(self, batch: Batch, active: int | None = None, passage: Passage | None = None) -> Tensor:
         """What the last layer hands to the readout [N, T, D]."""
         hidden = self.stem(batch)
         return self.block(0)("trunk", hidden, documents_apart(batch, hidden))
@@ -299,7 +300,7 @@ class DiffusionBlocksModel(BlockModel):
             return None
         hidden: Tensor | None = None
         for before in range(index):
-            hidden = self.denoiser(before).trunk(batch if hidden is None else {**batch, "context": hidden})
+            hidden = self.denoiser(before).trunk(with_context(batch, hidden))
         return hidden
 
     def layer_evaluations(self, index: int) -> float:

@@ -7,7 +7,7 @@ block steps first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffusionblocks.blocks.handed import Handed, tensors_of
 from diffusionblocks.data.stream import BatchStream
-from diffusionblocks.training.order import Visit
+from diffusionblocks.training.order import Visit, one_round
 from diffusionblocks.training.residency import MAPPING
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.task import on_device
@@ -50,10 +51,10 @@ def measure_peak(trainer: Trainer) -> PeakMemory:
     Two rounds over all blocks: the first creates every optimizer state, the second is measured. The result is the
     block with the largest total.
     """
-    for visit, batches in _round(trainer, 0):
-        trainer.visit(visit, batches)
+    for visit, batches, handed in _round(trainer, 0):
+        handed[:] = trainer.visit(visit, batches, handed).handed
     measure = _measure_cuda if trainer.device.type == "cuda" else _measure_cpu
-    peaks = [measure(trainer, visit, batches) for visit, batches in _round(trainer, 1)]
+    peaks = [measure(trainer, *made) for made in _round(trainer, 1)]
     return max(peaks, key=lambda peak: peak.total)
 
 
@@ -72,13 +73,11 @@ def profiled_peak(build: Callable[[], Trainer], batch: dict[str, Tensor]) -> int
         trainer = build()
         for name in ("first steps", "measured steps"):
             with record_function(name):
-                piece = {key: tensor.clone() for key, tensor in batch.items()}
+                piece, handed = {key: tensor.clone() for key, tensor in batch.items()}, tuple[Handed, ...]()
                 for block in trainer.round:
                     with trainer.residency.active(block):
-                        _, context = trainer.block_step(block, piece)
-                    if context is not None:
-                        piece["context"] = context
-                del piece
+                        handed = trainer.block_step(block, piece, handed).handed
+                del piece, handed
     results = found.profiler.kineto_results
     window = next(event for event in results.events() if event.name() == "measured steps")
     start, end = window.start_ns(), window.start_ns() + window.duration_ns()
@@ -108,16 +107,23 @@ def _allocations(events: Iterable[Any], in_file: bool = False) -> Iterator[tuple
         yield from _allocations(event.children, inside)
 
 
-def _round(trainer: Trainer, number: int) -> Iterator[tuple[Visit, list[dict[str, Tensor]]]]:
-    """One visit of one batch per block, in order, batch `number` handed on."""
+_Round = Iterator[tuple[Visit, list[dict[str, Tensor]], list[Sequence[Handed]]]]
+
+
+def _round(trainer: Trainer, number: int) -> _Round:
+    """One visit of batch `number` to every block, in order; and a list for what is handed on."""
     stream: BatchStream = trainer.stream
-    batches = list(islice(on_device(stream.load([number]), trainer.device), 1))
-    for block in trainer.round:
-        follows, handed = block != trainer.round[0], block - 1 in trainer.trained
-        yield Visit(block=block, batches=range(number, number + 1), carried=follows, handed=handed), batches
+    batches, handed = list(islice(on_device(stream.load([number]), trainer.device), 1)), list[Sequence[Handed]]()
+    visits = range(number, number + 1)
+    for visit in one_round(trainer.config.order, trainer.trained, visits, trainer.config.batch_size):
+        if not visit.handed:
+            handed.clear()
+        yield visit, batches, handed
 
 
-def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
+def _measure_cpu(
+    trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]], handed: list[Sequence[Handed]]
+) -> PeakMemory:
     from diffusionblocks.planning.tracker import PhaseTracker
 
     residency, model = trainer.residency, trainer.model
@@ -125,13 +131,13 @@ def _measure_cpu(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]
         tracker, owners = PhaseTracker(), [trainer.shared, *(trainer.states[i] for i in residency.present())]
         tensors = [tensor for batch in batches for tensor in batch.values()]
         tensors += [tensor for state in owners for tensor in state.average.values()]
-        tensors += [tensor for passage in trainer.passages for tensor in passage.tensors()]
+        tensors += [tensor for parts in handed for tensor in tensors_of(parts)]
         here, blocks = residency.present(), range(model.num_blocks)
         modules = [model.shared, *(model.block(index) for index in here)]
         elsewhere = [model.block(index) for index in blocks if index not in here]
         tracker.present(modules, [state.optimizer for state in owners], tensors, elsewhere)
         with tracker:
-            trainer.visit(visit, batches)
+            handed[:] = trainer.visit(visit, batches, handed).handed
     peak, kept = tracker.peak, _kept(owners)  # the tracker sees one buffer for all that a block keeps
     return PeakMemory(
         **kept,
@@ -153,13 +159,15 @@ def _kept(states: Iterable[BlockState]) -> dict[str, int]:
     return found
 
 
-def _measure_cuda(trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]]) -> PeakMemory:
+def _measure_cuda(
+    trainer: Trainer, visit: Visit, batches: list[dict[str, Tensor]], handed: list[Sequence[Handed]]
+) -> PeakMemory:
     residency = trainer.residency
     with residency.active(visit.block):
         present = residency.present()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        trainer.visit(visit, batches)
+        handed[:] = trainer.visit(visit, batches, handed).handed
         torch.cuda.synchronize()
         total, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     kept = _kept([trainer.shared, *(trainer.states[index] for index in present)])

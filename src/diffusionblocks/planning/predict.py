@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import checkpoint
 
 from diffusionblocks.blocks.exact import BlockCoordinateModel
+from diffusionblocks.blocks.handed import Handed, tensors_of
 from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.data.stream import Unread
 from diffusionblocks.planning.card import kernels_of_a_card, target_device, traced_device, workspaces
@@ -37,6 +38,7 @@ from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.task import Task
 from diffusionblocks.training.trainer import Trainer
 from diffusionblocks.training.visitors import units
+from diffusionblocks.training.worker import cut
 
 SHORT = (2, 4)  # numbers of layers of the short traces
 LARGEST_BATCH = 1 << 20
@@ -313,15 +315,14 @@ class Predictor:
             model.partition.masked_share = self.network.masked_share
         trainer = Trainer(model, self.task, Unread(samples * parts), None, config)
         batch = {name: tensor.to(self.traced_on) for name, tensor in self.network.batch(samples * parts).items()}
+        handed: Sequence[Handed] = ()
         if isinstance(model, DiffusionBlocksModel) and index and model.config.context == "features":
             _off_meta(self.traced_on, model.block(0))
-            entering = model.context(batch, 1)  # every border has the same shape
-            assert entering is not None
-            batch["context"] = entering
+            handed = cut(model.context(batch, 1), parts)  # every border has the same shape
         before = trainer.round[: trainer.round.index(index)] if config.order == "backward" else []
         for other in before:  # what it hands down
-            trainer.block_step(other, batch)
-        held = [tensor for passage in trainer.passages for tensor in passage.tensors()]
+            handed = trainer.block_step(other, batch, handed).handed
+        held = tensors_of(handed)
         owners = [trainer.states[index], trainer.shared]
         for state in owners:  # as after the first step: a cold one would miss the optimizer state
             for parameter in state.parameters.values():
@@ -334,11 +335,11 @@ class Predictor:
         optimizers = [state.optimizer for state in owners]
         tracker.present([block, model.shared], optimizers, [*batch.values(), *averages, *held], others)
         with tracker:
-            trainer.block_step(index, batch)
+            left = trainer.block_step(index, batch, handed).handed
         streams = passes_all and model.num_blocks > 1
         pieces = [sum(p.nbytes for p in unit.parameters()) for unit in units(block)] if streams else [0]
-        held += [tensor for passage in trainer.passages for tensor in passage.tensors()]
-        largest = max(held, key=lambda tensor: tensor.nbytes, default=None)
+        exact = config.order == "backward"
+        largest = max(held + tensors_of(left) if exact else [], key=lambda tensor: tensor.nbytes, default=None)
         border = 0.0 if largest is None else float(largest.nbytes)
         graph = 0.0
         if largest is not None and isinstance(model, BlockCoordinateModel):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffusionblocks.blocks.causal import CausalBlocks, following
+from diffusionblocks.blocks.handed import Passage
 from diffusionblocks.blocks.looped import LoopedBlocks
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.data.text.splits import TextData
@@ -111,10 +112,12 @@ class CausalLM(NextToken):
         if not ordinary and not (isinstance(model, EndToEndModel) and isinstance(model.readout, TokenReadout)):
             raise UserError(f"the task causal-lm trains language models; got {type(model).__name__}")
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
+    def whole_step(
+        self, model: BlockModel, block: int, batch: Batch, draws: Draws, passage: Passage | None
+    ) -> StepOutput:
         whole, labels = _whole(model), _padded(batch)
-        loss = whole.readout(whole.hidden(batch, block), labels, weights=mean_weights(labels))
-        return StepOutput(loss, None)
+        loss = whole.readout(whole.hidden(batch, block, passage), labels, weights=mean_weights(labels))
+        return StepOutput(loss, passage)
 
     def whole_losses(self, model: BlockModel, batch: Batch) -> Tensor:
         """Cross-entropies [N, T] of the tokens that follow, 0 where there is none."""

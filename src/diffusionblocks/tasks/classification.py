@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from diffusionblocks.blocks.handed import Handed, Passage, with_context
 from diffusionblocks.blocks.labels import LabelBlocks
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.data.images.config import DataConfig
@@ -96,20 +97,28 @@ class Classification(Task):
         check_options("task", self)
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, EndToEndModel):
-            return StepOutput(
-                cross_entropy(model(batch, block).float(), labels, label_smoothing=self.label_smoothing), None
-            )
-        assert isinstance(model, LabelBlocks)
+            passage = handed if isinstance(handed, Passage) else None
+            logits = model(batch, block, passage).float()
+            return StepOutput(cross_entropy(logits, labels, label_smoothing=self.label_smoothing), passage)
+        assert isinstance(model, LabelBlocks) and not isinstance(handed, Passage)
         partition, denoiser = model.partition, model.denoiser(block)
         source = drawn_for(batch, draws).generator
         sigma = partition.sample(block if ranges is None else ranges, len(labels), generator=source)
         noisy = add_noise(denoiser.target.clean(labels), sigma, generator=source)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        output = denoiser({**inputs, "noisy_target": noisy}, sigma)
+        output = denoiser({**with_context(inputs, handed), "noisy_target": noisy}, sigma)
         losses = denoiser.target.losses(_logits(output), labels, self.label_smoothing)
         context = None if output.context is None else output.context.detach()
         return StepOutput(LOSS_WEIGHTS[self.loss_weight](losses, sigma), context)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.blocks.handed import Handed
 from diffusionblocks.blocks.images import ImageBlocks, ImageNetwork, weighted_error
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.config import DataConfig
@@ -111,7 +112,15 @@ class ImageGeneration(Task):
             )
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         network, labels = _diffusion(model), batch["labels"]
         clean, partition = batch["pixel_values"], network.partition
@@ -121,7 +130,7 @@ class ImageGeneration(Task):
         labels = labels.masked_fill(dropped, network.num_classes)
         noisy = add_noise(clean, sigma, generator=source)
         output = network.denoiser(block)({"noisy_target": noisy, "labels": labels}, sigma)
-        return StepOutput(weighted_error(output.estimate, clean, sigma).mean(), None)
+        return StepOutput(weighted_error(output.estimate, clean, sigma).mean())
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.blocks.handed import Handed
 from diffusionblocks.blocks.masked import MaskedBlocks, MaskedNetwork, hide
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.text.corpora import TextConfig
@@ -108,7 +109,15 @@ class MaskedLM(Task):
         return TokenChoice(self.temperature, self.top_p, self.top_k)
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         """Loss: the mean over the block's own range of u of the mean cross-entropy of a masked token, in nats (by
         `loss_weight` bound). A block's share of the bound is that times the length of its range, so that shares add up
@@ -126,7 +135,7 @@ class MaskedLM(Task):
         weights = hidden.weights * weights * lengths / lengths.sum()
         most = most_masked(network.partition, own, tokens, exact=self.masking == "exact")
         inputs = {**batch, "noisy_target": hidden.tokens}
-        return StepOutput(denoiser.loss(inputs, level, hidden.labels, weights, most), None)
+        return StepOutput(denoiser.loss(inputs, level, hidden.labels, weights, most))
 
     @torch.no_grad()
     def evaluate(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusionblocks.blocks.causal import CausalBlocks, following
+from diffusionblocks.blocks.handed import Handed, Passage, with_context
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.stream import in_order
 from diffusionblocks.data.text.chat import question
@@ -39,6 +40,7 @@ from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks
 from diffusionblocks.theory.targets import add_noise
 from diffusionblocks.training.figures import Figure, Texts
+from diffusionblocks.training.local import LocalObjective
 from diffusionblocks.training.task import (
     Asked,
     LanguageModel,
@@ -96,50 +98,41 @@ class NextToken(Task):
         return TokenChoice(self.temperature, self.top_p, self.top_k)
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         """Loss: mean cross-entropy of the rows, in nats; for blocks at levels of their own range."""
         self.check_model(model)
         draws = drawn_for(batch, draws)
         if not isinstance(model, CausalBlocks):
-            return self.whole_step(model, block, batch, draws)
+            return self.whole_step(model, block, batch, draws, handed if isinstance(handed, Passage) else None)
+        assert not isinstance(handed, Passage)
         model.learning(block)
-        if model.block(block).settling and model.config.distill:
-            return self._distilled(model, block, batch)
-        labels, denoiser = following(batch), model.denoiser(block)
+        batch, labels, local = with_context(batch, handed), following(batch), LocalObjective(model)
+        weights = mean_weights(labels)
+        if local.distills(settling):
+            return local.distilled(block, batch, weights)
+        denoiser = model.denoiser(block)
         size = tuple(labels.shape[:1]) if denoiser.reads_noise else tuple(labels.shape)
         sigma = self._levels(model, block if ranges is None else ranges, size, draws.generator)
         noisy = add_noise(denoiser.target.clean(batch["input_ids"][:, 1:]), sigma, generator=draws.generator)
-        loss, context = denoiser.losses(batch, noisy, sigma, weights=mean_weights(labels))
-        if model.config.ordinary and not model.block(block).settling and block < model.num_blocks - 1:
-            assert context is not None
-            end = denoiser.head()(model.answer(block, context, batch), labels, weights=mean_weights(labels))
-            trust = (end - loss).detach().clamp(max=0).exp()  # as TrainingConfig.trust
-            loss = trust * loss + model.config.ordinary * end
-        layers = None
-        if model.block(block).settling:  # the trunk runs forward alone
-            layers = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
-        return StepOutput(loss, None if context is None else context.detach(), layers)
-
-    def _distilled(self, model: CausalBlocks, block: int, batch: Batch) -> StepOutput:
-        """A head learns what the whole network answers to the features that it reads: mean divergence in nats."""
-        denoiser = model.denoiser(block)
-        hidden, context = denoiser.rows(batch, None, None)
-        assert context is not None
-        with torch.no_grad():
-            teacher = model.answer(block, context, batch)
-        weights = mean_weights(following(batch))
-        loss = (denoiser.head()(hidden, teacher=teacher) * weights).sum()
-        after = model.layers[-1].stop - model.layers[block].stop
-        own = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
-        return StepOutput(loss, context.detach(), own + after / 3)
+        return local.output(block, batch, noisy, sigma, labels, weights, settling)
 
     def check_model(self, model: BlockModel) -> None:
         """Raises UserError for a model that the task is not for."""
         raise NotImplementedError
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
-        """Of a network that is no denoiser."""
+    def whole_step(
+        self, model: BlockModel, block: int, batch: Batch, draws: Draws, passage: Passage | None
+    ) -> StepOutput:
+        """Of a network that is no denoiser. passage: of the order backward."""
         raise NotImplementedError
 
     def _levels(self, model: CausalBlocks, block: Blocks, size: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -159,8 +152,7 @@ class NextToken(Task):
         raise NotImplementedError
 
     def _with_context(self, model: CausalBlocks, batch: Batch, block: int) -> Batch:
-        context = model.context(batch, block)
-        return batch if context is None else {**batch, "context": context}
+        return with_context(batch, model.context(batch, block))
 
     @torch.no_grad()
     def scrambled(self, model: BlockModel, batches: Iterable[Batch]) -> dict[str, Metric]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.blocks.causal import following
+from diffusionblocks.blocks.handed import Passage
 from diffusionblocks.blocks.looped import LoopedBlocks, LoopedNetwork
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.errors import UserError
@@ -116,7 +117,9 @@ class RecurrentLM(NextToken):
         if not isinstance(model, LoopedNetwork | LoopedBlocks):
             raise UserError(f"the task recurrent-lm trains looped networks; got {type(model).__name__}")
 
-    def whole_step(self, model: BlockModel, block: int, batch: Batch, draws: Draws) -> StepOutput:
+    def whole_step(
+        self, model: BlockModel, block: int, batch: Batch, draws: Draws, passage: Passage | None
+    ) -> StepOutput:
         """Loss after a random number of iterations."""
         assert isinstance(model, LoopedNetwork)
         iterations = self.drawn(draws.number("iterations"))

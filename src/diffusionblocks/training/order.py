@@ -26,8 +26,8 @@ class Visit:
     Args:
         block: index of the active block.
         batches: numbers of the batches, one optimizer step each.
-        carried: the batches are those of the visit before. handed: in features context, so are their clean streams: the
-            visit before was to the block before.
+        carried: the batches are those of the visit before. handed: it goes on from what the visit before hands on:
+            features, from the block before, or, in the order backward, a gradient.
         samples: of each batch.
         ranges: the blocks whose noise ranges it trains on: the active block and those that are still one network with
             it (None = its own).
@@ -294,6 +294,17 @@ def total_steps(config: TrainingConfig, num_blocks: int) -> int:
     )
 
 
+def one_round(order: str, blocks: list[int], batches: range, samples: int) -> list[Visit]:
+    """A visit to each of the blocks (in layer order) for the same batches, of so many samples, as they follow each
+    other in the order backward or, in any other, in a sweep."""
+    visit, found = _backward if order == "backward" else _sweep, []
+    for number in range(len(blocks)):
+        block, group, carried, handed, border = visit(number, batches.start, len(batches), blocks, len(batches))
+        made = Visit(block=block, batches=group, samples=samples, carried=carried, handed=handed, border=border)
+        found.append(made)
+    return found
+
+
 def _group(number: int, start: int, count: int, size: int) -> range:
     """Group `number` of `count` batches from `start` on, in groups of `size`."""
     first = start + number * size
@@ -324,7 +335,7 @@ def _cyclic(number: int, start: int, steps: int, blocks: list[int], size: int) -
 
 def _backward(number: int, start: int, steps: int, blocks: list[int], size: int) -> _Place:
     round_, place = divmod(number, len(blocks))
-    return blocks[-1 - place], _group(round_, start, steps, 1), place > 0, False, place == len(blocks) - 1
+    return blocks[-1 - place], _group(round_, start, steps, 1), place > 0, place > 0, place == len(blocks) - 1
 
 
 @dataclass(frozen=True)

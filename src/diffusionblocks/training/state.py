@@ -38,11 +38,6 @@ class BlockState:
         heads = [p for name, p in self.parameters.items() if name.startswith("head.")]
         self.optimizer = new_optimizer(self.parameters.values(), config, heads) if self.parameters else None
         self.has_head = bool(heads)
-        self._settled_after = round(config.heads_first * life) if heads else 0
-
-    def settles(self) -> bool:
-        """Whether only the head learns, so far."""
-        return self.steps < self._settled_after
 
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.

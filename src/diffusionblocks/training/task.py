@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusionblocks.blocks.handed import Handed
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.images.splits import ImageSplits
@@ -24,11 +25,12 @@ from diffusionblocks.training.figures import Figure
 
 
 class StepOutput(NamedTuple):
-    """loss: scalar to differentiate. context: detached features for the next block, or None. layers: layers that a
-    sample passed, forward and backward (forward alone counts a third), where that is not the same in every step."""
+    """loss: scalar to differentiate. handed: what the next step gets: detached features, or the passage that was handed
+    in. layers: layers that a sample passed, forward and backward (forward alone counts a third), where that is not the
+    same in every step."""
 
     loss: Tensor
-    context: Tensor | None
+    handed: Handed = None
     layers: float | None = None
 
 
@@ -171,12 +173,21 @@ class Task:
     # ------------------------------------------------------------------ objective
 
     def step(
-        self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
+        self,
+        model: BlockModel,
+        block: int,
+        batch: Batch,
+        *,
+        handed: Handed = None,
+        ranges: range | None = None,
+        draws: Draws | None = None,
+        settling: bool = False,
     ) -> StepOutput:
         """Loss of block `block` on a batch.
 
-        ranges: the blocks whose noise ranges the levels are drawn from (before branching); None = its own. draws: the
-        randomness of the step, on the batch's device; None = new ones (`drawn_for`).
+        handed: what the step before hands to this one. ranges: the blocks whose noise ranges the levels are drawn from
+        (before branching); None = its own. draws: the randomness of the step, on the batch's device; None = new ones
+        (`drawn_for`). settling: only the block's head learns (`LocalObjective`).
         """
         raise NotImplementedError
 

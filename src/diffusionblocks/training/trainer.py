@@ -1,39 +1,41 @@
 """The one training loop: every method, order and residency runs through `Trainer.fit`.
 
 A run is a sequence of visits (order.py). During a visit one block is on the device with its optimizer (residency.py,
-state.py), makes its steps, and hands on detached features if the context asks for it. Checkpoints (checkpoint.py) are
-written between visits.
+state.py) and makes its steps (worker.py); what they hand on goes to the next visit. Checkpoints (checkpoint.py) are
+written between visits, where nothing is handed on.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.blocks.exact import BlockCoordinateModel, Passage
+from diffusionblocks.blocks.exact import BlockCoordinateModel
+from diffusionblocks.blocks.handed import Handed, Passage
 from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel
 from diffusionblocks.data.stream import BatchStream, in_order
 from diffusionblocks.errors import RunStopped, UserError
 from diffusionblocks.networks.llama import RotaryLayer
 from diffusionblocks.networks.parts import Batch
-from diffusionblocks.seeds import Draws, derive
+from diffusionblocks.seeds import derive
 from diffusionblocks.system.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.system.interruption import Stop, Stopped, stop_on_signal
 from diffusionblocks.system.run_folder import RESIDENCY, drop_previous, held
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
+from diffusionblocks.training.divergence import Divergence
+from diffusionblocks.training.local import LocalObjective
 from diffusionblocks.training.order import (
     Plan,
     Visit,
@@ -50,11 +52,19 @@ from diffusionblocks.training.order import (
 from diffusionblocks.training.progress import Journal, Progress, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
-from diffusionblocks.training.task import Metric, StepOutput, Task, check_finite, on_device
+from diffusionblocks.training.task import Metric, Task, check_finite, on_device
+from diffusionblocks.training.worker import StepResult, Worker, cut
 
 log = logging.getLogger("diffusionblocks")
-MOST_UNCHECKED = 4096  # norms that nobody has looked at
 EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
+
+
+class Steps(NamedTuple):
+    """The steps of a visit: loss, norms of gradients, and what is handed on, see `StepResult`."""
+
+    losses: list[Tensor]
+    norms: list[tuple[Tensor | None, Tensor | None]]
+    handed: list[Sequence[Handed]]
 
 
 class Trainer:
@@ -117,16 +127,13 @@ class Trainer:
         self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
-        self._modules = list(model.modules())
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
-        self._watched = False  # somebody looks at the norms
         self._roomy = False  # what the first step would add is there
-        self._check_heads()
-        self._unchecked: list[tuple[Visit, int, list[Tensor]]] = []  # a visit, its block's steps before, losses
-        self._norms: list[tuple[str, int, Tensor]] = []  # whose gradients, in which of its steps, their norm
-        self._recent: dict[int, Tensor] = {}  # running mean of the loss of each block, where `trust` needs it
-        self.passages: list[Passage] = []  # order backward: of the parts of the batch under way
+        self.local = LocalObjective(model, self.config.heads_first, self.config.trust)
+        self.local.check(self.states, self.trained)
+        self.worker = Worker(model, task, self.config, self.local)
+        self._divergence = Divergence(self.config, self.device, self.streams, self.output_dir)
         self._first_step, self._passed = 0, dict[str, int]()
 
     def _own_batch_sizes(self) -> set[int]:
@@ -162,17 +169,6 @@ class Trainer:
                 raise UserError(
                     "train.branch_at needs blocks of equal depth; set it to 0 or drop blocks.layers_per_block"
                 )
-
-    def _check_heads(self) -> None:
-        model, last = self.model, self.model.num_blocks - 1
-        if not isinstance(model, DiffusionBlocksModel) or not any(state.has_head for state in self.states):
-            return
-        if self.config.heads_first and model.target != "causal":
-            raise UserError("train.heads_first is for blocks that write tokens (blocks.target causal)")
-        if self.config.trust and last not in self.trained and not model.config.ordinary:
-            raise UserError(
-                f"train.trust compares every block with the last one: train block {last} too, or set train.trust false"
-            )
 
     @property
     def residency(self) -> Residency:
@@ -211,111 +207,38 @@ class Trainer:
         return autocast(self.device, self.config.precision)
 
     def block_step(
-        self, index: int, batch: Mapping[str, Tensor], *, ranges: range | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Forward, backward and update of one block, which must be present on the device.
+        self, index: int, batch: Batch, handed: Sequence[Handed] = (), *, ranges: range | None = None
+    ) -> StepResult:
+        """One step of a block that is on the device (worker.py).
 
-        ranges: the blocks whose noise ranges it learns, before they part (None = its own).
-        Returns the mean loss (detached scalar) and, in features context, the clean stream for the next block.
+        handed: what the step before handed on. ranges: the blocks whose noise ranges it learns, before they part
+        (None = its own).
         """
-        state, parts = self.states[index], self.config.accumulation
-        self._train_mode()
-        self.model.block(index).settling = state.settles()
-        total: Tensor | None = None
-        contexts, layers = list[Tensor](), 0.0
-        for micro, piece in enumerate(_pieces(batch, parts)):
-            draws = Draws(self.config.seed, self.device, index, state.steps, micro)
-            draws.seed_layers()
-            with self._readable():
-                with self._passing(index, micro) as passage:
-                    with self.autocast():
-                        loss, context, passed = self._loss(index, piece, passage, ranges, draws)
-                    (loss / parts if parts > 1 else loss).backward()
-                if passage is not None:
-                    passage.stepped(index, loss.detach(), parts)
-            share = (loss.detach() / parts if parts > 1 else loss.detach()).float()
-            total = share if total is None else total + share
-            contexts += [] if context is None else [context]
-            layers += self.model.layer_evaluations(index) if passed is None else passed
-        assert total is not None
-        norms = state.step(self._trust(index, total)), self.shared.step()
-        if self._watched:
-            owners = (f"block {index}", state), ("the shared parts", self.shared)
-            pairs = zip(owners, norms, strict=True)
-            self._norms += [(name, own.steps, norm) for (name, own), norm in pairs if norm is not None]
-        self.progress.layer_evaluations += layers / parts * len(next(iter(batch.values())))
-        return total, torch.cat(contexts) if len(contexts) > 1 else contexts[0] if contexts else None
+        states, borrowed = (self.states[index], self.shared), self.residency.borrowed
+        handed = handed or self._passages(index)
+        result = self.worker.step(index, states, batch, handed, ranges=ranges, borrowed=borrowed)
+        self.progress.layer_evaluations += result.layers * len(next(iter(batch.values())))
+        return result
 
-    def _train_mode(self) -> None:
-        """As `model.train()`, which would pass through all modules, of all blocks, in the step of each."""
-        if not all(module.training for module in self._modules):
-            self.model.train()
-
-    def _loss(
-        self, index: int, piece: Batch, passage: Passage | None, ranges: range | None, draws: Draws
-    ) -> StepOutput:
-        """The task's, or what the gradient that comes down from later blocks makes of it."""
-        if passage is None or passage.loss is None:
-            return self.task.step(self.model, index, piece, ranges=ranges, draws=draws)
-        assert isinstance(self.model, BlockCoordinateModel)
-        loss, layers = self.model.going_down(index, piece, passage)
-        return StepOutput(loss, None, layers)
-
-    @contextmanager
-    def _passing(self, index: int, micro: int) -> Iterator[Passage | None]:
-        """Order backward: the passage of part `micro` of the batch, begun by the last block that trains."""
-        model = self.model
-        if self.config.order != "backward" or not isinstance(model, BlockCoordinateModel):
-            yield None
-            return
-        if index == self.round[0]:
-            seed = derive(self.config.seed, "passage", self.states[index].steps, micro)
-            self.passages[micro:] = [Passage(self.trained, seed, self.trained[-self.config.graphs : -1], self.device)]
-        model.passage = self.passages[micro]
-        try:
-            yield model.passage
-        finally:
-            model.passage = None
-
-    @property
-    def round(self) -> list[int]:
-        """The trained blocks in the order in which a batch visits them."""
-        return self.trained[::-1] if self.config.order == "backward" else self.trained
-
-    def _trust(self, index: int, loss: Tensor) -> float | Tensor:
-        """How far a block's layers may follow their head: exp of what its answers are worse than those of the last
-        block, in nats (`TrainingConfig.trust`). 1 for the last block, which answers for the network; 0 as long as only
-        the head learns. Worked out on the device, so that nobody waits for it."""
-        last, recent = self.model.num_blocks - 1, self._recent
-        mixed = isinstance(self.model, DiffusionBlocksModel) and self.model.config.ordinary  # weighs its own loss
-        if not self.config.trust or mixed or self.states[index].settles():
-            return 1.0
-        before = recent.get(index)
-        recent[index] = loss.detach() if before is None else 0.9 * before + 0.1 * loss.detach()
-        if index == last or not self.states[index].has_head:
-            return 1.0
-        return (recent[last] - recent[index]).clamp(max=0).exp() if last in recent else 0.0
-
-    def _readable(self) -> AbstractContextManager[None]:
-        """For a model whose steps read idle blocks: lets these visit the device layer by layer."""
-        return self.residency.borrowed() if self.model.reads_idle_blocks else nullcontext()
-
-    def visit(self, visit: Visit, batches: list[dict[str, Tensor]], upcoming: int | None = None) -> list[Tensor]:
-        """All steps of one visit. `batches` gain the context that the next block reads; `upcoming` is that block."""
+    def visit(
+        self, visit: Visit, batches: Sequence[Batch], handed: list[Sequence[Handed]], upcoming: int | None = None
+    ) -> Steps:
+        """All steps of one visit. handed: by the visit before, for each batch; a step takes it out. upcoming: the block
+        of the next visit."""
         self._make_room()
         self._part(visit.copies)
-        losses = []
+        made = Steps([], [], [])
         with self.residency.active(visit.block):
             if upcoming is not None:
                 self.residency.prefetch(upcoming)
             for batch in batches:
-                self._add_context(visit, batch)
-                loss, context = self.block_step(visit.block, batch, ranges=visit.ranges)
-                losses.append(loss)
-                if context is not None:
-                    batch["context"] = context
+                given = handed.pop(0) if visit.handed else self.entering(visit.block, batch)
+                result = self.block_step(visit.block, batch, given, ranges=visit.ranges)
+                made.losses.append(result.loss)
+                made.norms.append(result.norms)
+                made.handed.append(result.handed)
         self.progress.block_steps += len(batches)
-        return losses
+        return made
 
     def _make_room(self) -> None:
         """Before the first step, on a card: for all that stays there (`BlockState.make_room`)."""
@@ -328,20 +251,35 @@ class Trainer:
         for state in (self.shared, *stay):
             state.make_room(self.device)
 
-    def _add_context(self, visit: Visit, batch: dict[str, Tensor]) -> None:
-        """Features of earlier blocks, when the order did not hand them on."""
-        if visit.handed or (context := self.context(visit.block, batch)) is None:
-            return
-        batch["context"] = context
-        passed = sum(len(self.model.block(i).layers) for i in range(visit.block))
-        self.progress.layer_evaluations += passed * visit.samples / 3
+    def entering(self, index: int, batch: Batch) -> Sequence[Handed]:
+        """What a step of block `index` gets where none before it handed anything on: features, made by the blocks
+        before it, or, for the first in the order backward, passages to fill."""
+        context = self.context(index, batch)
+        if context is None:
+            return self._passages(index)
+        passed = sum(len(self.model.block(i).layers) for i in range(index))
+        self.progress.layer_evaluations += passed * len(context) / 3
+        return cut(context, self.config.accumulation)
 
-    def context(self, index: int, batch: Mapping[str, Tensor]) -> Tensor | None:
+    def context(self, index: int, batch: Batch) -> Tensor | None:
         """The clean stream that enters block `index`, or None where it reads the input itself."""
         if index == 0 or not isinstance(self.model, DiffusionBlocksModel):
             return None
         with self.residency.borrowed(), self.autocast():
             return self.model.context(batch, index)
+
+    def _passages(self, index: int) -> Sequence[Handed]:
+        """Order backward: new ones for the parts of a batch, where block `index` is the first that steps."""
+        if self.config.order != "backward" or index != self.round[0]:
+            return ()
+        coordinates = "passage", self.states[index].steps
+        seeds = [derive(self.config.seed, *coordinates, part) for part in range(self.config.accumulation)]
+        return [Passage(self.trained, seed, self.trained[-self.config.graphs : -1]) for seed in seeds]
+
+    @property
+    def round(self) -> list[int]:
+        """The trained blocks in the order in which a batch visits them."""
+        return self.trained[::-1] if self.config.order == "backward" else self.trained
 
     def _part(self, copies: Iterable[tuple[int, int]]) -> None:
         """Copies blocks, weights and optimizer state, into others."""
@@ -384,12 +322,11 @@ class Trainer:
         self._first_step, self._passed, saved = self.progress.block_steps, {}, -1
         with ProgressBar(total, self.progress.block_steps, self.device) as bar:
             for visit, losses in self._visits():
-                self._unchecked.append((visit, self.states[visit.block].steps - len(losses), losses))
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
-                if self._due("log", self.config.log_every) or len(self._norms) > MOST_UNCHECKED:
-                    self._check_finite()
+                if self._due("log", self.config.log_every) or self._divergence.full:
+                    self._divergence.check()
                     journal.flush(self.progress)
                 if not visit.border:
                     continue
@@ -414,18 +351,13 @@ class Trainer:
     def _everything_trains(self) -> Iterator[None]:
         """Steps that pass other blocks switch gradients off there; afterwards everything is as it was, and in one
         place."""
-        self._watched = True
         try:
             yield
         finally:
-            self._watched = False
-            self.passages = []  # of a step that failed, like its gradients
-            for index, state in enumerate(self.states):
-                self.model.block(index).settling = False
-                for parameter in state.parameters.values():
-                    parameter.requires_grad_(True)
+            for parameter in (p for state in self.states for p in state.parameters.values()):
+                parameter.requires_grad_(True)
             for parameter in (p for state in (*self.states, self.shared) for p in state.parameters.values()):
-                parameter.grad = None
+                parameter.grad = None  # of a step that failed
             self._leave()
 
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
@@ -440,7 +372,8 @@ class Trainer:
             samples: on_device(stream.load(plan.batches(first, samples)), self.device)
             for samples, stream in self.streams.items()
         }
-        batches: list[dict[str, Tensor]] = []
+        batches: list[Batch] = []
+        handed: list[Sequence[Handed]] = []
         for visit, following in pairwise(chain(plan.since(first), [None])):
             assert visit is not None
             if not visit.carried:
@@ -448,7 +381,11 @@ class Trainer:
                 self.progress.samples_seen += len(batches) * visit.samples
             # A branching visit replaces the blocks that are away: nothing may be under way before it.
             upcoming = None if following is None or following.copies else following.block
-            losses = self.visit(visit, batches, upcoming)
+            if not visit.handed:
+                handed = []
+            before = self.states[visit.block].steps, self.shared.steps
+            losses, norms, handed = self.visit(visit, batches, handed, upcoming)
+            self._divergence.watch(visit, losses, norms, before)
             self.progress.visits += 1
             yield visit, losses
 
@@ -463,53 +400,6 @@ class Trainer:
 
     def _position(self) -> dict[str, Any]:
         return {"block_steps": self.progress.block_steps, "seconds": round(self.progress.wall_seconds, 3)}
-
-    def _check_finite(self) -> None:
-        """Looks at the losses and the norms of gradients since it last looked: at log intervals and before a
-        checkpoint, since reading them waits for the device.
-
-        Raises UserError at the first that is not finite.
-        """
-        visits, self._unchecked = self._unchecked, []
-        norms, self._norms = self._norms, []
-        values = [loss.float() for _, _, losses in visits for loss in losses]
-        values += [norm.float().to(self.device) for _, _, norm in norms]
-        if not values or (read := torch.stack(values)).isfinite().all():
-            return
-        found = read.tolist()
-        steps = [(visit, made, place) for visit, made, losses in visits for place in range(len(losses))]
-        for (visit, made, place), value in zip(steps, found, strict=False):
-            if not math.isfinite(value):
-                self._diverged(
-                    f"the loss of block {visit.block} became {value} at its step {made + place + 1}", visit, place
-                )
-        for (name, step, _), value in zip(norms, found[len(steps) :], strict=True):
-            if not math.isfinite(value):
-                self._diverged(f"the gradient of {name} became {value} at its step {step}")
-
-    def _diverged(self, what: str, visit: Visit | None = None, place: int = 0) -> NoReturn:
-        """Raises UserError for what is not finite: the data's fault where the batch of the visit's step at `place` is
-        not, else probably the learning rate's."""
-        kept = checkpoint.existing(self.output_dir) if self.output_dir else []
-        left = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-        if visit is not None and (bad := self._bad_batch(visit, place)) is not None:
-            raise UserError(f"{what}; training stopped, {left}. {bad}")
-        again = " --resume never, which starts over" if self.output_dir else ""
-        rate = f"{min(self.config.learning_rate / 4, TrainingConfig.learning_rate):.2g}"
-        raise UserError(f"{what}; training stopped, {left}. Try --train.learning-rate {rate}{again}")
-
-    def _bad_batch(self, visit: Visit, place: int) -> str | None:
-        """Names the samples of a step's batch that are not finite; None where all are. The batch is loaded once more
-        for it."""
-        stream, number = self.streams[visit.samples], visit.batches[place]
-        for index, sample in zip(stream.indices(number), _samples(next(stream.load([number]))), strict=True):
-            for name, tensor in sample.items():
-                if tensor.is_floating_point() and not tensor.isfinite().all():
-                    return (
-                        f"Sample {index} of the training data (batch {number}) holds {name} that are not finite: mend "
-                        "or remove it"
-                    )
-        return None
 
     def _stopped_message(self) -> str:
         if self.output_dir is None:
@@ -586,7 +476,7 @@ class Trainer:
     def _save(self, journal: Journal, stop: Stop) -> None:
         """A checkpoint, if everything is finite."""
         with stop.saving():
-            self._check_finite()
+            self._divergence.check()
             journal.flush(self.progress)
             if self.output_dir is None:
                 return
@@ -594,12 +484,12 @@ class Trainer:
                 self._residency.settle()
             journal.sync()
             self.progress.journal_bytes, self.progress.journal_hash = journal.bytes, journal.digest
-            self.progress.recent = {str(index): loss.item() for index, loss in self._recent.items()}
+            self.progress.recent = {str(index): loss.item() for index, loss in self.local.recent.items()}
             step, progress = self.progress.block_steps, {"progress": vars(self.progress)}
             try:
                 checkpoint.save(self.output_dir, step, self._named_states(), progress, self.config.keep_checkpoints)
             except checkpoint.NotFinite as error:
-                self._diverged(str(error))
+                self._divergence.stop(str(error))
             drop_previous(self.output_dir)
 
     def restore(self, folder: Path) -> bool:
@@ -616,7 +506,7 @@ class Trainer:
             raise UserError(
                 f"the checkpoints in {folder} are of a newer version of this package; train it again"
             ) from None
-        self._recent = {int(k): torch.tensor(v, device=self.device) for k, v in self.progress.recent.items()}
+        self.local.recent = {int(k): torch.tensor(v, device=self.device) for k, v in self.progress.recent.items()}
         if not self.progress.finished:
             log.info("resuming after %d block steps", self.progress.block_steps)
         return True
@@ -625,17 +515,3 @@ class Trainer:
 def _at_once(data: Dataset) -> int:
     """Samples that are evaluated together: fewer of long texts."""
     return max(1, min(128, EVALUATED_TOKENS // getattr(data, "length", 1)))
-
-
-def _samples(batch: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    for index in range(len(next(iter(batch.values())))):
-        yield {name: tensor[index] for name, tensor in batch.items()}
-
-
-def _pieces(batch: Mapping[str, Tensor], count: int) -> Iterator[dict[str, Tensor]]:
-    if count == 1:
-        yield dict(batch)
-        return
-    chunks = {name: tensor.chunk(count) for name, tensor in batch.items()}
-    for index in range(count):
-        yield {name: chunk[index] for name, chunk in chunks.items()}
