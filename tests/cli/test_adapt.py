@@ -142,8 +142,8 @@ def test_a_run_answers_questions(runs, capsys):
         (["--data.path", "nowhere.jsonl"], "there is no file or folder"),
         (["--data.length", "512"], "exceeds the 256 positions"),
         (["--device", "cuda"], "no CUDA device can be used here"),
-        (["--task.continuations", "-1"], "task.continuations must be at least 0"),
-        (["--method", "diffusionblocks", "--train.blocks", "0"], "train block 1 too, or set train.trust false"),
+        (["--evaluation.continuations", "-1"], "evaluation.continuations must be at least 0"),
+        (["--method", "diffusionblocks", "--train.blocks", "0"], "train block 1 too, or set local.trust false"),
         (["--method", "retrieval", "--data.packing", "documents"], "set data.packing to stream or padded"),
     ],
 )

@@ -228,7 +228,7 @@ def test_mauve_judges_samples_as_the_teacher_sees_them(settings, capsys, tmp_pat
     summary = run_json(capsys, "train", "lm-pydocs", *settings, *words, "--output-dir", str(tmp_path / "run"))
     assert 0 < summary["metrics"]["mauve"]["value"] <= 1
     assert main(["train", "lm-pydocs", *settings, "--task.mauve", "true", "--output-dir", str(tmp_path / "no")]) == 2
-    assert "set task.teacher" in capsys.readouterr().err
+    assert "set evaluation.teacher" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_mauve_judges_samples_as_the_teacher_sees_them(settings, capsys, tmp_pat
         (["--model.attention", "flex_attention", "--device", "cpu"], "cannot train on a CPU"),
         (["--model.attention", "flash"], "model.attention must be one of sdpa, eager, flex_attention"),
         (["--blocks.target-entry", "add"], "take replace or none"),
-        (["--task.top-k", "-1"], "task.top_k must be at least 0"),
+        (["--sampling.top-k", "-1"], "sampling.top_k must be at least 0"),
         (["--train.branch-at", "0.5"], "train.branch_at needs blocks.context input"),
     ],
 )

@@ -216,7 +216,7 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
     [
         (["--data.image-size", "9"], "data.image_size 9 is not divisible by model.patch_size 2"),
         (["--task.num-samples", "60"], "needs at least 65 samples, got 60"),
-        (["--task.sampler", "eular"], "task.sampler must be one of"),
+        (["--sampling.sampler", "eular"], "sampling.sampler must be one of"),
         (["--task.guidence", "2"], "did you mean 'task.guidance'"),
         (["--task.kind", "image-gen"], "did you mean 'image-generation'"),
         (["--method", "exact"], "exact cannot train a DiT"),
@@ -226,7 +226,7 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
         (["--train.blocks", "3"], "block 3 does not exist"),
         (["--task.inception", "/nowhere.pt"], "--trust-inception"),
         (["--task.inception", "/nowhere.pt", "--trust-inception"], "cannot load /nowhere.pt"),
-        (["--task.label-dropout", "1.5"], "task.label_dropout must be at least 0 and at most 1"),
+        (["--objective.label-dropout", "1.5"], "objective.label_dropout must be at least 0 and at most 1"),
         (["--task.label-dropout", "0", "--task.guidance", "2"], "guidance needs a null class"),
         (["--task.sampling-steps", "0"], "at least 1"),
         (["--data.test-share", "0.03"], "needs at least 65 reference images, got 54"),
@@ -244,7 +244,7 @@ def test_mistakes_get_one_clear_line(settings, capsys, tmp_path, arguments, word
         (["--class", "cat"], "unknown class 'cat'"),
         (["--num", "0"], "--num must be at least 1"),
         (["--steps", "0"], "at least 1"),
-        (["--sampler", "ddim"], "task.sampler must be one of"),
+        (["--sampler", "ddim"], "sampling.sampler must be one of"),
         (["--output", "x.jpg"], "must end in .png"),
     ],
 )

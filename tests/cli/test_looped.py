@@ -87,7 +87,7 @@ def test_running_out_of_memory_names_what_would_fit(settings):
     recipe = load_recipe("looped-pydocs", [*overrides, ("method", "end-to-end")])
     now, _ = cheaper(recipe, "looped-pydocs", 0)
     text = explain(recipe, "looped-pydocs", 0, now.device.total * 0.99 * RESERVED)
-    assert "--task.truncation 1" in text and "--method diffusionblocks" in text
+    assert "--objective.truncation 1" in text and "--method diffusionblocks" in text
 
 
 def test_a_run_says_what_it_holds_and_loads(compared, capsys):
@@ -120,7 +120,7 @@ def test_a_plan_counts_layer_applications(capsys):
         (["--task.iterations", "0"], "at least 1"),
         (["--task.truncation", "9", "--task.mean-iterations", "8"], "longer than task.mean_iterations"),
         (["--num-blocks", "2"], "not split"),
-        (["--blocks.layers-per-block", "4"], "blocks.prelude and blocks.coda"),
+        (["--blocks.layers-per-block", "4"], "looped.prelude and looped.coda"),
         (["--method", "exact"], "not for looped networks"),
         (["--method", "diffusionblocks-features"], "not for looped networks"),
         (["--blocks.prelude", "3"], "leave no layer"),

@@ -354,7 +354,9 @@ def _build_parser(settings: str) -> _Parser:
             help="run Python code that a model or tokenizer brings (read it first)",
         )
         added[name].add_argument(
-            "--trust-inception", action="store_true", help="run the TorchScript file of task.inception, which is code"
+            "--trust-inception",
+            action="store_true",
+            help="run the TorchScript file of evaluation.inception, which is code",
         )
     for name in ("train", "adapt"):
         added[name].add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start over")

@@ -120,8 +120,8 @@ def _is_text(one: dict[str, Any]) -> bool:
 
 
 def continuations(run: Any, split: Any) -> list[dict[str, str]]:
-    """`task.continuations` held-out texts, each cut in the middle (conversations: where the first answer begins), and
-    the likeliest `task.continued` tokens after the cut. Each has `prompt`, `real` and `written`."""
+    """`evaluation.continuations` held-out texts, each cut in the middle (conversations: where the first answer begins),
+    and the likeliest `evaluation.continued` tokens after the cut. Each has `prompt`, `real` and `written`."""
     if not adapts(run) or not run.recipe.task.continuations:
         return []
     task, tokenizer = run.recipe.task, run.data.tokenizer

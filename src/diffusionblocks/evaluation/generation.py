@@ -87,11 +87,11 @@ def source(part: Any) -> ImageData:
 
 
 def metrics(run: Any, split: Any) -> dict[str, Metric]:
-    """Of `task.num_samples` images with the classes of `split` in its shares, against the images of `split`.
+    """Of `evaluation.num_samples` images with the classes of `split` in its shares, against the images of `split`.
 
     `feature_distance`, `kernel_distance` and `class_accuracy` (see features.py; `class_accuracy_real` is what the
     images of `split` themselves reach), or `fid` and `kid` where the recipe names the Inception network, each also
-    against the training images (`..._train`). With several `task.evaluations`, of the set of samples that comes
+    against the training images (`..._train`). With several `evaluation.sample_sets`, of the set of samples that comes
     nearest, as the protocol of FID wants it ([EDM] section 5). `bits_per_dimension` for images that are not latents (an
     upper bound, theory/likelihood.py) and, with several blocks, the share of each block in it.
     """

@@ -338,6 +338,6 @@ def check(task: Task, split: Any) -> None:
     if isinstance(split, Unread):
         return
     if task.mauve and not task.teacher:
-        raise UserError("task.mauve compares texts as a language model sees them: set task.teacher")
+        raise UserError("evaluation.mauve compares texts as a language model sees them: set evaluation.teacher")
     if task.teacher and task.num_samples:
         check_teacher(task.teacher)

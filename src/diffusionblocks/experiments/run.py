@@ -32,6 +32,7 @@ from diffusionblocks.methods.methods import find_method, for_method
 from diffusionblocks.networks.pretrained import without_progress
 from diffusionblocks.planning.measure import PeakMemory, measure_peak
 from diffusionblocks.recipes import Recipe, build, changed
+from diffusionblocks.recipes.keys import of_run, today, written
 from diffusionblocks.recipes.network import build_network, network_config
 from diffusionblocks.recipes.schema import TARGETS
 from diffusionblocks.seeds import derive
@@ -48,7 +49,7 @@ log = logging.getLogger("diffusionblocks")
 # four, which memory may ask for in the middle of a run) hardly.
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device"),
-    *("keep_graphs", "prefetch", "activation_checkpointing", "accumulation"),
+    *("keep_graphs", "activation_checkpointing", "accumulation"),
 )
 
 
@@ -218,7 +219,10 @@ def _finished(folder: Path) -> dict[str, Any] | None:
 
 
 # What may differ from training when a finished run is evaluated or sampled.
-LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "evaluate_on")
+LATER_KEYS = (
+    *("objective.", "sampling.", "evaluation.", "evaluate_on"),
+    *("train.device", "data.path", "data.cache_dir", "data.vae"),
+)
 
 
 def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_data: bool = True) -> Run:
@@ -233,8 +237,8 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     recipe = read_recipe(folder)
     overrides = list(overrides)
     if isinstance(recipe.task, RecurrentLM) and recipe.method == "shallow":
-        for key in ("task.iterations", "task.curve"):
-            if key in dict(overrides):
+        for key in ("sampling.iterations", "evaluation.curve"):
+            if key in {today(name) for name, _ in overrides}:
                 raise UserError(f"{key} cannot be changed: the method shallow applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
@@ -258,7 +262,7 @@ def read_recipe(folder: Path, consented: Recipe | None = None) -> Recipe:
     if not isinstance(content, dict):
         raise files.Damaged(path, f"it holds a {type(content).__name__}, not a recipe")
     try:
-        return build(content, consented=consented)
+        return build(of_run(content), consented=consented)
     except UserError as error:
         raise UserError(f"{path} is no recipe of this version: {error}") from None
 
@@ -527,8 +531,9 @@ def _is_older_run(config: Path) -> bool:
 
 def _check_same(recipe: Recipe, folder: Path) -> None:
     """Raises UserError when another recipe owns the folder."""
-    written = read_recipe(folder, consented=recipe).as_dict()  # with defaults for keys it did not know
-    difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
+    before = read_recipe(folder, consented=recipe)  # with defaults for keys it did not know
+    theirs, ours = (_relevant(written(one.as_dict())) for one in (before, recipe))
+    difference = _difference(theirs, ours)
     if difference:
         raise UserError(
             f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
@@ -537,7 +542,7 @@ def _check_same(recipe: Recipe, folder: Path) -> None:
 
 
 def _write_config(recipe: Recipe, folder: Path) -> None:
-    files.write_text(folder / CONFIG, files.sealed(plain_yaml.dump(recipe.as_dict())))
+    files.write_text(folder / CONFIG, files.sealed(plain_yaml.dump(written(recipe.as_dict()))))
 
 
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ PRESETS["causal-lm"] |= {
         "task": {"sampler": "categorical"},
     },
     # Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly
-    # any evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers
+    # any evidence (each is a complete predictor) and one readout for all measure best. A head layer (local.head_layers
     # 1) helps at equal samples and costs memory and a third more computation (docs/LOG.md).
     "features": {
         "blocks": {

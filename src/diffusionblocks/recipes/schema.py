@@ -9,7 +9,7 @@ from typing import Any
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.text.corpora import TextConfig
-from diffusionblocks.options import check_options, option
+from diffusionblocks.options import check_options, key_of, option
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from diffusionblocks.training.config import TrainingConfig
 
@@ -99,7 +99,13 @@ class Recipe:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Its fields as nested dicts, without those that no recipe can set."""
+        found = dataclasses.asdict(self)
+        for name in [name for name in found if dataclasses.is_dataclass(getattr(self, name))]:
+            for entry in dataclasses.fields(getattr(self, name)):
+                if key_of(entry, name) is None:
+                    del found[name][entry.name]
+        return found
 
 
 TASKS: dict[str, Any] = {

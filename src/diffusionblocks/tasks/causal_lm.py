@@ -39,11 +39,11 @@ class CausalLM(NextToken):
     writes: ClassVar = True
 
     kind: str = option("causal-lm", choices=("causal-lm",))
-    levels_per_block: int = option(8, least=1)
-    sampling_steps: int = option(0, least=0)
-    before: bool = True
-    continuations: int = option(0, least=0)
-    continued: int = option(64, least=1)
+    levels_per_block: int = option(8, least=1, group="evaluation")
+    sampling_steps: int = option(0, least=0, group="sampling", key="steps")
+    before: bool = option(True, group="evaluation")
+    continuations: int = option(0, least=0, group="evaluation")
+    continued: int = option(64, least=1, group="evaluation")
 
     def check_model(self, model: BlockModel) -> None:
         ordinary = isinstance(model, CausalBlocks) and not isinstance(model, LoopedBlocks)

@@ -36,7 +36,7 @@ class Classification(Task):
 
     Args:
         kind: the name of this task in a recipe.
-        loss_weight: `none` (right for cross-entropy), `edm`, or `legacy` (what the released code computes).
+        loss_weight: `none` (right for cross-entropy) or `edm` (the printed formula, for comparison).
         label_smoothing: for every method alike.
         sampler: `euler` ([DB]) or `categorical` ancestral sampling.
         sampling_steps: S; 0 = one step per block.
@@ -49,11 +49,11 @@ class Classification(Task):
     data: ClassVar = DataConfig
 
     kind: str = option("classification", choices=("classification",))
-    loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))
-    label_smoothing: float = option(0.0, least=0, below=1)
-    sampler: str = option("categorical", choices=("euler", "categorical"))
-    sampling_steps: int = option(0, least=0)
-    decision: str = option("blocks", choices=("final", "blocks"))
+    loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS), group="objective")
+    label_smoothing: float = option(0.0, least=0, below=1, group="objective")
+    sampler: str = option("categorical", choices=("euler", "categorical"), group="sampling")
+    sampling_steps: int = option(0, least=0, group="sampling", key="steps")
+    decision: str = option("blocks", choices=("final", "blocks"), group="sampling")
 
     def __post_init__(self) -> None:
         check_options("task", self)

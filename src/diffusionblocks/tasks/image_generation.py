@@ -51,21 +51,21 @@ class ImageGeneration(Task):
     by_block: ClassVar = True
 
     kind: str = option("image-generation", choices=("image-generation",))
-    label_dropout: float = option(0.1, least=0, most=1)
-    sampler: str = option("dpm-solver++", choices=tuple(SAMPLERS))
-    sampling_steps: int = option(20, least=1)
-    grid: str = option("rho", choices=tuple(GRIDS))
-    guidance: float = option(1.0, least=0)
-    num_samples: int = option(5000, least=0)
-    evaluations: int = option(1, least=1)
-    levels_per_image: int = option(4, least=1)
-    inception: str = ""
+    label_dropout: float = option(0.1, least=0, most=1, group="objective")
+    sampler: str = option("dpm-solver++", choices=tuple(SAMPLERS), group="sampling")
+    sampling_steps: int = option(20, least=1, group="sampling", key="steps")
+    grid: str = option("rho", choices=tuple(GRIDS), group="sampling")
+    guidance: float = option(1.0, least=0, group="sampling")
+    num_samples: int = option(5000, least=0, group="evaluation")
+    evaluations: int = option(1, least=1, group="evaluation", key="sample_sets")
+    levels_per_image: int = option(4, least=1, group="evaluation")
+    inception: str = option("", group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)
         if self.guidance != 1.0 and self.label_dropout == 0:
             raise UserError(
-                "guidance needs a null class, which training with task.label_dropout 0 never shows the network"
+                "guidance needs a null class, which training with objective.label_dropout 0 never shows the network"
             )
 
     def step(

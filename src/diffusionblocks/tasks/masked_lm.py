@@ -56,17 +56,17 @@ class MaskedLM(Task):
     by_block: ClassVar = True
 
     kind: str = option("masked-lm", choices=("masked-lm",))
-    masking: str = option("exact", choices=("exact", "independent"))
-    loss_weight: str = option("bound", choices=tuple(EMPHASIS))
-    levels_per_text: int = option(8, least=1)
-    sampler: str = option("ancestral", choices=tuple(SAMPLERS))
-    sampling_steps: int = option(64, least=1)
-    temperature: float = option(1.0, least=0)
-    top_p: float = option(1.0, above=0, most=1)
-    top_k: int = option(0, least=0)
-    num_samples: int = option(256, least=0)
-    teacher: str = ""
-    mauve: bool = False
+    masking: str = option("exact", choices=("exact", "independent"), group="objective")
+    loss_weight: str = option("bound", choices=tuple(EMPHASIS), group="objective")
+    levels_per_text: int = option(8, least=1, group="evaluation")
+    sampler: str = option("ancestral", choices=tuple(SAMPLERS), group="sampling")
+    sampling_steps: int = option(64, least=1, group="sampling", key="steps")
+    temperature: float = option(1.0, least=0, group="sampling")
+    top_p: float = option(1.0, above=0, most=1, group="sampling")
+    top_k: int = option(0, least=0, group="sampling")
+    num_samples: int = option(256, least=0, group="evaluation")
+    teacher: str = option("", group="evaluation")
+    mauve: bool = option(False, group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)

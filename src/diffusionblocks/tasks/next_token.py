@@ -53,13 +53,13 @@ class NextToken(Task):
     data: ClassVar = TextConfig
 
     kind: str = ""
-    sampler: str = option("categorical", choices=("categorical", "euler"))
-    temperature: float = option(1.0, least=0)
-    top_p: float = option(1.0, above=0, most=1)
-    top_k: int = option(0, least=0)
-    num_samples: int = option(64, least=0)
-    teacher: str = ""
-    mauve: bool = False
+    sampler: str = option("categorical", choices=("categorical", "euler"), group="sampling")
+    temperature: float = option(1.0, least=0, group="sampling")
+    top_p: float = option(1.0, above=0, most=1, group="sampling")
+    top_k: int = option(0, least=0, group="sampling")
+    num_samples: int = option(64, least=0, group="evaluation")
+    teacher: str = option("", group="evaluation")
+    mauve: bool = option(False, group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)

@@ -51,19 +51,19 @@ class RecurrentLM(NextToken):
     splits: ClassVar = False
 
     kind: str = option("recurrent-lm", choices=("recurrent-lm",))
-    iterations: int = option(16, least=1)
-    mean_iterations: int = option(16, least=1)
-    draw: str = option("log-normal-poisson", choices=("log-normal-poisson", "constant"))
-    truncation: int = option(8, least=1)
-    early_exit: float = option(0.0, least=0)
-    curve: list[int] = option([], least=1)
+    iterations: int = option(16, least=1, group="sampling")
+    mean_iterations: int = option(16, least=1, group="objective")
+    draw: str = option("log-normal-poisson", choices=("log-normal-poisson", "constant"), group="objective")
+    truncation: int = option(8, least=1, group="objective")
+    early_exit: float = option(0.0, least=0, group="sampling")
+    curve: list[int] = option([], least=1, group="evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.truncation > self.mean_iterations:
             raise UserError(
-                f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: "
-                "gradients cannot flow through iterations that are not made"
+                f"objective.truncation {self.truncation} is longer than objective.mean_iterations "
+                f"{self.mean_iterations}: gradients cannot flow through iterations that are not made"
             )
 
     def once(self) -> RecurrentLM:

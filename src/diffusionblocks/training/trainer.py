@@ -117,6 +117,7 @@ class Trainer:
         self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
+        self.prefetch: bool | None = None  # set before the first step by those who measure it; None = see Residency
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
         self._watched = False  # somebody looks at the norms
@@ -133,16 +134,7 @@ class Trainer:
         cut = phases(config, num_blocks)
         if config.own_batch and len(cut) == 1:
             raise UserError("train.own_batch is for runs that branch (train.branch_at); set train.batch_size instead")
-        networks = [network for phase in cut for network in phase.networks]
-        largest = max(networks, key=lambda network: samples_per_step(config, network, num_blocks))
-        samples = samples_per_step(config, largest, num_blocks)
-        if len(largest) > 1 and samples > config.batch_size:
-            raise UserError(
-                f"train.own_batch {config.own_batch} is too large for branching at {config.branch_at}: {len(largest)} "
-                f"blocks that are one network have {samples} samples in a step, more than train.batch_size "
-                f"{config.batch_size}"
-            )
-        return {samples_per_step(config, network, num_blocks) for network in networks}
+        return {samples_per_step(config, network, num_blocks) for phase in cut for network in phase.networks}
 
     def _check_combination(self) -> None:
         if self.config.order == "backward" and not isinstance(self.model, BlockCoordinateModel):
@@ -166,10 +158,10 @@ class Trainer:
         if not isinstance(model, DiffusionBlocksModel) or not any(state.has_head for state in self.states):
             return
         if self.config.heads_first and model.target != "causal":
-            raise UserError("train.heads_first is for blocks that write tokens (blocks.target causal)")
+            raise UserError("local.heads_first is for blocks that write tokens (task.kind causal-lm)")
         if self.config.trust and last not in self.trained and not model.config.ordinary:
             raise UserError(
-                f"train.trust compares every block with the last one: train block {last} too, or set train.trust false"
+                f"local.trust compares every block with the last one: train block {last} too, or set local.trust false"
             )
 
     @property
@@ -182,7 +174,7 @@ class Trainer:
             for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
                 layer.constants_to(self.device)
             folder = None if self.output_dir is None else self.output_dir / RESIDENCY / str(os.getpid())
-            kind, ahead = self.config.residency, self.config.prefetch
+            kind, ahead = self.config.residency, self.prefetch
             self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
         return self._residency
 
