@@ -76,6 +76,11 @@ def key_of(field: dataclasses.Field[Any], group: str) -> str | None:
     return f"{own or group}.{key or field.name}".lstrip(".")
 
 
+def limits_of(field: dataclasses.Field[Any]) -> Range:
+    """What the value of an option may be."""
+    return field.metadata.get(_KEY, Range())
+
+
 def check_options(group: str, options: Any) -> None:
     """Raises UserError at the first option of a dataclass that is not what its field declares. group: how a recipe
     calls it."""
@@ -83,7 +88,7 @@ def check_options(group: str, options: Any) -> None:
     kinds = _kinds(kind)
     for field in dataclasses.fields(options):
         name = key_of(field, group) or f"{group}.{field.name}"
-        check_value(name, getattr(options, field.name), kinds[field.name], field.metadata.get(_KEY, Range()))
+        check_value(name, getattr(options, field.name), kinds[field.name], limits_of(field))
 
 
 def check_value(name: str, value: Any, kind: Any = int, limits: Range | None = None) -> None:
@@ -120,7 +125,7 @@ def made(kind: Any, group: str, content: Mapping[str, Any]) -> Any:
     for name, value in content.items():
         field = fields[name]
         key = key_of(field, group) or f"{group}.{name}"
-        check_value(key, value, hints[name], field.metadata.get(_KEY, Range()))
+        check_value(key, value, hints[name], limits_of(field))
         values[name] = _as(value, hints[name])
     return kind(**values)
 

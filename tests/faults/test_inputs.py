@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from diffusionblocks.blocks.config import BlocksConfig
-from diffusionblocks.options import Range, key_of
+from diffusionblocks.options import key_of, limits_of
 from diffusionblocks.recipes import ModelConfig
 from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
 from diffusionblocks.training.config import TrainingConfig
@@ -570,7 +570,7 @@ def _wrong_values() -> list[Input]:
                 continue
             option = f"--{key}".replace("_", "-")
             wrong = WRONG.get(types[field.name], ("{a: 1}", "[[1]]"))
-            if field.metadata.get("diffusionblocks.range", Range()).choices:
+            if limits_of(field).choices:
                 wrong = (*wrong, "no-such-choice")
             for value in wrong:
                 arguments = (*RECIPES[task], "--output-dir=@here/run", f"{option}={value}")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import diffusionblocks as dblocks
 from diffusionblocks.methods.methods import for_method
-from diffusionblocks.options import LARGEST, Range, check_options, check_value, option
+from diffusionblocks.options import LARGEST, Range, check_options, check_value, limits_of, option
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
 from diffusionblocks.recipes.load import read_value
 from diffusionblocks.recipes.schema import DATA, TASKS, InContextConfig, LoraConfig
@@ -183,7 +183,7 @@ def test_every_number_has_a_range(kind):
         if str(field.type).split("[")[-1].rstrip("]").split(" |")[0] not in ("int", "float"):
             continue
         if field.name not in free:
-            assert field.metadata["diffusionblocks.range"].words(), f"{kind.__name__}.{field.name} has no range"
+            assert limits_of(field).words(), f"{kind.__name__}.{field.name} has no range"
 
 
 def test_python_callers_are_checked_too():

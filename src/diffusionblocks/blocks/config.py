@@ -17,37 +17,45 @@ class BlocksConfig:
     """The defaults are the project's; the recipes' preset `paper` gives the paper's.
 
     Args:
-        num_blocks: B, the one dial.
-        layers_per_block: explicit uneven split; empty = equal parts.
-        context: `input` (every block reads x) or `features` (block b reads what block b-1 made of x, detached).
-        target_entry: where the noisy target enters the network: `replace` the first token ([DB]; of tokens: a noisy
+        num_blocks: Number of blocks, B: the one dial.
+        layers_per_block: Layers of each block, where they are not to be equal parts. Empty = equal parts.
+        context: What a block reads. `input`: every block reads x. `features`: block b reads what block b-1 made of x,
+            detached.
+        target_entry: Where the noisy target enters the network. `replace` the first token ([DB]; of tokens: a noisy
             sequence beside the clean one), `add` to it through a projection that starts at zero (labels only), or
             `none` (only the readout sees it).
-        readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
-        target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
-        shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
-            `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is `frozen`.
-        target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a
-            looped network (`recurrent`); `auto` = what the network is made for.
-        levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]);
-            `auto` = information where it can be, log-normal for images. schedule: of masked tokens, `linear` or
-            `cosine`.
-        borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
-        least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
-        sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
-        overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
-        condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
-            and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
-        head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last
+        readout: What makes the logits. `bayes` adds the exact evidence z . e_v / sigma^2 to them; `linear` does not
+            ([DB]).
+        target_table: Embeddings of the targets. `fixed` orthonormal rows or `trained` ones ([DB]).
+        shared: Whose stem, readout and table are, in `input` context. `trained` by every block's step ([DB]),
+            `frozen`, or `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is
+            `frozen`.
+        target: What blocks estimate; in a recipe task.kind decides it. `label`, `image`, `masked` tokens, the next one
+            (`causal`) or the next one in a looped network (`recurrent`); `auto` = what the network is made for.
+        levels: Distribution of the noise levels. `information` (equal shares of nats; labels and next tokens) or
+            `log-normal` ([DB]); `auto` = information where it can be, log-normal for images.
+        schedule: Masking schedule of masked tokens ([MD4]).
+        borders: Where the ranges of two blocks meet. `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their
+            ablation).
+        p_mean: Mean of the log of log-normal levels.
+        p_std: Standard deviation of the log of log-normal levels.
+        sigma_min: Lowest noise level.
+        sigma_max: Highest noise level.
+        least_hidden: Share of the target's entropy that the lowest level still hides, for information levels.
+        overlap: How far a training range reaches beyond its borders, as a share of its length. Gamma in [DB].
+        condition_width: Width of the level embedding, C; 0 = blocks that do not see the level. With a Bayes readout and
+            no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens.
+        head_layers: Extra layers between a block's trunk and its readout, in features context; not handed on. The last
             block of next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands
             nothing on.
-        head_start: weights of these layers: `fresh`, or those of the network's `last` layers (next tokens).
-        distill: next tokens in features context: as long as only heads learn (local.heads_first) they learn what the
-            whole network answers, not the tokens of the text.
-        ordinary: next tokens in features context: weight of the ordinary loss at the end of the network, through the
-            layers after the block, beside the block's own (0 = none: blocks need nothing of one another), which counts
-            exp(ordinary loss - own loss): as much as its head can be trusted.
-        prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
+        head_start: First weights of these layers. `fresh`, or those of the network's `last` layers (next tokens).
+        distill: While only heads learn (local.heads_first), they learn what the whole network answers. Otherwise the
+            tokens of the text. Next tokens in features context.
+        ordinary: Weight of the ordinary loss at the end of the network beside the block's own; 0 = none. Next tokens in
+            features context: it passes the layers after the block (without it blocks need nothing of one another). The
+            block's own loss then counts exp(ordinary loss - own loss): as much as its head can be trusted.
+        prelude: Layers before the core of a looped network.
+        coda: Layers after the core of a looped network. The core is all others; they are one block.
     """
 
     num_blocks: int = option(3, least=1)

@@ -29,10 +29,12 @@ class CausalLM(NextToken):
     """Language models, and their blocks. See `NextToken`.
 
     Args:
-        levels_per_block: strata of every block's noise range in which evaluation measures the likelihood.
-        sampling_steps: of blocks that draw along noise levels: levels per token, 0 = one per block.
-        before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts
-            that it goes on from, before and after (samples.json). continued: tokens that it writes there.
+        levels_per_block: Noise levels of every block at which evaluation measures the likelihood. One in each of so
+            many strata of its range.
+        sampling_steps: Steps down the noise levels. Of blocks that draw along them, per token; 0 = one per block.
+        before: Evaluate a pretrained network before the first step, too.
+        continuations: Held-out texts that the network continues before and after adapting. They are in samples.json.
+        continued: Tokens of a continuation.
     """
 
     target: ClassVar = "causal"

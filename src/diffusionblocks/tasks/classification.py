@@ -35,12 +35,13 @@ class Classification(Task):
     """Objective and inference of a classifier.
 
     Args:
-        kind: the name of this task in a recipe.
-        loss_weight: `none` (right for cross-entropy) or `edm` (the printed formula, for comparison).
-        label_smoothing: for every method alike.
-        sampler: `euler` ([DB]) or `categorical` ancestral sampling.
-        sampling_steps: S; 0 = one step per block.
-        decision: which logits classify. `final`: those of the last step ([DB]). `blocks`: the mean over the steps of
+        kind: What is learned.
+        loss_weight: Weight of a sample in the loss, by its noise level. `none` is right for cross-entropy, `edm` is the
+            printed formula, for comparison.
+        label_smoothing: Label smoothing, for every method alike.
+        sampler: How a sample goes down the noise levels. `euler` ([DB]) or `categorical` ancestral sampling.
+        sampling_steps: Steps down the noise levels. S; 0 = one per block.
+        decision: Which logits classify. `final`: those of the last step ([DB]). `blocks`: the mean over the steps of
             log p(v | x), which a Bayes readout separates from the evidence in z: every block votes with what it
             learned about x, none with what the chain told it.
     """

@@ -34,15 +34,16 @@ class ImageGeneration(Task):
     """Objective, evaluation and sampling of a class-conditional diffusion model.
 
     Args:
-        kind: the name of this task in a recipe.
-        label_dropout: share of training samples whose class is replaced by the null class, for guidance.
-        sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7)
-            or `equal-mass`.
-        guidance: classifier-free guidance scale; 1 = none ([DB] has 2.0). Other values run every step twice.
-        num_samples: images that the finished run makes for its metrics; 0 = none are made. evaluations: how many such
-            sets; the nearest to the real images counts (the protocol of FID: 3).
-        levels_per_image: noise levels at which validation measures every image.
-        inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
+        kind: What is learned.
+        label_dropout: Share of training samples whose class is hidden, for guidance. The null class takes its place.
+        sampler: How a sample goes down the noise levels. `euler` ([DB]), `heun`, `dpm-solver++` or `churn`.
+        sampling_steps: Steps down the noise levels.
+        grid: Spacing of the noise levels of a sample. `rho` ([EDM], rho = 7) or `equal-mass`.
+        guidance: Scale of classifier-free guidance; 1 = none. [DB] has 2.0. Other values run every step twice.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        evaluations: Sets of samples, of which the nearest to the real images counts. The protocol of FID has 3.
+        levels_per_image: Noise levels at which validation measures every image.
+        inception: TorchScript file of the original Inception network, for fid and kid. Empty = a small feature network
             trained on the recipe's own images, reported as feature_distance.
     """
 

@@ -36,19 +36,24 @@ class MaskedLM(Task):
     """Objective, evaluation and sampling of a masked diffusion model.
 
     Args:
-        kind: the name of this task in a recipe.
-        masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the
-            same bound, with less variance the first way.
-        loss_weight: in training, of an answer of a text in which n tokens are masked: `bound` 1/n (the likelihood's,
-            [MD4]), `equal` (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or `root`, 1/sqrt(n), between the two. A
-            network that can be right at all levels has the same optimum by any; the bound's own weight has the most
-            variance. Evaluation is by the bound.
-        levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
-        sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
-        temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see `Choice`).
-        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
-            empty = none. mauve: also compare them with real texts, as the teacher sees both.
+        kind: What is learned.
+        masking: How tokens are masked in training. `exact` shares of a text are masked, or every token
+            `independent`ly ([MD4], [DB]); the same bound, with less variance the first way.
+        loss_weight: Weight of a sample in the loss, by its noise level. Of an answer of a text in which n tokens are
+            masked: `bound` 1/n (the likelihood's, [MD4]), `equal` (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or
+            `root`, 1/sqrt(n), between the two. A network that can be right at all levels has the same optimum by any;
+            the bound's own weight has the most variance. Evaluation is by the bound.
+        levels_per_text: Masked shares at which evaluation measures every text. One in each of so many equal parts of
+            [0, 1].
+        sampler: How a sample goes down the noise levels. `ancestral`, or `confidence` (the likeliest tokens first).
+        sampling_steps: Steps down the noise levels.
+        temperature: Temperature of the distribution that a token is drawn from; 0 = the likeliest. See `Choice`.
+        top_p: Share of probability that a token is drawn from. See `Choice`.
+        top_k: Number of likeliest tokens that one is drawn from; 0 = all. See `Choice`.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        teacher: Name or folder of a causal language model that judges the samples. It gives generative_perplexity;
+            empty = none.
+        mauve: Compare the samples with real texts, as the teacher sees both.
     """
 
     target: ClassVar = "masked"

@@ -42,12 +42,16 @@ class NextToken(Task):
     `attention_mask` [N, T] (0 = padding at the end, without loss) or `segments` [N, T] (documents packed into one row).
 
     Args:
-        kind: the name of this task in a recipe.
-        sampler: of blocks that draw along noise levels, `categorical` or `euler` ([DB]).
-        temperature, top_p, top_k: of the distribution that a token is drawn from (see `Choice`).
-        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
-            empty = none. mauve: also compare them with real texts, as the teacher sees both.
+        kind: What is learned.
+        sampler: How a sample goes down the noise levels. `categorical` or `euler` ([DB]), of blocks that draw along
+            noise levels.
+        temperature: Temperature of the distribution that a token is drawn from; 0 = the likeliest. See `Choice`.
+        top_p: Share of probability that a token is drawn from. See `Choice`.
+        top_k: Number of likeliest tokens that one is drawn from; 0 = all. See `Choice`.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        teacher: Name or folder of a causal language model that judges the samples. It gives generative_perplexity;
+            empty = none.
+        mauve: Compare the samples with real texts, as the teacher sees both.
     """
 
     data: ClassVar = TextConfig

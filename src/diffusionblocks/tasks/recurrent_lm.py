@@ -38,13 +38,13 @@ class RecurrentLM(NextToken):
     """Looped language models. See `NextToken`.
 
     Args:
-        iterations: K, of the core at inference: in evaluation and for every token that is written.
-        mean_iterations: of training by unrolling, on average. draw: `log-normal-poisson` ([Huginn]: Poisson numbers
-            whose mean is log-normal, and one) or `constant`.
-        truncation: gradients flow through this many of the last iterations.
-        early_exit: writing ends a token's iterations when the divergence of two successive predictions is at most this
-            (KL, nats); 0 = never.
-        curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
+        iterations: Iterations of the core at inference, K. In evaluation and for every token that is written.
+        mean_iterations: Iterations of the core in training by unrolling, on average.
+        draw: How these are drawn. `log-normal-poisson` ([Huginn]: Poisson numbers whose mean is log-normal, and one)
+            or `constant`.
+        truncation: Last iterations that gradients flow through.
+        early_exit: Divergence of two successive predictions at which a token's iterations end; 0 = never. KL, in nats.
+        curve: Iterations at which the finished run is measured besides. `nats_at_<K>`, on a part of the split.
     """
 
     target: ClassVar = "recurrent"
