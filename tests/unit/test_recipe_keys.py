@@ -130,11 +130,16 @@ methods: {{shallow: {{{noise}: {{overlap: 0.2}}}}}}
         ({"noise": {"sigma_mim": 1}}, r"unknown key 'noise.sigma_mim'; did you mean 'noise.sigma_min'\?"),
         ({"train": {"sigma_min": 1}}, r"unknown key 'train.sigma_min'; did you mean 'noise.sigma_min'\?"),
         ({"train": {"learning_rat": 1}}, r"did you mean 'train.learning_rate'\?"),
-        ({"sampling": {"guidance": 2}}, r"unknown key 'sampling.guidance'"),  # classifiers have none
+        ({"sampling": {"guidance": 2}}, "'sampling.guidance' for the task classification: other tasks have it"),
+        ({"task": {"curve": [2]}}, "'task.curve' for the task classification: other tasks have it"),
+        ({"evaluation": {"num_sampels": 2}}, r"unknown key 'evaluation.num_sampels'"),
         ({"lora": {"q" * 20: 2}}, "'; known: lora.alpha, lora.rank"),
         ({"trian": {}}, r"unknown key 'trian'; did you mean 'train'\?"),
         ({"noise": None}, "noise must be a group of keys, got null"),
-        ({"noise": {"overlap": 0.1}, "blocks": {"overlap": 0.2}}, "are one setting .*: give it once"),
+        (
+            {"noise": {"overlap": 0.1}, "blocks": {"overlap": 0.2}},
+            "noise.overlap is given twice, once as blocks.overlap, its earlier name",
+        ),
         ({"methods": {"exact": {"noise": {"overlab": 0.1}}}}, r"did you mean 'noise.overlap'\?"),
     ],
 )

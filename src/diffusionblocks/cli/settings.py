@@ -9,7 +9,7 @@ import argparse
 import dataclasses
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,8 +113,9 @@ def settings() -> Iterator[Setting]:
         for key, place in places(task).items():
             group, field = place.split(".")
             owners.setdefault(key, {})[groups(task)[group], field] = None
+    yield dataclasses.replace(_setting("task.kind", list(_fields(owners.pop("task.kind")))), default=Recipe().task.kind)
     for key, found in owners.items():
-        yield _setting(key, [(kind, _field(kind, name)) for kind, name in found])
+        yield _setting(key, list(_fields(found)))
 
 
 def _setting(key: str, owners: Sequence[tuple[Any, dataclasses.Field[Any]]]) -> Setting:
@@ -127,8 +128,9 @@ def _setting(key: str, owners: Sequence[tuple[Any, dataclasses.Field[Any]]]) -> 
     return Setting(key=key, means=means, choices=tuple(choices), default=default)
 
 
-def _field(kind: Any, name: str) -> dataclasses.Field[Any]:
-    return next(field for field in dataclasses.fields(kind) if field.name == name)
+def _fields(owners: Iterable[tuple[Any, str]]) -> Iterator[tuple[Any, dataclasses.Field[Any]]]:
+    for kind, name in owners:
+        yield kind, next(field for field in dataclasses.fields(kind) if field.name == name)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

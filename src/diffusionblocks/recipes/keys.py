@@ -132,8 +132,8 @@ def read(content: Mapping[str, Any], task: str = "", renamed: dict[str, str] | N
     """
     task = task or task_kind(content)
     known, kinds = places(task), groups(task)
-    fields = {place: key for key, place in known.items()}
-    called = {*kinds, *(key.split(".")[0] for key in known)}
+    names = {place: key for key, place in known.items()}
+    called = {*kinds, *(key.split(".")[0] for kind in TASKS for key in places(kind))}
     found: dict[str, Any] = {}
     for key, value in content.items():
         if key in _SECTIONS:
@@ -146,7 +146,10 @@ def read(content: Mapping[str, Any], task: str = "", renamed: dict[str, str] | N
             if key in kinds:
                 found.setdefault(key, {})
             for name, one in value.items():
-                _put(found, f"{key}.{name}", one, known, fields, renamed)
+                place = _place(f"{key}.{name}", task, known)
+                if names[place] != f"{key}.{name}" and renamed is not None:
+                    renamed[f"{key}.{name}"] = names[place]
+                _put(found, place, one, names[place])
         elif key in _TOP:
             found[key] = value
         else:
@@ -154,26 +157,23 @@ def read(content: Mapping[str, Any], task: str = "", renamed: dict[str, str] | N
     return found
 
 
-def _put(
-    found: dict[str, Any],
-    key: str,
-    value: Any,
-    known: Mapping[str, str],
-    fields: Mapping[str, str],
-    renamed: dict[str, str] | None,
-) -> None:
-    """Puts the value of one key where its field is."""
+def _place(key: str, task: str, known: Mapping[str, str]) -> str:
+    """The field that a key names, by its name of today or an earlier one. Raises UserError where there is none."""
     if key in GONE:
         raise UserError(f"{key} is no setting any more: {GONE[key].decides}")
     place = known.get(key, key)
-    if place not in fields:
-        raise _unknown(key, known)
-    if key not in known and renamed is not None:
-        renamed[key] = fields[place]
-    group, name = place.split(".", 1)
+    if place in known.values():
+        return place
+    if owners(key):
+        raise UserError(f"unknown key {key!r} for the task {task}: other tasks have it")
+    raise _unknown(key, known)
+
+
+def _put(found: dict[str, Any], place: str, value: Any, key: str) -> None:
+    group, name = place.split(".")
     into = found.setdefault(group, {})
     if name in into:
-        raise UserError(f"{place} and {fields[place]} are one setting (its name is {fields[place]}): give it once")
+        raise UserError(f"{key} is given twice, once as {place}, its earlier name: give it once")
     into[name] = value
 
 

@@ -86,9 +86,9 @@ def changed(recipe: Recipe, overrides: Iterable[tuple[str, Any]], allowed: Seque
     renamed: dict[str, str] = {}
     for key, value in overrides:
         full = _renaming(key, renamed)
-        change: dict[str, Any] = {}
-        _set(change, full, value)
-        read(change, recipe.task.kind)  # an unknown key is one, whatever may be changed
+        group, _, name = full.rpartition(".")
+        if group:
+            read({group: {name: value}}, recipe.task.kind)  # an unknown key is one, whatever may be changed
         if not full.startswith(tuple(allowed)):
             raise UserError(f"{full} cannot be changed after training; what can: {', '.join(allowed)}")
         _set(content, full, _listed(full, value))
