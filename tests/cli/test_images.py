@@ -217,7 +217,7 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
         (["--data.image-size", "9"], "data.image_size 9 is not divisible by model.patch_size 2"),
         (["--task.num-samples", "60"], "needs at least 65 samples, got 60"),
         (["--sampling.sampler", "eular"], "sampling.sampler must be one of"),
-        (["--task.guidence", "2"], "did you mean 'task.guidance'"),
+        (["--task.guidence", "2"], "did you mean 'sampling.guidance'"),
         (["--task.kind", "image-gen"], "did you mean 'image-generation'"),
         (["--method", "exact"], "exact cannot train a DiT"),
         (["--blocks.readout", "linear"], "blocks.readout is for networks that denoise labels"),

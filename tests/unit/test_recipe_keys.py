@@ -132,6 +132,7 @@ methods: {{shallow: {{{noise}: {{overlap: 0.2}}}}}}
         ({"train": {"learning_rat": 1}}, r"did you mean 'train.learning_rate'\?"),
         ({"sampling": {"guidance": 2}}, "'sampling.guidance' for the task classification: other tasks have it"),
         ({"task": {"curve": [2]}}, "'task.curve' for the task classification: other tasks have it"),
+        ({"task": {"sampling_step": 2}}, r"unknown key 'task.sampling_step'; did you mean 'sampling.steps'\?"),
         ({"evaluation": {"num_sampels": 2}}, r"unknown key 'evaluation.num_sampels'"),
         ({"lora": {"q" * 20: 2}}, "'; known: lora.alpha, lora.rank"),
         ({"trian": {}}, r"unknown key 'trian'; did you mean 'train'\?"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,12 +247,15 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 _TOP = {field.name for field in dataclasses.fields(Recipe)} - {*_NESTED, "task", "data", *_SECTIONS}
 
 
-def _unknown(key: str, known: Iterable[str]) -> UserError:
+def _unknown(key: str, known: Mapping[str, str]) -> UserError:
+    """What to say of a key that there is not: the nearest one, whatever group or earlier name it was looked for in."""
     group, _, name = key.rpartition(".")
-    known = list(known)
-    same = [full for full in known if full.rpartition(".")[2] == name]  # the right name in another group
     if not group:
-        known = [*_TOP, *SHORT_NAMES, *{full.split(".")[0] for full in known}, *_SECTIONS]
-    close = same or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    beside = [full for full in known if full.startswith(f"{group}.")] if group else known
-    return UserError(f"unknown key {key!r}{nearest(key, close[:1] or beside or known)}")
+        top = {*_TOP, *SHORT_NAMES, *(full.split(".")[0] for full in known), *_SECTIONS}
+        return UserError(f"unknown key {key!r}{nearest(key, top)}")
+    names = {**{place: full for full, place in known.items()}, **{full: full for full in known}}
+    same = [full for full in known if full.rpartition(".")[2] == name]
+    close = same or [names[near] for near in difflib.get_close_matches(key, names, n=1, cutoff=0.5)]
+    if close:
+        return UserError(f"unknown key {key!r}; did you mean {close[0]!r}?")
+    return UserError(f"unknown key {key!r}{nearest(key, [full for full in known if full.startswith(f'{group}.')])}")
