@@ -26,7 +26,7 @@ from environment import describe
 RESULTS = Path(__file__).parent / "results"
 METHODS = "end-to-end,shallow,diffusionblocks"
 SPLITS = [("2", "equal-mass"), ("3", "equal-mass"), ("4", "equal-mass"), ("6", "equal-mass"), ("3", "uniform")]
-SHORT = ["--seed", "6", "--steps", "1000", "--task.num-samples", "2000"]
+SHORT = ["--seed", "6", "--steps", "1000", "--evaluation.num-samples", "2000"]
 
 
 def curve(folder: Path, metric: str = "validation_loss") -> list[list[float]]:
@@ -78,7 +78,7 @@ def blocks(arguments: argparse.Namespace) -> dict[str, Any]:
     for count, borders in SPLITS:
         folder = Path(arguments.output_dir) / f"blocks-{count}-{borders}"
         methods = "shallow,diffusionblocks" if borders == "equal-mass" else "diffusionblocks"
-        words = ["--methods", methods, "--num-blocks", count, "--blocks.borders", borders, *SHORT]
+        words = ["--methods", methods, "--num-blocks", count, "--noise.borders", borders, *SHORT]
         found = compare([*words, "--jobs", str(arguments.jobs)], folder)
         rows += [{**result, "borders": borders, "split": int(count)} for result in found["results"]]
     folder = Path(arguments.output_dir) / "blocks-1"

@@ -70,7 +70,7 @@ def settings_of(sizes: Sizes, method: str, samples: int) -> dict[str, Any]:
     common = {"precision": "bf16-true", "device": sizes.device, "batch_size": samples}
     if method == "full":
         return {**common, "activation_checkpointing": True}
-    return {**common, "order": "backward", "residency": "host", "prefetch": True}
+    return {**common, "order": "backward", "residency": "host"}
 
 
 def name_of(method: str, samples: int, length: int) -> str:
@@ -110,7 +110,8 @@ def measure(results: Any, sizes: Sizes, method: str, shapes: dict[str, tuple[int
         del network  # a model is a copy
         tidy(sizes.device)
         largest = max(samples for samples, _ in sizes.shapes)
-        trained = trainer(model, dblocks.CausalLM(), largest, **settings_of(sizes, method, largest))
+        settings = settings_of(sizes, method, largest)
+        trained = trainer(model, dblocks.CausalLM(), largest, prefetch=True, **settings)
     except Exception:
         for name in shapes:
             results.fail(name, traceback.format_exc())

@@ -161,12 +161,17 @@ def plain(sizes: Sizes, vocabulary: int) -> Contender:
     return Contender(step, tokens.numel())
 
 
-def trainer(model: BlockModel, task: Task, samples: int, **options: Any) -> dblocks.Trainer:
+def trainer(
+    model: BlockModel, task: Task, samples: int, *, prefetch: bool | None = None, **options: Any
+) -> dblocks.Trainer:
+    """prefetch: whether the next block comes while one computes; None = as the room on the device allows."""
     defaults = dict(
         steps=1_000_000, learning_rate=1e-4, schedule="constant", warmup=0.0, precision="bf16", branch_at=0.0
     )
     settings = dblocks.TrainingConfig(**{**defaults, "batch_size": samples, **options})
-    return dblocks.Trainer(model, task, [{}] * samples, None, settings)  # type: ignore[arg-type]
+    made = dblocks.Trainer(model, task, [{}] * samples, None, settings)  # type: ignore[arg-type]
+    made.prefetch = prefetch
+    return made
 
 
 def rounds(trained: dblocks.Trainer, batches: Sequence[Batch], number: int) -> None:
@@ -181,7 +186,7 @@ def rounds(trained: dblocks.Trainer, batches: Sequence[Batch], number: int) -> N
 def ours(
     build: Callable[[], BlockModel], task: Task, batch: Callable[[], Batch], unit: str, sizes: Sizes, **options: Any
 ) -> Contender:
-    """By this library. options: of TrainingConfig."""
+    """By this library. options: of `trainer`."""
     given, steps, numbers = batch(), options.get("visit_steps", 1), count()
     first = next(iter(given.values()))
     trained = trainer(copy.deepcopy(build()), task, len(first), device=sizes.device, **options)

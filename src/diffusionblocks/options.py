@@ -4,7 +4,9 @@
     betas: list[float] = option([0.9, 0.999], least=0, below=1, count=2)
 
 `check_options` raises one line for the first value that has the wrong type, is no finite number, or lies outside of its
-range.
+range. An option may also say which group of a recipe's keys it belongs to, where that is not its dataclass's own:
+
+    sigma_min: float = option(0.002, above=0, group="noise")      # a recipe calls it noise.sigma_min
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from diffusionblocks.errors import UserError
 
 LARGEST = 2**63 - 1  # of a whole number, either way: what files and tensors hold
 _KEY = "diffusionblocks.range"
+_PLACE = "diffusionblocks.place"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +54,31 @@ class Range:
         )
 
 
-def option(default: Any, **limits: Any) -> Any:
-    """A field of a dataclass with a default and, as keywords, the limits of `Range`. A list is copied for every
-    object."""
-    metadata = {_KEY: Range(**limits)}
+def option(default: Any, *, group: str = "", key: str | None = "", **limits: Any) -> Any:
+    """A field of a dataclass with a default. A list is copied for every object.
+
+    Args:
+        group: of a recipe's keys; empty = that of the dataclass. key: its name there; empty = the field's own, None =
+            recipes cannot set it.
+        limits: those of `Range`.
+    """
+    metadata = {_KEY: Range(**limits), _PLACE: (group, key)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def key_of(field: dataclasses.Field[Any], group: str) -> str | None:
+    """What a recipe calls an option of the dataclass that it calls `group`; None where it cannot set it."""
+    own, key = field.metadata.get(_PLACE, ("", ""))
+    if key is None:
+        return None
+    return f"{own or group}.{key or field.name}".lstrip(".")
+
+
+def limits_of(field: dataclasses.Field[Any]) -> Range:
+    """What the value of an option may be."""
+    return field.metadata.get(_KEY, Range())
 
 
 def check_options(group: str, options: Any) -> None:
@@ -66,8 +87,8 @@ def check_options(group: str, options: Any) -> None:
     kind: Any = type(options)
     kinds = _kinds(kind)
     for field in dataclasses.fields(options):
-        name = f"{group}.{field.name}" if group else field.name
-        check_value(name, getattr(options, field.name), kinds[field.name], field.metadata.get(_KEY, Range()))
+        name = key_of(field, group) or f"{group}.{field.name}"
+        check_value(name, getattr(options, field.name), kinds[field.name], limits_of(field))
 
 
 def check_value(name: str, value: Any, kind: Any = int, limits: Range | None = None) -> None:
@@ -100,9 +121,11 @@ def _check_number(name: str, value: Any, limits: Range) -> None:
 def made(kind: Any, group: str, content: Mapping[str, Any]) -> Any:
     """A dataclass from the values of its options, checked. Whole numbers become floats where the field has such."""
     hints, values = _kinds(kind), {}
-    limits = {field.name: field.metadata.get(_KEY, Range()) for field in dataclasses.fields(kind)}
+    fields = {field.name: field for field in dataclasses.fields(kind)}
     for name, value in content.items():
-        check_value(f"{group}.{name}", value, hints[name], limits[name])
+        field = fields[name]
+        key = key_of(field, group) or f"{group}.{name}"
+        check_value(key, value, hints[name], limits_of(field))
         values[name] = _as(value, hints[name])
     return kind(**values)
 

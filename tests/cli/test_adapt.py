@@ -28,7 +28,7 @@ def settings(folder):
     return [
         *("--data.path", str(folder / "chat.jsonl"), "--data.general", str(folder / "texts"), "--data.length", "64"),
         *("--data.evaluated", "4", "--steps", "6", "--batch-size", "4", "--device", "cpu", "--train.warmup", "0"),
-        *("--train.learning-rate", "5e-3", "--task.continuations", "2", "--task.continued", "8"),
+        *("--train.learning-rate", "5e-3", "--evaluation.continuations", "2", "--evaluation.continued", "8"),
         *("--data.cache-dir", str(folder / "cache"), "--in-context.tokens", "100"),
     ]
 
@@ -142,8 +142,8 @@ def test_a_run_answers_questions(runs, capsys):
         (["--data.path", "nowhere.jsonl"], "there is no file or folder"),
         (["--data.length", "512"], "exceeds the 256 positions"),
         (["--device", "cuda"], "no CUDA device can be used here"),
-        (["--task.continuations", "-1"], "task.continuations must be at least 0"),
-        (["--method", "diffusionblocks", "--train.blocks", "0"], "train block 1 too, or set train.trust false"),
+        (["--evaluation.continuations", "-1"], "evaluation.continuations must be at least 0"),
+        (["--method", "diffusionblocks", "--train.blocks", "0"], "train block 1 too, or set local.trust false"),
         (["--method", "retrieval", "--data.packing", "documents"], "set data.packing to stream or padded"),
     ],
 )

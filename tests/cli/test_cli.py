@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from PIL import Image
 from diffusionblocks.cli import main
 from diffusionblocks.methods.methods import LOOPED, METHODS, steps_for_budget
 from diffusionblocks.recipes import built_in, load_recipe
+from diffusionblocks.recipes.keys import places, today
+from diffusionblocks.tasks import TASKS
 from diffusionblocks.training import checkpoint
 from tests.conftest import make_vit
 from tests.language_models import make_pretrained
@@ -533,8 +536,27 @@ def test_help_names_what_there_is(capsys, command):
     assert code == 0
     assert "dblocks" in out
     if command and command[0] in ("train", "compare"):
-        assert "--train.learning-rate" in out
         assert all(method in out for method in METHODS)
+
+
+def settings_in(text):
+    """Names of the settings that a help text lists, a line each."""
+    listed = text.partition("\nsettings (")[2].partition("\nmethods:")[0]
+    return re.findall(r"^  --([a-z.-]+) +[A-Za-z]", listed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["train", "adapt", "compare"])
+def test_help_shows_what_people_set_and_help_all_every_option_once(capsys, command):
+    _, short, _ = run(capsys, command, "--help")
+    usual = settings_in(short)
+    assert 18 <= len(usual) <= 24
+    code, out, _ = run(capsys, command, "--help-all")
+    listed = settings_in(out)
+    every = {key for task in TASKS for key in places(task)} | {"method", "preset", "evaluate_on"}
+    assert code == 0 and len(listed) == len(set(listed))
+    assert set(listed) == {key.replace("_", "-") for key in every}  # each with what it means
+    assert {today(name.replace("-", "_")).replace("_", "-") for name in usual} < set(listed)
+    assert all(len(line) <= 170 for line in out.splitlines())
 
 
 def test_preset_demo_exists_for_make():

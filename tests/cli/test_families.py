@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "phi.py"
-TINY = ["--steps", "2", "--batch-size", "2", "--data.length", "32", "--task.num-samples", "0", "--device", "cpu"]
+TINY = ["--steps", "2", "--batch-size", "2", "--data.length", "32", "--evaluation.num-samples", "0", "--device", "cpu"]
 TINY += ["--model.hidden-size", "16", "--model.num-attention-heads", "2", "--model.num-hidden-layers", "3"]
 TINY += ["--model.intermediate-size", "32"]
 

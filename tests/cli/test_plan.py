@@ -11,7 +11,9 @@ import time
 import pytest
 import torch
 
-from diffusionblocks.cli import _card, _too_large, main
+from diffusionblocks.cli import main
+from diffusionblocks.cli.plan import card
+from diffusionblocks.cli.train import too_large
 from diffusionblocks.errors import UserError
 from diffusionblocks.planning.card import RESERVED, needed
 from diffusionblocks.planning.plan import _keeping, _preference, _recommend, cheaper, explain, plan
@@ -103,7 +105,7 @@ def test_of_a_card_in_use_what_is_free_is_planned_with(capsys, monkeypatch):
     assert 0.85 * found["free"] < found["usable"] < found["free"]
     show_plan(found)
     assert "80.00 GiB, of which 30.00 GiB are free now" in " ".join(capsys.readouterr().out.split())
-    assert _card("cpu") == (None, None)  # training will not use it
+    assert card("cpu") == (None, None)  # training will not use it
 
 
 def test_a_card_without_room_for_a_context_is_one_clear_line(capsys, monkeypatch):
@@ -217,7 +219,7 @@ def test_out_of_memory_counts_what_other_processes_hold(monkeypatch):
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr("diffusionblocks.planning.predict.traced_device", lambda target: "cpu")  # no card is here
-    text = _too_large(load_recipe("digits", sizes), "digits")
+    text = too_large(load_recipe("digits", sizes), "digits")
     assert "observed 79.0 MiB of 96.0 MiB" in text
     advised = [float(size) for size in re.findall(r"\(predicted peak ([0-9.]+) MiB\)", text)]
     assert advised and max(advised) <= 96 / RESERVED

@@ -52,8 +52,14 @@ def adapting() -> list[str]:
     own = PLACES["pretrained"]
     return [
         *("adapt", str(own / "network"), f"--data.path={own / 'texts'}", "--data.length=32", "--steps=4"),
-        *("--batch-size=4", "--data.evaluated=8", "--data.general=", "--train.warmup=0", "--task.continuations=2"),
-        *("--task.continued=4", f"--data.cache-dir={own / 'cache'}"),
+        *(
+            "--batch-size=4",
+            "--data.evaluated=8",
+            "--data.general=",
+            "--train.warmup=0",
+            "--evaluation.continuations=2",
+        ),
+        *("--evaluation.continued=4", f"--data.cache-dir={own / 'cache'}"),
     ]
 
 

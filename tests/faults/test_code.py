@@ -231,8 +231,8 @@ def test_no_code_in_an_option_runs(text, tmp_path):
 
 
 GENERATE = (
-    *("train", "dit-digits", *SHORT, "--model.model-class=DiTTransformer2DModel", "--task.num-samples=70"),
-    *("--task.sampling-steps=1", "--steps=2"),
+    *("train", "dit-digits", *SHORT, "--model.model-class=DiTTransformer2DModel", "--evaluation.num-samples=70"),
+    *("--sampling.steps=1", "--steps=2"),
 )
 
 
@@ -248,7 +248,7 @@ def test_no_torchscript_named_in_a_file_runs(command, tmp_path):
     trap.unlink()
     done = call(*GENERATE, "--output-dir", tmp_path / "run")
     assert done.code == 0, done.err
-    _changed_config(tmp_path / "run", ("task.inception", str(script)))
+    _changed_config(tmp_path / "run", ("evaluation.inception", str(script)))
     shutil.copy(tmp_path / "run" / "config.yaml", recipe)
     _runs_nothing(trap, *COMMANDS["train anew" if command == "train" else command](tmp_path / "run", tmp_path))
 

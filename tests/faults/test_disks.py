@@ -152,7 +152,7 @@ class Place:
 
 TEXT = [
     "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2",
-    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
+    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--evaluation.num-samples=0",
 ]  # fmt: skip
 PLACES = (
     Place("report", lambda run, disk: ("report", run, "--output", disk / "report.html")),

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.options import key_of, limits_of
 from diffusionblocks.recipes import ModelConfig
 from diffusionblocks.recipes.schema import InContextConfig, LoraConfig
 from diffusionblocks.tasks import TASKS
@@ -27,7 +28,7 @@ from tests.faults.harness import SHORT, Fault, call, documented, few, files, not
 MATRIX = "bad inputs"
 TEXT = [
     "--model.hidden-size=8", "--model.num-hidden-layers=3", "--model.num-attention-heads=2",
-    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--task.num-samples=0",
+    "--model.intermediate-size=16", "--steps=2", "--batch-size=4", "--data.length=16", "--evaluation.num-samples=0",
 ]  # fmt: skip
 IMAGES = [*SHORT, "--data.image-size=8", "--num-blocks=3"]
 SPEAK = ["adapt", "@net", "--data.path=@texts", "--data.general=", "--steps=2", "--batch-size=4", "--data.length=16"]
@@ -220,7 +221,7 @@ TABLE: tuple[Input, ...] = (
     _train("an unknown optimizer", "--train.optimizer=adam"),
     _train("an unknown order", "--order=swep"),
     _train("an unknown residency", "--residency=gpu"),
-    _train("an unknown schedule", "--train.schedule=linear"),
+    _train("an unknown schedule", "--train.learning-rate-schedule=linear"),
     _train("an unknown precision", "--train.precision=fp16"),
     _train("an unknown device", "--device=tpu"),
     _train("a card that is not there", "--device=cuda:7", row=False),
@@ -237,10 +238,11 @@ TABLE: tuple[Input, ...] = (
     _train("ema-decay 1", "--train.ema-decay=1"),
     _train("ema-decay nan", "--train.ema-decay=nan"),
     _train("branch-at 2", "--train.branch-at=2"),
-    _train("branch-at that falls", "--train.branch-at=[0.9,0.1]"),
+    _train("a branch-at for each border", "--train.branch-at=[0.9,0.1]"),
     _train("own-batch -1", "--train.own-batch=-1"),
-    _train("own-rate 0", "--train.own-rate=0", codes=(0, 2), row=False),
-    _train("heads-first 2", "--train.heads-first=2"),
+    _train("a setting of an earlier version", "--train.own-rate=0.5"),
+    _train("kept graphs of parts of a batch", "--train.keep-graphs=2", "--train.accumulation=2"),
+    _train("heads-first 2", "--local.heads-first=2"),
     _train("seed -1", "--seed=-1", codes=(0, 2), row=False),
     _train("a seed of 30 digits", "--seed=123456789012345678901234567890", codes=(0, 2), row=False),
     _train("a seed that is no number", "--seed=lucky"),
@@ -275,19 +277,19 @@ TABLE: tuple[Input, ...] = (
     _train("a class of another kind", "--model.model-class=LlamaForCausalLM"),
     _train("an unknown context", "--blocks.context=output"),
     _train("an unknown readout", "--blocks.readout=softmax"),
-    _train("sigma-min above sigma-max", "--blocks.sigma-min=90"),
-    _train("sigma-min 0", "--blocks.sigma-min=0"),
-    _train("sigma-max nan", "--blocks.sigma-max=nan"),
-    _train("overlap 2", "--blocks.overlap=2"),
-    _train("overlap -1", "--blocks.overlap=-1"),
-    _train("least-hidden 1", "--blocks.least-hidden=1"),
-    _train("least-hidden -1", "--blocks.least-hidden=-1"),
+    _train("sigma-min above sigma-max", "--noise.sigma-min=90"),
+    _train("sigma-min 0", "--noise.sigma-min=0"),
+    _train("sigma-max nan", "--noise.sigma-max=nan"),
+    _train("overlap 2", "--noise.overlap=2"),
+    _train("overlap -1", "--noise.overlap=-1"),
+    _train("least-hidden 1", "--noise.least-hidden=1"),
+    _train("least-hidden -1", "--noise.least-hidden=-1"),
     _train("condition-width -1", "--blocks.condition-width=-1"),
-    _train("head-layers -1", "--blocks.head-layers=-1"),
-    _train("label-smoothing 5", "--task.label-smoothing=5"),
+    _train("head-layers -1", "--local.head-layers=-1"),
+    _train("label-smoothing 5", "--objective.label-smoothing=5"),
     _train("an unknown kind of task", "--task.kind=classify"),
-    _train("an unknown sampler", "--task.sampler=magic"),
-    _train("sampling-steps -1", "--task.sampling-steps=-1"),
+    _train("an unknown sampler", "--sampling.sampler=magic"),
+    _train("sampling-steps -1", "--sampling.steps=-1"),
     _train("a start that is not there", "--model.start=@here/nothing"),
     _train("a start of another network", "--model.start=@adapted"),
     _train("a pretrained folder that is not there", "--model.pretrained=@here/nothing"),
@@ -539,7 +541,7 @@ def test_a_wrong_input_is_refused_in_one_line(case, request, tmp_path, record_pr
 
 RECIPES = {
     "classification": ("train", "digits", *SHORT),
-    "image-generation": ("train", "dit-digits", *SHORT, "--steps=2", "--task.num-samples=0"),
+    "image-generation": ("train", "dit-digits", *SHORT, "--steps=2", "--evaluation.num-samples=0"),
     "masked-lm": ("train", "mdlm-pydocs", *TEXT),
     "causal-lm": ("train", "lm-pydocs", *TEXT),
     "recurrent-lm": ("train", "looped-pydocs", *TEXT),
@@ -565,9 +567,11 @@ def _wrong_values() -> list[Input]:
     for group, kind, task in groups:
         types = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            option = f"--{group}.{field.name}".replace("_", "-")
+            if (key := key_of(field, group)) is None:
+                continue
+            option = f"--{key}".replace("_", "-")
             wrong = WRONG.get(types[field.name], ("{a: 1}", "[[1]]"))
-            if any(limits.choices for limits in field.metadata.values()):
+            if limits_of(field).choices:
                 wrong = (*wrong, "no-such-choice")
             for value in wrong:
                 arguments = (*RECIPES[task], "--output-dir=@here/run", f"{option}={value}")
@@ -599,7 +603,7 @@ def _edges() -> list[Input]:
         types = typing.get_type_hints(kind)
         for field in dataclasses.fields(kind):
             for value in EDGES.get(types[field.name], ()) if field.name not in SLOW else ():
-                option = f"--{group}.{field.name}={value}".replace("_", "-")
+                option = f"--{key_of(field, group)}={value}".replace("_", "-")
                 arguments = ("train", "digits", *SHORT, "--output-dir=@here/run", option)
                 found.append(Input("edges", option, arguments, codes=(0, 1, 2), row=False))
     return found

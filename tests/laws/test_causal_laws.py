@@ -414,7 +414,7 @@ def test_layer_evaluations_count_the_second_sequence_and_the_heads():
         ({"readout": "linear", "condition_width": 8}, "needs a noisy target that the network reads"),
         ({"condition_width": 8}, "blocks.target_entry replace"),
         ({"context": "features", "target_entry": "replace"}, "needs blocks.head_layers"),
-        ({"schedule": "cosine"}, "blocks.schedule is for masked tokens"),
+        ({"schedule": "cosine"}, "noise.schedule is for masked tokens"),
     ],
 )
 def test_combinations_without_a_meaning_are_refused(options, words):

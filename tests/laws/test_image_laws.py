@@ -281,7 +281,7 @@ def test_until_the_branch_a_run_is_that_of_the_shallow_network():
     task, data = dblocks.ImageGeneration(), make_data(48)
     settings = {"batch_size": 16, "learning_rate": 3e-3, "hold": 0.2}
     blocks = dblocks.convert(make_dit(), 3)
-    own = {"branch_at": 0.5, "own_batch": 5, "decay_from": "hold"}  # no third of a batch: another number of steps
+    own = {"branch_at": 0.5, "own_batch": 5}  # no third of a batch: another number of steps
     branching = dblocks.Trainer(blocks, task, data, None, config(steps=6, **own, **settings))
     for _ in itertools.islice(branching._visits(), 9):
         pass

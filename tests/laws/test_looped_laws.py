@@ -480,7 +480,7 @@ def test_both_kinds_survive_the_disk_and_do_not_take_each_other(tmp_path):
     with pytest.raises(UserError, match="holds denoisers"):
         unrolled().start_from(tmp_path / "blocks")
     for model, name in ((unrolled(coda=2), "unrolled"), (denoiser(prelude=2, condition_width=0), "blocks")):
-        with pytest.raises(UserError, match=r"blocks.prelude and blocks.coda 1 and 1"):
+        with pytest.raises(UserError, match=r"looped.prelude and looped.coda 1 and 1"):
             model.start_from(tmp_path / name)
     (tmp_path / "blocks" / "diffusionblocks.json").write_text("{")
     with pytest.raises(UserError, match="damaged"):

@@ -376,7 +376,7 @@ def test_a_whole_network_is_saved_as_an_ordinary_one(width, tmp_path):
         (lambda: blocks(context="features"), "blocks.context is for networks that denoise labels"),
         (lambda: blocks(levels="log-normal"), "blocks.schedule"),
         (lambda: dblocks.convert(make_vit(), target="masked"), "label, not 'masked'"),
-        (lambda: dblocks.convert(make_vit(), schedule="cosine"), "blocks.schedule is for masked tokens"),
+        (lambda: dblocks.convert(make_vit(), schedule="cosine"), "noise.schedule is for masked tokens"),
         (lambda: dblocks.MaskedLM(top_p=0.0), "top_p"),
         (lambda: dblocks.MaskedLM(sampler="confidense"), "confidence"),
         (lambda: dblocks.MaskedLM().step(dblocks.convert(make_vit()), 0, {"input_ids": texts()}), "masked diffusion"),

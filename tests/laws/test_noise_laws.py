@@ -125,7 +125,6 @@ def test_loss_weights_differ_as_named():
     losses, sigma = torch.rand(5), torch.rand(5) + 0.1
     assert LOSS_WEIGHTS["none"](losses, sigma) == losses.mean()
     torch.testing.assert_close(LOSS_WEIGHTS["edm"](losses, sigma), (losses * edm_weight(sigma)).mean())
-    torch.testing.assert_close(LOSS_WEIGHTS["legacy"](losses, sigma), losses.mean() * edm_weight(sigma).mean())
 
 
 def test_a_perfect_denoiser_lands_exactly_on_the_target_plus_noise():

@@ -331,11 +331,12 @@ def test_a_late_branch_leaves_every_block_a_step_of_its_own():
     assert all(torch.allclose(first[name], last[name], atol=0.05) for name in first)  # copies, one step apart
 
 
-def test_the_rate_falls_from_the_branch_or_from_the_hold():
+def test_the_rate_falls_from_the_branch_or_with_own_batches_from_the_hold():
     life, common = 100, 60
     rates = {}
     for start in ("branch", "hold"):
-        options = config(decay_from=start, hold=0.2, warmup=0.0, learning_rate=1.0)
+        own_batch = 4 if start == "hold" else 0
+        options = config(own_batch=own_batch, hold=0.2, warmup=0.0, learning_rate=1.0)
         state = BlockState(dblocks.convert(make_vit(), 3).block(0), options, life, common)
         rates[start] = []
         for state.steps in range(life):
@@ -343,22 +344,6 @@ def test_the_rate_falls_from_the_branch_or_from_the_hold():
     assert rates["branch"][59] == 1.0 and rates["branch"][75] < 1.0
     assert rates["hold"][19] == 1.0 and rates["hold"][30] < 1.0
     assert max(rates["branch"][-1], rates["hold"][-1]) < 0.01
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "constant"])
-def test_own_steps_have_a_rate_of_their_own(schedule):
-    life, common = 100, 60
-    states = [
-        BlockState(dblocks.convert(make_vit(), 3).block(0), config(schedule=schedule, own_rate=factor), life, common)
-        for factor in (1.0, 0.25)
-    ]
-    for step in (0, 30, 59, 60, 61, 99):
-        for state in states:
-            state.steps = step
-        plain, own = (state.learning_rate() for state in states)
-        assert own == pytest.approx(plain * (0.25 if step >= common else 1.0))
-    with pytest.raises(dblocks.UserError, match="own_rate"):
-        config(own_rate=0.0).check()
 
 
 @pytest.mark.parametrize("order", ["cyclic", "random", "sweep"])

@@ -30,8 +30,8 @@ def test_prediction_agrees_with_an_h100(row, monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: (9, 0))
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    made = importlib.import_module("memory").planned(row, "cuda")
-    predicted = made.at(made.config.batch_size, made.config.accumulation).device.total
+    memory = importlib.import_module("memory")
+    predicted = memory.total(row, memory.planned(row, "cuda"))
     assert predicted == pytest.approx(row["measured"], rel=0.1)
 
 

@@ -18,16 +18,23 @@ from tests.unit.test_text import POEM
 
 NARROW = ["--model.hidden-size", "16", "--model.num-hidden-layers", "3", "--model.num-attention-heads", "2"]
 QUICK = ["--steps", "2", "--batch-size", "4", "--num-blocks", "3", "--residency", "host"]
-TEXT = ["--data.length", "10", "--task.num-samples", "2", "--model.intermediate-size", "32", *NARROW]
+TEXT = ["--data.length", "10", "--evaluation.num-samples", "2", "--model.intermediate-size", "32", *NARROW]
 RECIPES = {
     "labels": ["digits", *NARROW, "--model.intermediate-size", "32"],
-    "images": ["dit-digits", *NARROW, "--task.num-samples", "70", "--task.sampling-steps", "2"],
-    "masked": ["mdlm-pydocs", *TEXT, "--task.levels-per-text", "1", "--task.sampling-steps", "3"],
-    "information": ["lm-pydocs", *TEXT, "--task.levels-per-block", "1", "--method", "diffusionblocks-information"],
+    "images": ["dit-digits", *NARROW, "--evaluation.num-samples", "70", "--sampling.steps", "2"],
+    "masked": ["mdlm-pydocs", *TEXT, "--evaluation.levels-per-text", "1", "--sampling.steps", "3"],
+    "information": [
+        "lm-pydocs",
+        *TEXT,
+        "--evaluation.levels-per-block",
+        "1",
+        "--method",
+        "diffusionblocks-information",
+    ],
     "features": ["lm-pydocs", *TEXT, "--method", "diffusionblocks-features"],
-    "paper": ["lm-pydocs", *TEXT, "--task.levels-per-block", "1", "--method", "diffusionblocks-paper"],
-    "loop": ["looped-pydocs", *TEXT, "--task.iterations", "2", "--task.curve", "1"],
-    "loop unrolled": ["looped-pydocs", *TEXT, "--task.iterations", "2", "--method", "end-to-end"],
+    "paper": ["lm-pydocs", *TEXT, "--evaluation.levels-per-block", "1", "--method", "diffusionblocks-paper"],
+    "loop": ["looped-pydocs", *TEXT, "--sampling.iterations", "2", "--evaluation.curve", "1"],
+    "loop unrolled": ["looped-pydocs", *TEXT, "--sampling.iterations", "2", "--method", "end-to-end"],
 }
 
 
@@ -83,7 +90,18 @@ def test_a_pretrained_network_is_adapted_and_deployed(method, network, folder, t
         pytest.skip("whose embeddings are tied changes nothing for this method")
     settings = [
         *("--data.path", folder / "chat.jsonl", "--data.general", folder / "general", "--data.length", 48),
-        *("--data.evaluated", 2, "--steps", 2, "--batch-size", 2, "--task.continuations", 1, "--task.continued", 3),
+        *(
+            "--data.evaluated",
+            2,
+            "--steps",
+            2,
+            "--batch-size",
+            2,
+            "--evaluation.continuations",
+            1,
+            "--evaluation.continued",
+            3,
+        ),
         *("--data.cache-dir", folder / "cache", "--in-context.tokens", 60, "--device", DEVICE, "--num-blocks", 3),
     ]
     run = tmp_path / "run"
@@ -112,7 +130,7 @@ def test_methods_are_compared_and_a_plan_is_made(folder, tmp_path, monkeypatch):
 def test_latents_are_made_and_decoded_on_the_device(folder, tmp_path):
     make_autoencoder(folder / "vae")
     settings = [*NARROW, "--data.vae", folder / "vae", "--data.cache-dir", folder / "cache", "--device", DEVICE]
-    settings += ["--task.num-samples", 70, "--task.sampling-steps", 2, "--output-dir", tmp_path / "run"]
+    settings += ["--evaluation.num-samples", 70, "--sampling.steps", 2, "--output-dir", tmp_path / "run"]
     dblocks("train", "dit-digits", *QUICK, *settings)
     dblocks("sample", tmp_path / "run", "--num", 2)
 

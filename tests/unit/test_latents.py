@@ -154,7 +154,7 @@ def test_the_feature_network_is_trained_once_and_tells_sets_apart(quick, tmp_pat
     assert same["kernel_distance"].value < 0.1 * other["kernel_distance"].value
     with pytest.raises(dblocks.UserError, match="needs at least 65 samples, got 64"):
         features.distances(network.names, own[:64], own)
-    with pytest.raises(dblocks.UserError, match=r"65 reference images, got 64; set task\.num_samples to 0"):
+    with pytest.raises(dblocks.UserError, match=r"65 reference images, got 64; set evaluation\.num_samples to 0"):
         features.distances(network.names, own, own[:64])
 
 

@@ -79,9 +79,7 @@ BRANCHES = [
     {"branch_at": 0.5},
     {"branch_at": 0.5, "own_batch": 4},
     {"branch_at": 0.99},
-    {"branch_at": [0.3, 0.7], "own_batch": 2},
-    {"branch_at": [0.7, 0.3], "own_batch": 2},
-    {"branch_at": [0.0, 0.6], "own_batch": 4},
+    {"branch_at": 0.3, "own_batch": 2},
     {"blocks": [1]},
     {"blocks": [2, 0]},
 ]

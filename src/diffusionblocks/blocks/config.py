@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
 
 from diffusionblocks.errors import UserError
-from diffusionblocks.options import check_options, option
+from diffusionblocks.options import check_options, key_of, option
 from diffusionblocks.theory.noise import Information, LevelDistribution, LogNormal, MaskingSchedule
 
 
@@ -17,37 +17,45 @@ class BlocksConfig:
     """The defaults are the project's; the recipes' preset `paper` gives the paper's.
 
     Args:
-        num_blocks: B, the one dial.
-        layers_per_block: explicit uneven split; empty = equal parts.
-        context: `input` (every block reads x) or `features` (block b reads what block b-1 made of x, detached).
-        target_entry: where the noisy target enters the network: `replace` the first token ([DB]; of tokens: a noisy
+        num_blocks: Number of blocks, B: the one dial.
+        layers_per_block: Layers of each block, where they are not to be equal parts. Empty = equal parts.
+        context: What a block reads. `input`: every block reads x. `features`: block b reads what block b-1 made of x,
+            detached.
+        target_entry: Where the noisy target enters the network. `replace` the first token ([DB]; of tokens: a noisy
             sequence beside the clean one), `add` to it through a projection that starts at zero (labels only), or
             `none` (only the readout sees it).
-        readout: `bayes` adds the exact evidence z . e_v / sigma^2 to the logits; `linear` does not ([DB]).
-        target_table: `fixed` orthonormal rows or `trained` ones ([DB]).
-        shared: stem, readout and table in `input` context: `trained` by every block's step ([DB]), `frozen`, or
-            `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is `frozen`.
-        target: what blocks estimate: `label`, `image`, `masked` tokens, the next one (`causal`) or the next one in a
-            looped network (`recurrent`); `auto` = what the network is made for.
-        levels: `information` (equal shares of nats; labels and next tokens) or `log-normal` ([DB]);
-            `auto` = information where it can be, log-normal for images. schedule: of masked tokens, `linear` or
-            `cosine`.
-        borders: ranges of `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their ablation).
-        least_hidden: information levels only: share of the target's entropy that the lowest level still hides.
-        sigma_min, sigma_max: range of levels; p_mean, p_std: of log-normal levels.
-        overlap: gamma, how far a training range reaches beyond its borders, as a share of its length.
-        condition_width: C, width of the level embedding; 0 = blocks that do not see the level (with a Bayes readout
-            and no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens).
-        head_layers: extra layers between a block's trunk and its readout (features context); not handed on. The last
+        readout: What makes the logits. `bayes` adds the exact evidence z . e_v / sigma^2 to them; `linear` does not
+            ([DB]).
+        target_table: Embeddings of the targets. `fixed` orthonormal rows or `trained` ones ([DB]).
+        shared: Whose stem, readout and table are, in `input` context. `trained` by every block's step ([DB]),
+            `frozen`, or `copies` (each block owns its own). In `features` context block 0 owns the stem, unless it is
+            `frozen`.
+        target: What blocks estimate; in a recipe task.kind decides it. `label`, `image`, `masked` tokens, the next one
+            (`causal`) or the next one in a looped network (`recurrent`); `auto` = what the network is made for.
+        levels: Distribution of the noise levels. `information` (equal shares of nats; labels and next tokens) or
+            `log-normal` ([DB]); `auto` = information where it can be, log-normal for images.
+        schedule: Masking schedule of masked tokens ([MD4]).
+        borders: Where the ranges of two blocks meet. `equal-mass` ([DB]), or `uniform` in log sigma, or in t (their
+            ablation).
+        p_mean: Mean of the log of log-normal levels.
+        p_std: Standard deviation of the log of log-normal levels.
+        sigma_min: Lowest noise level.
+        sigma_max: Highest noise level.
+        least_hidden: Share of the target's entropy that the lowest level still hides, for information levels.
+        overlap: How far a training range reaches beyond its borders, as a share of its length. Gamma in [DB].
+        condition_width: Width of the level embedding, C; 0 = blocks that do not see the level. With a Bayes readout and
+            no target entry the ideal p(v | x) does not depend on it, nor does that of masked tokens.
+        head_layers: Extra layers between a block's trunk and its readout, in features context; not handed on. The last
             block of next-token denoisers has none, unless its head is where the noisy target enters: its trunk hands
             nothing on.
-        head_start: weights of these layers: `fresh`, or those of the network's `last` layers (next tokens).
-        distill: next tokens in features context: as long as only heads learn (train.heads_first) they learn what the
-            whole network answers, not the tokens of the text.
-        ordinary: next tokens in features context: weight of the ordinary loss at the end of the network, through the
-            layers after the block, beside the block's own (0 = none: blocks need nothing of one another), which counts
-            exp(ordinary loss - own loss): as much as its head can be trusted.
-        prelude, coda: looped networks only: layers before and after the core, which is all others. They are one block.
+        head_start: First weights of these layers. `fresh`, or those of the network's `last` layers (next tokens).
+        distill: While only heads learn (local.heads_first), they learn what the whole network answers. Otherwise the
+            tokens of the text. Next tokens in features context.
+        ordinary: Weight of the ordinary loss at the end of the network beside the block's own; 0 = none. Next tokens in
+            features context: it passes the layers after the block (without it blocks need nothing of one another). The
+            block's own loss then counts exp(ordinary loss - own loss): as much as its head can be trusted.
+        prelude: Layers before the core of a looped network.
+        coda: Layers after the core of a looped network. The core is all others; they are one block.
     """
 
     num_blocks: int = option(3, least=1)
@@ -57,23 +65,23 @@ class BlocksConfig:
     readout: str = option("bayes", choices=("bayes", "linear"))
     target_table: str = option("fixed", choices=("fixed", "trained"))
     shared: str = option("copies", choices=("trained", "frozen", "copies"))
-    target: str = option("auto", choices=("auto", "label", "image", "masked", "causal", "recurrent"))
-    levels: str = option("auto", choices=("auto", "information", "log-normal"))
-    schedule: str = option("linear", choices=("linear", "cosine"))
-    borders: str = option("equal-mass", choices=("equal-mass", "uniform"))
-    p_mean: float = -1.2
-    p_std: float = option(1.2, above=0)
-    sigma_min: float = option(0.002, above=0)
-    sigma_max: float = option(80.0, above=0)
-    least_hidden: float = option(0.65, least=0, below=1)
-    overlap: float = option(0.05, least=0, most=1)
+    target: str = option("auto", key=None, choices=("auto", "label", "image", "masked", "causal", "recurrent"))
+    levels: str = option("auto", choices=("auto", "information", "log-normal"), group="noise")
+    schedule: str = option("linear", choices=("linear", "cosine"), group="noise")
+    borders: str = option("equal-mass", choices=("equal-mass", "uniform"), group="noise")
+    p_mean: float = option(-1.2, group="noise")
+    p_std: float = option(1.2, above=0, group="noise")
+    sigma_min: float = option(0.002, above=0, group="noise")
+    sigma_max: float = option(80.0, above=0, group="noise")
+    least_hidden: float = option(0.65, least=0, below=1, group="noise")
+    overlap: float = option(0.05, least=0, most=1, group="noise")
     condition_width: int = option(0, least=0)
-    head_layers: int = option(0, least=0)
-    head_start: str = option("fresh", choices=("fresh", "last"))
-    distill: bool = False
-    ordinary: float = option(0.0, least=0)
-    prelude: int = option(0, least=0)
-    coda: int = option(0, least=0)
+    head_layers: int = option(0, least=0, group="local")
+    head_start: str = option("fresh", choices=("fresh", "last"), group="local")
+    distill: bool = option(False, group="local")
+    ordinary: float = option(0.0, least=0, group="local")
+    prelude: int = option(0, least=0, group="looped")
+    coda: int = option(0, least=0, group="looped")
 
     # What only makes sense where a label is the target and the network reads something else (masked tokens: with the
     # level).
@@ -95,25 +103,26 @@ class BlocksConfig:
         check_options("blocks", self)
         if target in ("image", "masked"):
             what = "images" if target == "image" else "masked tokens"
-            for name in self.LABEL_ONLY:
-                alike = target == "masked" and name == "condition_width"
-                if getattr(self, name) != getattr(BlocksConfig, name) and not alike:
-                    raise UserError(f"blocks.{name} is for networks that denoise labels; this one denoises {what}")
+            for field in (field for field in fields(self) if field.name in self.LABEL_ONLY):
+                alike = target == "masked" and field.name == "condition_width"
+                if getattr(self, field.name) != field.default and not alike:
+                    key = key_of(field, "blocks")
+                    raise UserError(f"{key} is for networks that denoise labels; this one denoises {what}")
         if target == "causal":
             self._check_causal()
         if target == "recurrent":
             self._check_recurrent()
         elif self.prelude or self.coda:
-            raise UserError("blocks.prelude and blocks.coda are for looped networks (task.kind recurrent-lm)")
+            raise UserError("looped.prelude and looped.coda are for looped networks (task.kind recurrent-lm)")
         if target == "image" and self.levels == "information":
-            raise UserError("blocks.levels information needs a discrete target; images take log-normal")
+            raise UserError("noise.levels information needs a discrete target; images take log-normal")
         if target == "masked" and self.levels != "auto":
-            raise UserError("blocks.levels is for Gaussian noise; masked tokens take blocks.schedule")
+            raise UserError("noise.levels is for Gaussian noise; masked tokens take noise.schedule")
         if target != "masked" and self.schedule != BlocksConfig.schedule:
-            raise UserError("blocks.schedule is for masked tokens; Gaussian noise takes blocks.levels")
+            raise UserError("noise.schedule is for masked tokens; Gaussian noise takes noise.levels")
         if self.head_layers and self.context != "features":
             raise UserError(
-                "blocks.head_layers needs blocks.context features: an input-context block has no separate head"
+                "local.head_layers needs blocks.context features: an input-context block has no separate head"
             )
         if self.readout == "linear" and not self.condition_width:
             raise UserError(
@@ -127,10 +136,10 @@ class BlocksConfig:
     def _check_causal(self) -> None:
         if (self.ordinary or self.distill) and (self.context != "features" or self.target_entry != "none"):
             raise UserError(
-                "blocks.ordinary and blocks.distill need blocks.context features and blocks.target_entry none"
+                "local.ordinary and local.distill need blocks.context features and blocks.target_entry none"
             )
         if (self.ordinary or self.distill) and self.shared != "frozen":  # else a block's readout is not the network's
-            raise UserError("blocks.ordinary and blocks.distill need blocks.shared frozen")
+            raise UserError("local.ordinary and local.distill need blocks.shared frozen")
         if self.target_entry == "add":
             raise UserError("blocks.target_entry add is for labels; next-token denoisers take replace or none")
         if self.target_entry == "none" and self.readout == "linear":
@@ -144,7 +153,7 @@ class BlocksConfig:
             )
         if self.target_entry == "replace" and self.context == "features" and not self.head_layers:
             raise UserError(
-                "blocks.target_entry replace in features context needs blocks.head_layers: they read the noisy target"
+                "blocks.target_entry replace in features context needs local.head_layers: they read the noisy target"
             )
 
     def _check_recurrent(self) -> None:
@@ -155,8 +164,8 @@ class BlocksConfig:
             )
         if self.layers_per_block:
             raise UserError(
-                "blocks.layers_per_block is for networks that are split; a looped one has blocks.prelude and "
-                "blocks.coda"
+                "blocks.layers_per_block is for networks that are split; a looped one has looped.prelude and "
+                "looped.coda"
             )
         if self.target_entry != "none" or self.context != "input":
             raise UserError(

@@ -71,7 +71,7 @@ class LoopedBlock(Block):
         layers, first, last = list(parts.layers), config.prelude, len(parts.layers) - config.coda
         if first >= last:
             raise UserError(
-                f"blocks.prelude {config.prelude} and blocks.coda {config.coda} leave no layer of {len(layers)} for "
+                f"looped.prelude {config.prelude} and looped.coda {config.coda} leave no layer of {len(layers)} for "
                 "the core"
             )
         if level is not None:
@@ -325,6 +325,6 @@ def check_parts(folder: str | Path, description: Mapping[str, Any], config: Bloc
     theirs = tuple(description.get("blocks", {}).get(name, 0) for name in ("prelude", "coda"))
     if own != theirs:
         raise UserError(
-            f"{folder} has blocks.prelude and blocks.coda {theirs[0]} and {theirs[1]}, this network {own[0]} and "
+            f"{folder} has looped.prelude and looped.coda {theirs[0]} and {theirs[1]}, this network {own[0]} and "
             f"{own[1]}"
         )

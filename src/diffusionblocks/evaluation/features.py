@@ -87,7 +87,7 @@ class Inception(Features):
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"task.inception: cannot load {path} as TorchScript that maps images to features ({reason})"
+                f"evaluation.inception: cannot load {path} as TorchScript that maps images to features ({reason})"
             ) from None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def check(what: str, count: int, num_features: int) -> None:
     if importlib.util.find_spec("torchmetrics") is None:
         raise UserError("metrics of samples need torchmetrics: pip install 'diffusionblocks[images]'")
     if count <= num_features:
-        remedy = "set task.num_samples higher, or to 0" if what == "samples" else "set task.num_samples to 0"
+        remedy = f"set evaluation.num_samples {'higher, or ' if what == 'samples' else ''}to 0"
         raise UserError(
             f"a distance over {num_features} features needs at least {num_features + 1} {what}, got {count}; "
             f"{remedy} for no metrics of samples"

@@ -83,13 +83,15 @@ def mauve(name: str, texts: Sequence[str], real: Sequence[str], device: torch.de
     try:
         from mauve import compute_mauve
     except ImportError:
-        raise UserError("task.mauve needs the package mauve-text: pip install 'diffusionblocks[text]'") from None
+        raise UserError("evaluation.mauve needs the package mauve-text: pip install 'diffusionblocks[text]'") from None
     teacher = Teacher(name, device)
     features = []
     for group in (texts, real):
         ends = [hidden[-1].float().cpu() for _, hidden in map(teacher.read, group) if len(hidden)]
         if len(ends) < FEWEST:
-            raise UserError(f"MAUVE needs {FEWEST} texts with something in them, got {len(ends)} (task.num_samples)")
+            raise UserError(
+                f"MAUVE needs {FEWEST} texts with something in them, got {len(ends)} (evaluation.num_samples)"
+            )
         features.append(torch.stack(ends).numpy())
     found = compute_mauve(
         p_features=features[1], q_features=features[0], mauve_scaling_factor=SCALE, verbose=False, device_id=-1

@@ -56,7 +56,7 @@ def check(teacher: str, with_mauve: bool, num_samples: int, split: Dataset) -> N
     if isinstance(split, Unread):
         return
     if with_mauve and not teacher:
-        raise UserError("task.mauve compares texts as a language model sees them: set task.teacher")
+        raise UserError("evaluation.mauve compares texts as a language model sees them: set evaluation.teacher")
     if teacher and num_samples:
         check_teacher(teacher)
 

@@ -28,6 +28,7 @@ from diffusionblocks.experiments.folder import SUMMARY_SHAPE, read_summary
 from diffusionblocks.methods.methods import find_method, for_method, steps_for_budget
 from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
+from diffusionblocks.recipes.keys import written
 from diffusionblocks.system import files, plain_yaml, run_folder
 from diffusionblocks.system.interruption import GRACE, PARENT, Terminated
 from diffusionblocks.system.trust import trusted
@@ -78,7 +79,7 @@ def compare(
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
     with run_folder.held(output_dir):
         for job, own in todo:
-            files.write_text(job.config, plain_yaml.dump(own.as_dict()))
+            files.write_text(job.config, plain_yaml.dump(written(own.as_dict())))
         _run_all([job for job, _ in todo], jobs)
         results = []
         for method in methods:

@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.recipes import Recipe, build
+from diffusionblocks.recipes.keys import of_run
 from diffusionblocks.system import files, plain_yaml
 from diffusionblocks.system.run_folder import CONFIG, SUMMARY
 
@@ -52,6 +53,6 @@ def read_recipe(folder: Path, consented: Recipe | None = None) -> Recipe:
     if not isinstance(content, dict):
         raise files.Damaged(path, f"it holds a {type(content).__name__}, not a recipe")
     try:
-        return build(content, consented=consented)
+        return build(of_run(content), consented=consented)
     except UserError as error:
         raise UserError(f"{path} is no recipe of this version: {error}") from None

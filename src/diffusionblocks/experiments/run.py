@@ -21,6 +21,7 @@ from diffusionblocks.experiments.folder import read_recipe, read_summary
 from diffusionblocks.methods import in_context
 from diffusionblocks.methods.methods import find_method, for_method
 from diffusionblocks.recipes import Recipe, changed
+from diffusionblocks.recipes.keys import today
 from diffusionblocks.recipes.network import build_network, network_config
 from diffusionblocks.seeds import derive
 from diffusionblocks.system.run_folder import SUMMARY
@@ -92,7 +93,10 @@ def _start(model: BlockModel, folder: Path) -> None:
 
 
 # What may differ from training when a finished run is evaluated or sampled.
-LATER_KEYS = ("task.", "train.device", "data.path", "data.cache_dir", "data.vae", "evaluate_on")
+LATER_KEYS = (
+    *("objective.", "sampling.", "evaluation.", "evaluate_on"),
+    *("train.device", "data.path", "data.cache_dir", "data.vae"),
+)
 
 
 def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_data: bool = True) -> Run:
@@ -106,8 +110,9 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     """
     recipe = read_recipe(folder)
     overrides = list(overrides)
-    for key in (f"task.{name}" for name in settled(recipe)):
-        if key in dict(overrides):
+    asked = {today(name) for name, _ in overrides}
+    for key in (today(f"task.{name}") for name in settled(recipe)):
+        if key in asked:
             raise UserError(f"{key} cannot be changed: the method {recipe.method} applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0

@@ -18,6 +18,7 @@ from diffusionblocks.experiments.summary import summarised
 from diffusionblocks.methods import in_context
 from diffusionblocks.methods.methods import find_method
 from diffusionblocks.recipes import Recipe
+from diffusionblocks.recipes.keys import written
 from diffusionblocks.system import files, plain_yaml, run_folder
 from diffusionblocks.system.run_folder import CONFIG, SUMMARY
 
@@ -27,7 +28,7 @@ log = logging.getLogger("diffusionblocks")
 # four, which memory may ask for in the middle of a run) hardly.
 FREE_KEYS = (
     *("log_every", "checkpoint_every", "keep_checkpoints", "num_workers", "tensorboard", "residency", "device"),
-    *("keep_graphs", "prefetch", "activation_checkpointing", "accumulation"),
+    *("keep_graphs", "activation_checkpointing", "accumulation"),
 )
 
 
@@ -112,8 +113,9 @@ def _is_older_run(config: Path) -> bool:
 
 def _check_same(recipe: Recipe, folder: Path) -> None:
     """Raises UserError when another recipe owns the folder."""
-    written = read_recipe(folder, consented=recipe).as_dict()  # with defaults for keys it did not know
-    difference = _difference(_relevant(written), _relevant(recipe.as_dict()))
+    before = read_recipe(folder, consented=recipe)  # with defaults for keys it did not know
+    theirs, ours = (_relevant(written(one.as_dict())) for one in (before, recipe))
+    difference = _difference(theirs, ours)
     if difference:
         raise UserError(
             f"{folder} holds a run with another configuration ({difference}); choose another --output-dir, "
@@ -122,7 +124,7 @@ def _check_same(recipe: Recipe, folder: Path) -> None:
 
 
 def _write_config(recipe: Recipe, folder: Path) -> None:
-    files.write_text(folder / CONFIG, files.sealed(plain_yaml.dump(recipe.as_dict())))
+    files.write_text(folder / CONFIG, files.sealed(plain_yaml.dump(written(recipe.as_dict()))))
 
 
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:

@@ -359,7 +359,7 @@ def _truncated(work: Workload, ours: Choice, batch_size: int, limit: float) -> l
         shorter = dataclasses.replace(work, task=dataclasses.replace(task, truncation=truncation))
         found = predictor(shorter, ours).at(batch_size, ours.accumulation)
         if found.least <= limit:
-            return [(f"--task.truncation {truncation}", found)]
+            return [(f"--objective.truncation {truncation}", found)]
         truncation //= 2
     return []
 

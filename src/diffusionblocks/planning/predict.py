@@ -118,7 +118,7 @@ class Prediction:
 
     blocks: each alone. device: the peak in the worst block, with the idle blocks if they stay on the device. host,
     disk: where blocks are kept otherwise. transfer_per_step: to and from there, per optimizer step. spare: of `device`,
-    the room for a second block that a run does without where memory is short (train.prefetch null).
+    the room for a second block that a run does without where memory is short (training/residency.py).
     """
 
     blocks: tuple[BlockPrediction, ...]
@@ -208,12 +208,10 @@ class Predictor:
         spare = 0
         if parked:  # the device has room for the largest block, or the two largest (training/flat.py)
             largest = sorted((block.state.total for block in blocks), reverse=True)
-            ahead, unsaid = self.config.prefetch, self.config.prefetch is None
-            if unsaid:
-                ahead = self.config.residency == "host" and self.target != "cpu"
+            ahead = self.config.residency == "host" and self.target != "cpu"
             room = sum(largest[: 2 if ahead else 1])
             peaks = [peak + Bytes(activations=room - own.state.total) for peak, own in zip(peaks, blocks, strict=True)]
-            spare = round(largest[1]) if ahead and unsaid else 0
+            spare = round(largest[1]) if ahead else 0
         if parked and self.target != "cpu":  # the CPU reads idle weights where they are
             streamed = max(block.streamed for block in blocks)
             peaks = [peak + Bytes(parameters=2 * streamed) for peak in peaks]  # one computes, one is on its way

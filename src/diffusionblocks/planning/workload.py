@@ -26,7 +26,7 @@ from diffusionblocks.networks.config import NetworkConfig
 from diffusionblocks.networks.registry import pretrained_config, take_apart
 from diffusionblocks.planning.predict import Network, Predictor, Step, Traces
 from diffusionblocks.recipes import Recipe, load_recipe
-from diffusionblocks.recipes.load import SHORT_NAMES
+from diffusionblocks.recipes.keys import SHORT_NAMES, places, today
 from diffusionblocks.recipes.network import network_config, sample_shape
 from diffusionblocks.system.trust import trusted
 from diffusionblocks.tasks import CausalLM, RecurrentLM
@@ -35,6 +35,7 @@ from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.task import Task
 
 BLOCKWISE = ("exact", "diffusionblocks", "mixed")
+_PLACES = places("causal-lm")
 PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
 
 
@@ -111,7 +112,8 @@ class Choice:
 def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Workload:
     """The workload of a recipe, from its text alone: neither data nor weights are loaded (a pretrained network's
     config is). name, overrides: what the command line called it and changed in it, for the command to repeat."""
-    kept = [(key, value) for key, value in overrides if SHORT_NAMES.get(key, key) not in PLANNED]
+    kept = [(key if key in SHORT_NAMES else today(key), value) for key, value in overrides]
+    kept = [(key, value) for key, value in kept if today(key) not in PLANNED]
     flags = [word for key, value in kept for word in (f"--{key.replace('_', '-')}", shlex.quote(_word(value)))]
     if recipe.model.trust_remote_code or getattr(recipe.data, "trust_remote_code", False):
         flags.append("--trust-remote-code")
@@ -172,16 +174,16 @@ def _language_model(
 ) -> tuple[Workload, TrainingConfig]:
     """Adapting a causal language model: next-token loss, weights as they are stored, one sequence per step."""
     config = network.config
-    settings = {SHORT_NAMES.get(key, key): value for key, value in overrides}
+    settings = {today(key): value for key, value in overrides}
     length = settings.pop("sequence_length", min(2048, config.max_position_embeddings))
     if not isinstance(length, int) or not 2 <= length <= config.max_position_embeddings:
         raise UserError(f"--sequence-length must be 2 to {config.max_position_embeddings} tokens, got {length!r}")
-    known = {f"train.{field.name}" for field in dataclasses.fields(TrainingConfig)}
+    known = {key: place.removeprefix("train.") for key, place in _PLACES.items() if place.startswith("train.")}
     for key in settings:
         if key not in known:
             raise UserError(f"unknown key {key!r}{nearest(key, [*known, 'sequence_length'])}")
     defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host"}
-    chosen = {key.removeprefix("train."): value for key, value in settings.items()}
+    chosen = {known[key]: value for key, value in settings.items()}
     TrainingConfig(**{**defaults, **chosen}).check()
     order = chosen.get("order", load_recipe("adapt").methods["exact"]["train"]["order"])
     if order == "backward":  # exact goes so by itself, and nothing else can
@@ -217,9 +219,10 @@ def _adapting(name: str, length: int, train: dict[str, Any]) -> str:
     """The command that adapts a language model to one's own data, with the training settings that were planned."""
     words = ["dblocks adapt", shlex.quote(name), "--data.path PATH", "--data.length", str(length)]
     words += ["--trust-remote-code"] if trusted().remote_code else []
-    for key, value in train.items():
-        if f"train.{key}" not in PLANNED:
-            words += [f"--train.{key.replace('_', '-')}", shlex.quote(_word(value))]
+    keys = {place: key for key, place in _PLACES.items()}
+    for name, value in train.items():
+        if f"train.{name}" not in PLANNED:
+            words += [f"--{keys[f'train.{name}'].replace('_', '-')}", shlex.quote(_word(value))]
     return " ".join(words)
 
 

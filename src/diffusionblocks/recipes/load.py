@@ -1,26 +1,29 @@
 """Recipes: everything a run needs, as one YAML file that can be copied and edited.
 
 A recipe is completed in this order: the file, its preset, then the overrides of the command line. Unknown keys are
-errors that name the nearest known key.
+errors that name the nearest known key (keys.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
 from diffusionblocks.options import check_options, check_value, elements, is_number, is_text, made, shown
-from diffusionblocks.recipes.schema import InContextConfig, LoraConfig, ModelConfig, Recipe
+from diffusionblocks.recipes.keys import SHORT_NAMES, groups, merge, owners, read, task_kind, today, written
+from diffusionblocks.recipes.schema import Recipe
 from diffusionblocks.system import plain_yaml
 from diffusionblocks.system.trust import trusted
 from diffusionblocks.tasks import TASKS
-from diffusionblocks.training.config import TrainingConfig
+
+log = logging.getLogger("diffusionblocks")
+MENTIONED = 3  # keys with another name than before, of those that one line names
 
 
 def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -33,26 +36,7 @@ def preset(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     return merge(general.get(name, {}), own.get(name, {}))
 
 
-def task_kind(content: Mapping[str, Any]) -> str:
-    """The kind of task of a recipe's content. Raises UserError for an unknown one."""
-    group = content.get("task")
-    kind = group.get("kind", "classification") if isinstance(group, Mapping) else "classification"
-    if not isinstance(kind, str) or kind not in TASKS:
-        raise UserError(f"unknown task.kind {shown(kind)}{nearest(str(kind), TASKS)}")
-    return kind
-
-
-BRANCHING = ("branch_at", "own_batch", "own_rate", "decay_from")  # settings of `train` that only branching runs have
-
-SHORT_NAMES = {
-    "num_blocks": "blocks.num_blocks",
-    "steps": "train.steps",
-    "batch_size": "train.batch_size",
-    "seed": "train.seed",
-    "device": "train.device",
-    "order": "train.order",
-    "residency": "train.residency",
-}
+BRANCHING = ("branch_at", "own_batch")  # settings of `train` that only branching runs have
 
 
 def built_in() -> dict[str, str]:
@@ -72,21 +56,21 @@ def load_recipe(
 
     Raises UserError for an unknown recipe, key or preset, or a value of the wrong type.
     """
-    content = _read(name_or_path)
-    check_keys(content)
+    in_file, typed = dict[str, str](), dict[str, str]()  # keys of earlier versions
+    content = read(_read(name_or_path), renamed=in_file)
     changes: dict[str, Any] = {}
     for key, value in overrides:
-        full = SHORT_NAMES.get(key, key)
+        full = _renaming(key, typed)
         _set(changes, full, _listed(full, value))
-    check_keys(changes, task=task_kind(merge(content, changes)))
+    changes = read(changes, task_kind(merge(content, changes)), typed)
+    _say_renamed({**typed, **in_file})
     name = changes.get("preset", content.get("preset", ""))
     if name != "":
         content = merge(content, preset(content, name))
     if trust_remote_code:
-        groups = (
-            ("model", "data") if issubclass(TASKS[task_kind(merge(content, changes))].data, TextConfig) else ("model",)
-        )
-        content = merge(content, {group: {"trust_remote_code": True} for group in groups})
+        of_text = issubclass(groups(task_kind(merge(content, changes)))["data"], TextConfig)
+        names = ("model", "data") if of_text else ("model",)
+        content = merge(content, {name: {"trust_remote_code": True} for name in names})
     content = merge(content, changes)
     # What the user asks for wins over what the recipe prefers for single methods.
     taken = changes
@@ -98,29 +82,50 @@ def load_recipe(
 
 def changed(recipe: Recipe, overrides: Iterable[tuple[str, Any]], allowed: Sequence[str]) -> Recipe:
     """`recipe` with some settings changed. Raises UserError for a key that does not begin with an allowed one."""
-    content = recipe.as_dict()
+    content = written(recipe.as_dict())
+    renamed: dict[str, str] = {}
     for key, value in overrides:
-        full = SHORT_NAMES.get(key, key)
-        if full == "task.kind" or not full.startswith(tuple(allowed)):
+        full = _renaming(key, renamed)
+        group, _, name = full.rpartition(".")
+        if group:
+            read({group: {name: value}}, recipe.task.kind)  # an unknown key is one, whatever may be changed
+        if not full.startswith(tuple(allowed)):
             raise UserError(f"{full} cannot be changed after training; what can: {', '.join(allowed)}")
         _set(content, full, _listed(full, value))
-    check_keys(content)
+    _say_renamed(renamed)
     return build(content)
 
 
+def _renaming(key: str, renamed: dict[str, str]) -> str:
+    """A key as it is called now; noted where an earlier version called it as it stands there."""
+    full = today(key)
+    if full != SHORT_NAMES.get(key, key):
+        renamed[key] = full
+    return full
+
+
+def _say_renamed(renamed: Mapping[str, str]) -> None:
+    """One line, however many keys have other names than before."""
+    if not renamed:
+        return
+    first = ", ".join(f"{old} is now {new}" for old, new in list(renamed.items())[:MENTIONED])
+    more = f", and so on for {len(renamed) - MENTIONED} more" if len(renamed) > MENTIONED else ""
+    log.warning("%s%s (the old names are still read; dblocks train --help-all lists the new ones)", first, more)
+
+
 def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Recipe:
-    """A typed recipe from nested dicts, with every option in its range.
+    """A typed recipe from nested dicts, of fields (`as_dict`) or as a recipe's text has them, with every option in its
+    range.
 
     Args:
         consented: a recipe that somebody has agreed to run; None = what `trusting` says.
 
     Raises UserError naming the key and what it needs.
     """
-    check_keys(content)
-    task = task_kind(content)
-    groups = {**_NESTED, "task": TASKS[task], "data": TASKS[task].data}
-    values = {key: made(groups[key], key, value) if key in groups else value for key, value in content.items()}
-    recipe = Recipe(**{**{name: kind() for name, kind in groups.items()}, **values})
+    content = read(content)
+    kinds = groups(task_kind(content))
+    values = {key: made(kinds[key], key, value) if key in kinds else value for key, value in content.items()}
+    recipe = Recipe(**{**{name: kind() for name, kind in kinds.items()}, **values})
     check_options("", recipe)
     _check_file_name("name", recipe.name)
     if recipe.preset:
@@ -165,7 +170,7 @@ def _check_trust(recipe: Recipe, agreed: Recipe) -> None:
     if inception and not given.inception and inception != getattr(agreed.task, "inception", ""):
         raise UserError(
             _untrusted(
-                "task.inception",
+                "evaluation.inception",
                 f"the TorchScript file {inception}, which is code",
                 "--trust-inception",
                 "see that you know where it is from",
@@ -184,50 +189,7 @@ def _with_tokenizer(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=recipe.model.pretrained))
 
 
-def check_keys(content: Mapping[str, Any], kind: Any = Recipe, prefix: str = "", task: str = "") -> None:
-    """Raises UserError at the first key that `kind` does not have, naming the nearest one, or where a group has no
-    keys. task: kind of its task."""
-    task = task or (task_kind(content) if kind is Recipe else "")
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for key, value in content.items():
-        if key not in fields:
-            known = [prefix + name for name in fields] + ([] if prefix else list(SHORT_NAMES))
-            raise UserError(f"unknown key {prefix + str(key)!r}{nearest(prefix + str(key), known)}")
-        nested = {**_NESTED, "task": TASKS[task], "data": TASKS[task].data}.get(key) if kind is Recipe else None
-        if nested is not None:
-            _check_group(key, value)
-            check_keys(value, nested, f"{key}.")
-        elif kind is Recipe and key in ("presets", "methods"):
-            _check_group(key, value)
-            for name, changes in value.items():
-                _check_group(f"{key}.{name}", changes)
-                check_keys(changes, task=task)
-
-
-def _check_group(name: str, value: Any) -> None:
-    if not isinstance(value, Mapping):
-        raise UserError(
-            f"{name} must be a group of keys, got {shown(value)}: leave it out where there is nothing to say"
-        )
-
-
 LONGEST_NAME = 100  # characters of a recipe's name
-_NESTED = {
-    "model": ModelConfig,
-    "blocks": BlocksConfig,
-    "lora": LoraConfig,
-    "in_context": InContextConfig,
-    "train": TrainingConfig,
-}
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` laid over `base`, group by group."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,29 +247,17 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _owners(key: str) -> tuple[list[Any], str]:
-    """The dataclasses that a dotted key's option may belong to, and its name there."""
-    full = SHORT_NAMES.get(key, key)
-    group, _, name = full.rpartition(".")
-    if not group:
-        return [Recipe], name
-    tasks = TASKS.values()
-    of_tasks: dict[str, list[Any]] = {"task": list(tasks), "data": [task.data for task in tasks]}
-    kinds = of_tasks.get(group, [_NESTED.get(group)])
-    return [kind for kind in kinds if kind is not None], name
-
-
 def read_value(key: str, text: str) -> Any:
     """What a text on the command line means for an option: YAML, a list also with commas (`0,2`), and text as it is.
 
     Raises UserError for text that is not valid YAML.
     """
-    kinds, name = _owners(key)
-    if any(is_text(kind, name) for kind in kinds):
+    found = owners(key)
+    if any(is_text(kind, name) for kind, name in found):
         return text
     flag = f"--{key.replace('_', '-')}"
     try:
-        if any(elements(kind, name) for kind in kinds):
+        if any(elements(kind, name) for kind, name in found):
             return _listed(key, text)
         return plain_yaml.parse(text, flag) if text else ""
     except UserError as error:
@@ -317,8 +267,8 @@ def read_value(key: str, text: str) -> Any:
 def _listed(key: str, value: Any) -> Any:
     """`0,2` or a single value for a key that takes a list -> the list. An option that takes a number too keeps a single
     one."""
-    kinds, name = _owners(key)
-    element = next((found for kind in kinds if (found := elements(kind, name))), None)
+    options = owners(key)
+    element = next((found for kind, name in options if (found := elements(kind, name))), None)
     if element is None or isinstance(value, list | tuple):
         return value
     flag = f"--{key.replace('_', '-')}"
@@ -330,7 +280,7 @@ def _listed(key: str, value: Any) -> Any:
         if len(value) != 1:
             return value
         value = value[0]
-    single = any(is_number(kind, name) for kind in kinds)
+    single = any(is_number(kind, name) for kind, name in options)
     return value if single else [value]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.text.corpora import TextConfig
-from diffusionblocks.options import check_options, option
+from diffusionblocks.options import check_options, key_of, option
 from diffusionblocks.tasks import TASKS
 from diffusionblocks.training.config import TrainingConfig
 from diffusionblocks.training.task import Task
@@ -20,16 +20,19 @@ class ModelConfig:
     """The network: a new one of `model_class` with these sizes, or a pretrained one.
 
     Args:
-        model_class: a supported class of transformers or diffusers.
-        pretrained: Hugging Face name, local folder, .gguf file, or package:NAME of an installed package that ships one;
-            then only `dropout` and `attention` of the rest apply. trust_remote_code: run Python code that the hub's
-            repository brings (in a recipe that is read from a file only with --trust-remote-code on the command line).
-        intermediate_size: of the perceptron in a layer (4 * hidden_size in a DiT, whatever this says).
-        patch_size: of networks that read images.
-        start: folder of a trained run (or its model/) of the same network and split, whose weights this run starts
-            from.
-        attention: the attention implementation, `sdpa`, `eager` or, for text, `flex_attention` (GPU: a mask without a
-            table).
+        model_class: Class of transformers or diffusers of a new network.
+        pretrained: Hugging Face name, folder, .gguf file or package:NAME of a pretrained network. Then only `dropout`
+            and `attention` of the rest apply.
+        trust_remote_code: Run Python code that the model's repository brings. In a recipe that is read from a file it
+            holds only with --trust-remote-code on the command line.
+        start: Folder of a trained run (or its model/) whose weights this run starts from. The same network and split.
+        hidden_size: Width of the network.
+        num_hidden_layers: Number of layers.
+        num_attention_heads: Attention heads of a layer.
+        intermediate_size: Width of the perceptron in a layer (a DiT always has 4 * hidden_size).
+        patch_size: Pixels on each side of a patch, for networks that read images.
+        dropout: Dropout of layers and attention.
+        attention: The attention implementation. `flex_attention` is for text on a GPU: a mask without a table.
     """
 
     model_class: str = "ViTForImageClassification"
@@ -47,7 +50,12 @@ class ModelConfig:
 
 @dataclass(kw_only=True)
 class LoraConfig:
-    """Low-rank adaptation: the update of a weight is alpha / rank * B A. All linear maps of the layers have one."""
+    """Low-rank adaptation: the update of a weight is alpha / rank * B A. All linear maps of the layers have one.
+
+    Args:
+        rank: Rank of an update.
+        alpha: Scale of an update: it is multiplied by alpha / rank.
+    """
 
     rank: int = option(16, least=1)
     alpha: int = option(32, least=1)
@@ -58,8 +66,10 @@ class InContextConfig:
     """What the methods `prompt` and `retrieval` put before a text, in tokens.
 
     Args:
-        tokens: at most, in all. passage: of a passage of running text (conversations are whole). query: before a
-            stretch, which passages are searched with. stride: length of a stretch; passages are searched anew for each.
+        tokens: Tokens that are put before a text, at most.
+        passage: Tokens of a passage of running text (conversations are whole).
+        query: Tokens before a stretch that passages are searched with.
+        stride: Tokens of a stretch, before each of which passages are searched anew.
     """
 
     tokens: int = option(512, least=1)
@@ -77,10 +87,15 @@ class Recipe:
     """One run.
 
     Args:
-        method: the name of a method. preset: laid over the recipe.
-        evaluate_on: `test`, or `validation` while tuning.
-        task: `task.kind` chooses it (see `diffusionblocks.tasks.TASKS`). data: the configuration that the task takes.
-        presets: named changes. methods: changes for single methods, such as a baseline's own best learning rate.
+        name: What run folders and reports call it.
+        description: One line for dblocks recipes.
+        method: What is trained, and how (see methods).
+        preset: Named changes that are laid over the recipe.
+        evaluate_on: Split that results are measured on. `validation` while tuning.
+        task: What is learned; `task.kind` chooses between them.
+        data: Where samples come from, `TextConfig` for text.
+        presets: Named changes.
+        methods: Changes for single methods, such as a baseline's own best learning rate.
     """
 
     name: str = "custom"
@@ -99,4 +114,10 @@ class Recipe:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Its fields as nested dicts, without those that no recipe can set."""
+        found = dataclasses.asdict(self)
+        for name in [name for name in found if dataclasses.is_dataclass(getattr(self, name))]:
+            for entry in dataclasses.fields(getattr(self, name)):
+                if key_of(entry, name) is None:
+                    del found[name][entry.name]
+        return found

@@ -65,7 +65,7 @@ INFORMATION: dict[str, Any] = {
     "task": {"sampler": "categorical"},
 }
 # Blocks on features of one another; the last one answers, and all of them are an ordinary language model. Hardly any
-# evidence (each is a complete predictor) and one readout for all measure best. A head layer (blocks.head_layers 1)
+# evidence (each is a complete predictor) and one readout for all measure best. A head layer (local.head_layers 1)
 # helps at equal samples and costs memory and a third more computation (docs/LOG.md).
 FEATURES: dict[str, Any] = {
     "blocks": {
@@ -90,10 +90,12 @@ class CausalLM(NextToken):
     """Language models, and their blocks. See `NextToken`.
 
     Args:
-        levels_per_block: strata of every block's noise range in which evaluation measures the likelihood.
-        sampling_steps: of blocks that draw along noise levels: levels per token, 0 = one per block.
-        before: adapting a pretrained network: evaluate it before the first step, too. continuations: held-out texts
-            that it goes on from, before and after (samples.json). continued: tokens that it writes there.
+        levels_per_block: Noise levels of every block at which evaluation measures the likelihood. One in each of so
+            many strata of its range.
+        sampling_steps: Steps down the noise levels. Of blocks that draw along them, per token; 0 = one per block.
+        before: Evaluate a pretrained network before the first step, too.
+        continuations: Held-out texts that the network continues before and after adapting. They are in samples.json.
+        continued: Tokens of a continuation.
     """
 
     target: ClassVar = "causal"
@@ -101,11 +103,11 @@ class CausalLM(NextToken):
     writes: ClassVar = True
 
     kind: str = option("causal-lm", choices=("causal-lm",))
-    levels_per_block: int = option(8, least=1)
-    sampling_steps: int = option(0, least=0)
-    before: bool = True
-    continuations: int = option(0, least=0)
-    continued: int = option(64, least=1)
+    levels_per_block: int = option(8, least=1, group="evaluation")
+    sampling_steps: int = option(0, least=0, group="sampling", key="steps")
+    before: bool = option(True, group="evaluation")
+    continuations: int = option(0, least=0, group="evaluation")
+    continued: int = option(64, least=1, group="evaluation")
 
     def check_model(self, model: BlockModel) -> None:
         ordinary = isinstance(model, CausalBlocks) and not isinstance(model, LoopedBlocks)

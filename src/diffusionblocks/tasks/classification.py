@@ -72,12 +72,13 @@ class Classification(Task):
     """Objective and inference of a classifier.
 
     Args:
-        kind: the name of this task in a recipe.
-        loss_weight: `none` (right for cross-entropy), `edm`, or `legacy` (what the released code computes).
-        label_smoothing: for every method alike.
-        sampler: `euler` ([DB]) or `categorical` ancestral sampling.
-        sampling_steps: S; 0 = one step per block.
-        decision: which logits classify. `final`: those of the last step ([DB]). `blocks`: the mean over the steps of
+        kind: What is learned.
+        loss_weight: Weight of a sample in the loss, by its noise level. `none` is right for cross-entropy, `edm` is the
+            printed formula, for comparison.
+        label_smoothing: Label smoothing, for every method alike.
+        sampler: How a sample goes down the noise levels. `euler` ([DB]) or `categorical` ancestral sampling.
+        sampling_steps: Steps down the noise levels. S; 0 = one per block.
+        decision: Which logits classify. `final`: those of the last step ([DB]). `blocks`: the mean over the steps of
             log p(v | x), which a Bayes readout separates from the evidence in z: every block votes with what it
             learned about x, none with what the chain told it.
     """
@@ -87,11 +88,11 @@ class Classification(Task):
     presets: ClassVar = {"paper": PAPER}
 
     kind: str = option("classification", choices=("classification",))
-    loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS))
-    label_smoothing: float = option(0.0, least=0, below=1)
-    sampler: str = option("categorical", choices=("euler", "categorical"))
-    sampling_steps: int = option(0, least=0)
-    decision: str = option("blocks", choices=("final", "blocks"))
+    loss_weight: str = option("none", choices=tuple(LOSS_WEIGHTS), group="objective")
+    label_smoothing: float = option(0.0, least=0, below=1, group="objective")
+    sampler: str = option("categorical", choices=("euler", "categorical"), group="sampling")
+    sampling_steps: int = option(0, least=0, group="sampling", key="steps")
+    decision: str = option("blocks", choices=("final", "blocks"), group="sampling")
 
     def __post_init__(self) -> None:
         check_options("task", self)

@@ -75,15 +75,16 @@ class ImageGeneration(Task):
     """Objective, evaluation and sampling of a class-conditional diffusion model.
 
     Args:
-        kind: the name of this task in a recipe.
-        label_dropout: share of training samples whose class is replaced by the null class, for guidance.
-        sampler: `euler` ([DB]), `heun`, `dpm-solver++` or `churn`. sampling_steps: of it. grid: `rho` ([EDM], rho = 7)
-            or `equal-mass`.
-        guidance: classifier-free guidance scale; 1 = none ([DB] has 2.0). Other values run every step twice.
-        num_samples: images that the finished run makes for its metrics; 0 = none are made. evaluations: how many such
-            sets; the nearest to the real images counts (the protocol of FID: 3).
-        levels_per_image: noise levels at which validation measures every image.
-        inception: TorchScript file of the original Inception network, for fid and kid; empty = a small feature network
+        kind: What is learned.
+        label_dropout: Share of training samples whose class is hidden, for guidance. The null class takes its place.
+        sampler: How a sample goes down the noise levels. `euler` ([DB]), `heun`, `dpm-solver++` or `churn`.
+        sampling_steps: Steps down the noise levels.
+        grid: Spacing of the noise levels of a sample. `rho` ([EDM], rho = 7) or `equal-mass`.
+        guidance: Scale of classifier-free guidance; 1 = none. [DB] has 2.0. Other values run every step twice.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        evaluations: Sets of samples, of which the nearest to the real images counts. The protocol of FID has 3.
+        levels_per_image: Noise levels at which validation measures every image.
+        inception: TorchScript file of the original Inception network, for fid and kid. Empty = a small feature network
             trained on the recipe's own images, reported as feature_distance.
     """
 
@@ -94,21 +95,21 @@ class ImageGeneration(Task):
     unit: ClassVar = ""
 
     kind: str = option("image-generation", choices=("image-generation",))
-    label_dropout: float = option(0.1, least=0, most=1)
-    sampler: str = option("dpm-solver++", choices=tuple(SAMPLERS))
-    sampling_steps: int = option(20, least=1)
-    grid: str = option("rho", choices=tuple(GRIDS))
-    guidance: float = option(1.0, least=0)
-    num_samples: int = option(5000, least=0)
-    evaluations: int = option(1, least=1)
-    levels_per_image: int = option(4, least=1)
-    inception: str = ""
+    label_dropout: float = option(0.1, least=0, most=1, group="objective")
+    sampler: str = option("dpm-solver++", choices=tuple(SAMPLERS), group="sampling")
+    sampling_steps: int = option(20, least=1, group="sampling", key="steps")
+    grid: str = option("rho", choices=tuple(GRIDS), group="sampling")
+    guidance: float = option(1.0, least=0, group="sampling")
+    num_samples: int = option(5000, least=0, group="evaluation")
+    evaluations: int = option(1, least=1, group="evaluation", key="sample_sets")
+    levels_per_image: int = option(4, least=1, group="evaluation")
+    inception: str = option("", group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)
         if self.guidance != 1.0 and self.label_dropout == 0:
             raise UserError(
-                "guidance needs a null class, which training with task.label_dropout 0 never shows the network"
+                "guidance needs a null class, which training with objective.label_dropout 0 never shows the network"
             )
 
     def step(

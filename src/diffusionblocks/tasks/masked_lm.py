@@ -66,20 +66,24 @@ class MaskedLM(Task):
     """Objective, evaluation and sampling of a masked diffusion model.
 
     Args:
-        kind: the name of this task in a recipe.
-        masking: in training, `exact` shares of a text are masked, or every token `independent`ly ([MD4], [DB]); the
-            same bound, with less variance the first way.
-        loss_weight: in training, of an answer of a text in which n tokens are masked: `bound` 1/n (the likelihood's,
-            [MD4]), `equal` (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or `root`, 1/sqrt(n), between the two. A
-            network that can be right at all levels has the same optimum by any; the bound's own weight has the most
-            variance. Evaluation is by the bound.
-        levels_per_text: shares at which evaluation measures every text, one in each of so many equal parts of [0, 1].
-        sampler: `ancestral`, or `confidence` (the likeliest tokens first). sampling_steps: of it.
-        temperature, top_p, top_k: of the distribution that a token is drawn from, when it is unmasked (see
-            `TokenChoice`).
-        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
-            empty = none. mauve: also compare them with real texts, as the teacher sees both.
+        kind: What is learned.
+        masking: How tokens are masked in training. `exact` shares of a text are masked, or every token
+            `independent`ly ([MD4], [DB]); the same bound, with less variance the first way.
+        loss_weight: Weight of a sample in the loss, by its noise level. Of an answer of a text in which n tokens are
+            masked: `bound` 1/n (the likelihood's, [MD4]), `equal` (MaskGIT, Chang et al. 2022, arXiv 2202.04200) or
+            `root`, 1/sqrt(n), between the two. A network that can be right at all levels has the same optimum by any;
+            the bound's own weight has the most variance. Evaluation is by the bound.
+        levels_per_text: Masked shares at which evaluation measures every text. One in each of so many equal parts of
+            [0, 1].
+        sampler: How a sample goes down the noise levels. `ancestral`, or `confidence` (the likeliest tokens first).
+        sampling_steps: Steps down the noise levels.
+        temperature: Temperature of the distribution that a token is drawn from; 0 = the likeliest. See `TokenChoice`.
+        top_p: Share of probability that a token is drawn from. See `TokenChoice`.
+        top_k: Number of likeliest tokens that one is drawn from; 0 = all. See `TokenChoice`.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        teacher: Name or folder of a causal language model that judges the samples. It gives generative_perplexity;
+            empty = none.
+        mauve: Compare the samples with real texts, as the teacher sees both.
     """
 
     target: ClassVar = "masked"
@@ -88,17 +92,17 @@ class MaskedLM(Task):
     by_block: ClassVar = True
 
     kind: str = option("masked-lm", choices=("masked-lm",))
-    masking: str = option("exact", choices=("exact", "independent"))
-    loss_weight: str = option("bound", choices=tuple(EMPHASIS))
-    levels_per_text: int = option(8, least=1)
-    sampler: str = option("ancestral", choices=tuple(SAMPLERS))
-    sampling_steps: int = option(64, least=1)
-    temperature: float = option(1.0, least=0)
-    top_p: float = option(1.0, above=0, most=1)
-    top_k: int = option(0, least=0)
-    num_samples: int = option(256, least=0)
-    teacher: str = ""
-    mauve: bool = False
+    masking: str = option("exact", choices=("exact", "independent"), group="objective")
+    loss_weight: str = option("bound", choices=tuple(EMPHASIS), group="objective")
+    levels_per_text: int = option(8, least=1, group="evaluation")
+    sampler: str = option("ancestral", choices=tuple(SAMPLERS), group="sampling")
+    sampling_steps: int = option(64, least=1, group="sampling", key="steps")
+    temperature: float = option(1.0, least=0, group="sampling")
+    top_p: float = option(1.0, above=0, most=1, group="sampling")
+    top_k: int = option(0, least=0, group="sampling")
+    num_samples: int = option(256, least=0, group="evaluation")
+    teacher: str = option("", group="evaluation")
+    mauve: bool = option(False, group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)

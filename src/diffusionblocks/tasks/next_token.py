@@ -70,24 +70,28 @@ class NextToken(Task):
     `attention_mask` [N, T] (0 = padding at the end, without loss) or `segments` [N, T] (documents packed into one row).
 
     Args:
-        kind: the name of this task in a recipe.
-        sampler: of blocks that draw along noise levels, `categorical` or `euler` ([DB]).
-        temperature, top_p, top_k: of the distribution that a token is drawn from (see `TokenChoice`).
-        num_samples: texts that the finished run makes for its metrics; 0 = none are made.
-        teacher: name or folder of a causal language model that judges the samples (generative_perplexity);
-            empty = none. mauve: also compare them with real texts, as the teacher sees both.
+        kind: What is learned.
+        sampler: How a sample goes down the noise levels. `categorical` or `euler` ([DB]), of blocks that draw along
+            noise levels.
+        temperature: Temperature of the distribution that a token is drawn from; 0 = the likeliest. See `TokenChoice`.
+        top_p: Share of probability that a token is drawn from. See `TokenChoice`.
+        top_k: Number of likeliest tokens that one is drawn from; 0 = all. See `TokenChoice`.
+        num_samples: Samples that the finished run makes for its metrics; 0 = none.
+        teacher: Name or folder of a causal language model that judges the samples. It gives generative_perplexity;
+            empty = none.
+        mauve: Compare the samples with real texts, as the teacher sees both.
     """
 
     data: ClassVar = TextConfig
 
     kind: str = ""
-    sampler: str = option("categorical", choices=("categorical", "euler"))
-    temperature: float = option(1.0, least=0)
-    top_p: float = option(1.0, above=0, most=1)
-    top_k: int = option(0, least=0)
-    num_samples: int = option(64, least=0)
-    teacher: str = ""
-    mauve: bool = False
+    sampler: str = option("categorical", choices=("categorical", "euler"), group="sampling")
+    temperature: float = option(1.0, least=0, group="sampling")
+    top_p: float = option(1.0, above=0, most=1, group="sampling")
+    top_k: int = option(0, least=0, group="sampling")
+    num_samples: int = option(64, least=0, group="evaluation")
+    teacher: str = option("", group="evaluation")
+    mauve: bool = option(False, group="evaluation")
 
     def __post_init__(self) -> None:
         check_options("task", self)

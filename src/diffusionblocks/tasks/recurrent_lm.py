@@ -56,13 +56,13 @@ class RecurrentLM(NextToken):
     """Looped language models. See `NextToken`.
 
     Args:
-        iterations: K, of the core at inference: in evaluation and for every token that is written.
-        mean_iterations: of training by unrolling, on average. draw: `log-normal-poisson` ([Huginn]: Poisson numbers
-            whose mean is log-normal, and one) or `constant`.
-        truncation: gradients flow through this many of the last iterations.
-        early_exit: writing ends a token's iterations when the divergence of two successive predictions is at most this
-            (KL, nats); 0 = never.
-        curve: values of K at which the finished run is measured besides (`nats_at_<K>`, on a part of the split).
+        iterations: Iterations of the core at inference, K. In evaluation and for every token that is written.
+        mean_iterations: Iterations of the core in training by unrolling, on average.
+        draw: How these are drawn. `log-normal-poisson` ([Huginn]: Poisson numbers whose mean is log-normal, and one)
+            or `constant`.
+        truncation: Last iterations that gradients flow through.
+        early_exit: Divergence of two successive predictions at which a token's iterations end; 0 = never. KL, in nats.
+        curve: Iterations at which the finished run is measured besides. `nats_at_<K>`, on a part of the split.
     """
 
     target: ClassVar = "recurrent"
@@ -71,19 +71,19 @@ class RecurrentLM(NextToken):
     repeats: ClassVar = ("iterations", "early_exit", "curve")
 
     kind: str = option("recurrent-lm", choices=("recurrent-lm",))
-    iterations: int = option(16, least=1)
-    mean_iterations: int = option(16, least=1)
-    draw: str = option("log-normal-poisson", choices=("log-normal-poisson", "constant"))
-    truncation: int = option(8, least=1)
-    early_exit: float = option(0.0, least=0)
-    curve: list[int] = option([], least=1)
+    iterations: int = option(16, least=1, group="sampling")
+    mean_iterations: int = option(16, least=1, group="objective")
+    draw: str = option("log-normal-poisson", choices=("log-normal-poisson", "constant"), group="objective")
+    truncation: int = option(8, least=1, group="objective")
+    early_exit: float = option(0.0, least=0, group="sampling")
+    curve: list[int] = option([], least=1, group="evaluation")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.truncation > self.mean_iterations:
             raise UserError(
-                f"task.truncation {self.truncation} is longer than task.mean_iterations {self.mean_iterations}: "
-                "gradients cannot flow through iterations that are not made"
+                f"objective.truncation {self.truncation} is longer than objective.mean_iterations "
+                f"{self.mean_iterations}: gradients cannot flow through iterations that are not made"
             )
 
     def once(self) -> RecurrentLM:

@@ -45,14 +45,10 @@ def _edm(losses: Tensor, sigma: Tensor) -> Tensor:
     return (losses * edm_weight(sigma)).mean()
 
 
-def _legacy(losses: Tensor, sigma: Tensor) -> Tensor:
-    # The released code multiplies losses [N] by weights [N, 1] and averages the [N, N] product.
-    return (losses * edm_weight(sigma)[:, None]).mean()
-
-
-LOSS_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"none": _unweighted, "edm": _edm, "legacy": _legacy}
+LOSS_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"none": _unweighted, "edm": _edm}
 """Means of per-sample losses [N] at levels sigma [N]. `none` is right for cross-entropy: the EDM weight spans a
-factor 45,000 across sigma. `edm` is the printed formula, `legacy` what the released code computes."""
+factor 45,000 across sigma. `edm` is the printed formula. (The released code multiplies losses [N] by weights [N, 1] and
+averages the [N, N] product, which is a constant factor in expectation.)"""
 
 
 def euler_step(z: Tensor, estimate: Tensor, sigma: Tensor, next_sigma: Tensor) -> Tensor:

