@@ -28,7 +28,7 @@ def settings(folder):
     return [
         *("--data.path", str(folder / "chat.jsonl"), "--data.general", str(folder / "texts"), "--data.length", "64"),
         *("--data.evaluated", "4", "--steps", "6", "--batch-size", "4", "--device", "cpu", "--train.warmup", "0"),
-        *("--train.learning-rate", "5e-3", "--task.continuations", "2", "--task.continued", "8"),
+        *("--train.learning-rate", "5e-3", "--evaluation.continuations", "2", "--evaluation.continued", "8"),
         *("--data.cache-dir", str(folder / "cache"), "--in-context.tokens", "100"),
     ]
 

@@ -16,7 +16,7 @@ from tests.unit.test_text import POEM, make_tokenizer
 
 SETTINGS = [
     *("--steps", "4", "--batch-size", "8", "--model.hidden-size", "16", "--model.intermediate-size", "32"),
-    *("--data.length", "16", "--task.num-samples", "3", "--method", "end-to-end"),
+    *("--data.length", "16", "--evaluation.num-samples", "3", "--method", "end-to-end"),
 ]
 
 
@@ -135,7 +135,7 @@ def test_the_command_that_plan_prints_for_a_language_model_runs(settings, capsys
     command = found["recommendation"]["command"]
     assert "--method full" in command and "--train.precision bf16-true" in command
     words = command.replace(" PATH ", " " + settings[settings.index("--data.path") + 1] + " ").split()[1:]
-    more = [*settings[settings.index("--data.cache-dir") :], "--steps", "2", "--task.num-samples", "0"]
+    more = [*settings[settings.index("--data.cache-dir") :], "--steps", "2", "--evaluation.num-samples", "0"]
     assert main([*words, *more, "--output-dir", str(tmp_path / "run")]) == 0
 
 
@@ -153,7 +153,7 @@ def test_mistakes_in_sampling_get_one_clear_line(trained, capsys, arguments, wor
     assert words in capsys.readouterr().err
 
 
-SETTINGS_OF_BLOCKS = ["--task.levels-per-block", "2", "--num-blocks", "3"]
+SETTINGS_OF_BLOCKS = ["--evaluation.levels-per-block", "2", "--num-blocks", "3"]
 
 
 @pytest.mark.parametrize("preset", ["paper", "information", "features"])
@@ -211,7 +211,7 @@ def test_stop_strings_and_streaming(trained, capsys):
 def test_all_presets_in_one_table(settings, capsys, tmp_path):
     """At equal layer evaluations: the paper's second sequence and the heads of features cost steps."""
     names = ["end-to-end", "diffusionblocks-features", "diffusionblocks-information", "diffusionblocks-paper"]
-    words = ["--methods", ",".join(names), *SETTINGS_OF_BLOCKS, "--steps", "12", "--task.num-samples", "0"]
+    words = ["--methods", ",".join(names), *SETTINGS_OF_BLOCKS, "--steps", "12", "--evaluation.num-samples", "0"]
     words += ["--jobs", "2", "--output-dir", str(tmp_path / "compare")]
     found = run_json(capsys, "compare", "lm-pydocs", *settings, *words)["results"]
     assert [result["method"] for result in found] == names
@@ -224,10 +224,12 @@ def test_mauve_judges_samples_as_the_teacher_sees_them(settings, capsys, tmp_pat
     pytest.importorskip("mauve")
     teacher = make_tokenizer(tmp_path / "teacher")
     make_llama(vocab_size=40, mask_token_id=None).save_pretrained(teacher)
-    words = ["--task.teacher", teacher, "--task.mauve", "true", "--task.num-samples", "12"]
+    words = ["--evaluation.teacher", teacher, "--evaluation.mauve", "true", "--evaluation.num-samples", "12"]
     summary = run_json(capsys, "train", "lm-pydocs", *settings, *words, "--output-dir", str(tmp_path / "run"))
     assert 0 < summary["metrics"]["mauve"]["value"] <= 1
-    assert main(["train", "lm-pydocs", *settings, "--task.mauve", "true", "--output-dir", str(tmp_path / "no")]) == 2
+    assert (
+        main(["train", "lm-pydocs", *settings, "--evaluation.mauve", "true", "--output-dir", str(tmp_path / "no")]) == 2
+    )
     assert "set evaluation.teacher" in capsys.readouterr().err
 
 

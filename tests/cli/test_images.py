@@ -17,13 +17,13 @@ from tests.conftest import make_dit
 SMALL = [
     "--model.hidden-size", "16", "--model.num-hidden-layers", "6", "--model.num-attention-heads", "2",
     "--steps", "6", "--batch-size", "16", "--train.checkpoint-every", "6", "--train.visit-steps", "2",
-    "--task.sampling-steps", "3", "--task.levels-per-image", "1",
+    "--sampling.steps", "3", "--evaluation.levels-per-image", "1",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    return [*SMALL, "--data.cache-dir", str(tmp_path_factory.mktemp("cache")), "--task.num-samples", "70"]
+    return [*SMALL, "--data.cache-dir", str(tmp_path_factory.mktemp("cache")), "--evaluation.num-samples", "70"]
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +57,9 @@ def test_a_run_is_summarised_with_the_metrics_of_its_samples(trained, capsys):
 
 def test_a_finished_run_is_evaluated_with_other_samples(trained, capsys):
     once = json.loads((trained / "summary.json").read_text())["metrics"]["feature_distance"]["value"]
-    code, out, _ = run(capsys, "evaluate", trained, "--task.evaluations", 3, "--json")
+    code, out, _ = run(capsys, "evaluate", trained, "--evaluation.sample-sets", 3, "--json")
     assert json.loads(out)["metrics"]["feature_distance"]["value"] <= once * 1.0001
-    words = ["--task.num-samples", 90, "--task.guidance", 2, "--evaluate-on", "validation", "--device", "cpu"]
+    words = ["--evaluation.num-samples", 90, "--sampling.guidance", 2, "--evaluate-on", "validation", "--device", "cpu"]
     code, out, err = run(capsys, "evaluate", trained, *words, "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -107,7 +107,7 @@ def test_the_report_shows_images_and_their_way(trained, capsys, tmp_path):
 
 
 def test_compare_gives_all_methods_the_same_layer_evaluations(settings, capsys, tmp_path):
-    words = ["--methods", "shallow,diffusionblocks-paper", "--task.num-samples", 0, "--jobs", 2]
+    words = ["--methods", "shallow,diffusionblocks-paper", "--evaluation.num-samples", 0, "--jobs", 2]
     code, out, _ = run(capsys, "compare", "dit-digits", *settings, *words, "--output-dir", tmp_path, "--json")
     assert code == 0
     results = json.loads(out)["results"]
@@ -118,7 +118,7 @@ def test_compare_gives_all_methods_the_same_layer_evaluations(settings, capsys, 
 
 
 def test_one_block_goes_on_with_new_data_and_the_others_stay_byte_identical(trained, settings, capsys, tmp_path):
-    words = ["--model.start", trained, "--train.blocks", "[1]", "--seed", 5, "--task.num-samples", 0]
+    words = ["--model.start", trained, "--train.blocks", "[1]", "--seed", 5, "--evaluation.num-samples", 0]
     code, out, _ = run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "on", "--json")
     assert code == 0
     assert json.loads(out)["block_steps"] == 6
@@ -136,14 +136,14 @@ def test_one_block_goes_on_with_new_data_and_the_others_stay_byte_identical(trai
 
 
 def test_all_blocks_go_on_from_what_they_were(trained, settings, capsys, tmp_path):
-    words = ["--model.start", trained, "--train.learning-rate", 1e-12, "--task.num-samples", 0]
+    words = ["--model.start", trained, "--train.learning-rate", 1e-12, "--evaluation.num-samples", 0]
     assert run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "on")[0] == 0
     before, after = (load_file(str(folder / "model" / "model.safetensors")) for folder in (trained, tmp_path / "on"))
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)  # no branching over them
 
 
 def test_a_comma_separated_list_of_blocks_is_read(trained, settings, capsys, tmp_path):
-    words = ["--train.blocks", "0,2", "--task.num-samples", 0]
+    words = ["--train.blocks", "0,2", "--evaluation.num-samples", 0]
     code, out, _ = run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "on", "--json")
     assert code == 0
     assert json.loads(out)["block_steps"] == 12
@@ -179,14 +179,14 @@ def test_latents_train_and_are_decoded(settings, capsys, tmp_path):
 
 def test_a_pretrained_transformer_is_adapted(settings, capsys, tmp_path):
     make_dit(num_embeds_ada_norm=10).save_pretrained(tmp_path / "dit")
-    words = ["--model.pretrained", tmp_path / "dit", "--task.num-samples", 0, "--json", "--output-dir"]
+    words = ["--model.pretrained", tmp_path / "dit", "--evaluation.num-samples", 0, "--json", "--output-dir"]
     code, out, _ = run(capsys, "train", "dit-digits", *settings, *words, tmp_path / "lora", "--method", "lora")
     assert code == 0
     assert json.loads(out)["method"] == "lora"
     assert run(capsys, "train", "dit-digits", *settings, *words, tmp_path / "blocks")[0] == 0
     (tmp_path / "pipeline").mkdir()
     (tmp_path / "dit").rename(tmp_path / "pipeline" / "transformer")  # as in the repository of a pipeline
-    words = ["--model.pretrained", tmp_path / "pipeline", "--task.num-samples", 0]
+    words = ["--model.pretrained", tmp_path / "pipeline", "--evaluation.num-samples", 0]
     code, _, err = run(capsys, "train", "dit-digits", *settings, *words, "--output-dir", tmp_path / "again")
     assert code == 0, err
     (tmp_path / "pipeline" / "transformer").rename(tmp_path / "dit")
@@ -215,7 +215,7 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
     ("arguments", "words"),
     [
         (["--data.image-size", "9"], "data.image_size 9 is not divisible by model.patch_size 2"),
-        (["--task.num-samples", "60"], "needs at least 65 samples, got 60"),
+        (["--evaluation.num-samples", "60"], "needs at least 65 samples, got 60"),
         (["--sampling.sampler", "eular"], "sampling.sampler must be one of"),
         (["--task.guidence", "2"], "did you mean 'sampling.guidance'"),
         (["--task.kind", "image-gen"], "did you mean 'image-generation'"),
@@ -224,11 +224,11 @@ def test_plan_shows_blocks_of_a_diffusion_transformer(settings, capsys, tmp_path
         (["--model.model-class", "ViTForImageClassification"], "cannot train a ViTForImageClassification"),
         (["--model.start", "/nowhere"], "holds no saved DiffusionBlocks model"),
         (["--train.blocks", "3"], "block 3 does not exist"),
-        (["--task.inception", "/nowhere.pt"], "--trust-inception"),
-        (["--task.inception", "/nowhere.pt", "--trust-inception"], "cannot load /nowhere.pt"),
+        (["--evaluation.inception", "/nowhere.pt"], "--trust-inception"),
+        (["--evaluation.inception", "/nowhere.pt", "--trust-inception"], "cannot load /nowhere.pt"),
         (["--objective.label-dropout", "1.5"], "objective.label_dropout must be at least 0 and at most 1"),
-        (["--task.label-dropout", "0", "--task.guidance", "2"], "guidance needs a null class"),
-        (["--task.sampling-steps", "0"], "at least 1"),
+        (["--objective.label-dropout", "0", "--sampling.guidance", "2"], "guidance needs a null class"),
+        (["--sampling.steps", "0"], "at least 1"),
         (["--data.test-share", "0.03"], "needs at least 65 reference images, got 54"),
         (["--model.hidden-size", "18"], "must be divisible by 4"),
     ],

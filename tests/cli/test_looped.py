@@ -16,8 +16,17 @@ from tests.unit.test_text import POEM
 
 SETTINGS = [
     *("--steps", "3", "--batch-size", "8", "--model.hidden-size", "16", "--model.intermediate-size", "32"),
-    *("--data.length", "16", "--task.num-samples", "2", "--blocks.condition-width", "8"),
-    *("--task.mean-iterations", "4", "--task.truncation", "2", "--task.iterations", "3", "--task.curve", "1,3"),
+    *("--data.length", "16", "--evaluation.num-samples", "2", "--blocks.condition-width", "8"),
+    *(
+        "--objective.mean-iterations",
+        "4",
+        "--objective.truncation",
+        "2",
+        "--sampling.iterations",
+        "3",
+        "--evaluation.curve",
+        "1,3",
+    ),
 ]
 
 
@@ -68,14 +77,14 @@ def test_texts_and_iterations_at_inference(compared, method, capsys):
     early = run_json(capsys, "sample", run, "--num", "2", "--iterations", "8", "--early-exit", "10")
     assert early["iterations_per_token"] == 2  # the first two predictions are close enough
     assert len(early["texts"]) == 2
-    again = run_json(capsys, "evaluate", run, "--task.iterations", "1", "--task.num-samples", "0")
+    again = run_json(capsys, "evaluate", run, "--sampling.iterations", "1", "--evaluation.num-samples", "0")
     assert again["sampling"]["iterations"] == 1
     assert again["layers_per_token"]["inference"] == 4
 
 
 def test_what_runs_once_runs_once(compared, capsys):
     run = str(compared / "shallow" / "seed-0")
-    for words in (["sample", run, "--iterations", "4"], ["evaluate", run, "--task.iterations", "4"]):
+    for words in (["sample", run, "--iterations", "4"], ["evaluate", run, "--sampling.iterations", "4"]):
         assert main(words) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
@@ -101,7 +110,7 @@ def test_a_run_says_what_it_holds_and_loads(compared, capsys):
 
 
 def test_a_plan_counts_layer_applications(capsys):
-    found = run_json(capsys, "plan", "looped-pydocs", "--data.length", "64", "--task.truncation", "4")
+    found = run_json(capsys, "plan", "looped-pydocs", "--data.length", "64", "--objective.truncation", "4")
     rows = {row["method"]: row for row in found["rows"]}
     assert set(rows) == {
         *("end-to-end", "checkpointing", "shallow", "diffusionblocks", "diffusionblocks + checkpointing")
@@ -117,14 +126,14 @@ def test_a_plan_counts_layer_applications(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--task.iterations", "0"], "at least 1"),
-        (["--task.truncation", "9", "--task.mean-iterations", "8"], "longer than task.mean_iterations"),
+        (["--sampling.iterations", "0"], "at least 1"),
+        (["--objective.truncation", "9", "--objective.mean-iterations", "8"], "longer than objective.mean_iterations"),
         (["--num-blocks", "2"], "not split"),
         (["--blocks.layers-per-block", "4"], "looped.prelude and looped.coda"),
         (["--method", "exact"], "not for looped networks"),
         (["--method", "diffusionblocks-features"], "not for looped networks"),
-        (["--blocks.prelude", "3"], "leave no layer"),
-        (["--task.sampling-steps", "3"], "unknown key"),
+        (["--looped.prelude", "3"], "leave no layer"),
+        (["--sampling.steps", "3"], "unknown key"),
     ],
 )
 def test_what_cannot_be_is_one_line(settings, words, message, tmp_path, capsys):

@@ -14,7 +14,16 @@ from tests.unit.test_text import POEM, make_tokenizer
 
 SETTINGS = [
     *("--steps", "6", "--batch-size", "8", "--model.hidden-size", "16", "--model.intermediate-size", "32"),
-    *("--data.length", "16", "--task.levels-per-text", "2", "--task.num-samples", "4", "--task.sampling-steps", "6"),
+    *(
+        "--data.length",
+        "16",
+        "--evaluation.levels-per-text",
+        "2",
+        "--evaluation.num-samples",
+        "4",
+        "--sampling.steps",
+        "6",
+    ),
 ]
 
 
@@ -59,9 +68,9 @@ def test_a_run_is_summarised_in_bits_and_shares(trained):
 def test_evaluating_again_gives_the_same_and_takes_other_settings(trained, capsys):
     first = run_json(capsys, "evaluate", str(trained))["metrics"]
     assert first == json.loads((trained / "summary.json").read_text())["metrics"]
-    finer = run_json(capsys, "evaluate", str(trained), "--task.levels-per-text", "8", "--task.num-samples", "0")[
-        "metrics"
-    ]
+    finer = run_json(
+        capsys, "evaluate", str(trained), "--evaluation.levels-per-text", "8", "--evaluation.num-samples", "0"
+    )["metrics"]
     assert finer["nats_per_token"] != first["nats_per_token"] and "entropy" not in finer
 
 
@@ -110,7 +119,7 @@ def test_a_teacher_judges_samples(settings, trained, capsys, tmp_path):
 
     tokenizer = make_tokenizer(tmp_path / "teacher")
     GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=32)).save_pretrained(tokenizer)
-    found = run_json(capsys, "evaluate", str(trained), "--task.teacher", tokenizer)["metrics"]
+    found = run_json(capsys, "evaluate", str(trained), "--evaluation.teacher", tokenizer)["metrics"]
     assert 1 < found["generative_perplexity"]["value"] < 100  # an untrained one of 20 words: about 20
 
 
@@ -212,14 +221,14 @@ def test_plan_shows_blocks_of_a_text_network(capsys):
         (["--data.tokenizer", "/no/such/one"], "cannot load the tokenizer '/no/such/one'"),
         (["--data.lenght", "8"], "data.length"),
         (["--data.image-size", "8"], "unknown key 'data.image_size'"),
-        (["--task.masking", "all"], "masking must be one of"),
+        (["--objective.masking", "all"], "masking must be one of"),
         (["--model.model-class", "ViTForImageClassification"], "cannot train a ViTForImageClassification"),
         (["--model.hidden-size", "17"], "not divisible by model.num_attention_heads"),
         (["--model.hidden-size", "18"], "even number"),
         (["--data.max-documents", "-1"], "at least 0"),
         (["--method", "exact"], "masked diffusion has no exact mode"),
         (["--blocks.context", "features"], "blocks.context"),
-        (["--task.teacher", "/no/such/model"], "teacher"),
+        (["--evaluation.teacher", "/no/such/model"], "teacher"),
         (["--model.pretrained", "/no/such/model"], "cannot load the network"),
     ],
 )
