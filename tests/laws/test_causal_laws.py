@@ -413,7 +413,7 @@ def test_layer_evaluations_count_the_second_sequence_and_the_heads():
         ({"target_entry": "add"}, "take replace or none"),
         ({"readout": "linear", "condition_width": 8}, "needs a noisy target that the network reads"),
         ({"condition_width": 8}, "blocks.target_entry replace"),
-        ({"context": "features", "target_entry": "replace"}, "needs blocks.head_layers"),
+        ({"context": "features", "target_entry": "replace"}, "needs local.head_layers"),
         ({"schedule": "cosine"}, "noise.schedule is for masked tokens"),
     ],
 )

@@ -374,7 +374,7 @@ def test_a_whole_network_is_saved_as_an_ordinary_one(width, tmp_path):
         (lambda: blocks(make_llama(mask_token_id=None)), "mask_token_id"),
         (lambda: blocks(make_llama(mask_token_id=99)), "not among the network's 13 tokens"),
         (lambda: blocks(context="features"), "blocks.context is for networks that denoise labels"),
-        (lambda: blocks(levels="log-normal"), "blocks.schedule"),
+        (lambda: blocks(levels="log-normal"), "noise.schedule"),
         (lambda: dblocks.convert(make_vit(), target="masked"), "label, not 'masked'"),
         (lambda: dblocks.convert(make_vit(), schedule="cosine"), "noise.schedule is for masked tokens"),
         (lambda: dblocks.MaskedLM(top_p=0.0), "top_p"),
