@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 import shlex
@@ -11,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from diffusionblocks import cli
-from diffusionblocks.recipes import built_in, load_recipe
+from diffusionblocks.recipes import load_recipe
+from diffusionblocks.recipes.keys import places
 from diffusionblocks.recipes.load import read_value
+from diffusionblocks.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 OF_OTHERS = ("LOG.md", "errors.md", "security.md", "architecture.md")  # a log keeps old names; errors.md is generated
@@ -44,12 +47,8 @@ def commands() -> list:
 
 @functools.cache
 def known_keys() -> frozenset[str]:
-    """Dotted keys of all built-in recipes; every task and every kind of data has one."""
-    keys = set()
-    for name in built_in():
-        for group, value in load_recipe(name).as_dict().items():
-            keys |= {f"{group}.{key}" for key in value} if isinstance(value, dict) else {group}
-    return frozenset(keys)
+    """Dotted keys of all kinds of task."""
+    return frozenset(key for task in TASKS for key in places(task))
 
 
 def test_the_pages_have_commands():
@@ -60,8 +59,9 @@ def test_the_pages_have_commands():
 def test_every_command_is_one_that_the_program_takes(line, monkeypatch):
     """Parsed by the program's own parser; what it would do with a recipe is done until the data would be read."""
     seen = []
-    for name, (_, text) in list(cli.COMMANDS.items()):
-        monkeypatch.setitem(cli.COMMANDS, name, (lambda arguments, rest: seen.append((arguments, rest)), text))
+    for name, command in list(cli.COMMANDS.items()):
+        noted = dataclasses.replace(command, run=lambda arguments, rest: seen.append((arguments, rest)))
+        monkeypatch.setitem(cli.COMMANDS, name, noted)
     words = [WRITTEN.get(word, word) for word in shlex.split(line)]
     assert cli.main(words) == 0, line
     arguments, rest = seen[0]
