@@ -30,6 +30,8 @@ _EXPORTS = {
     "ImageGeneration": "diffusionblocks.tasks",
     "MaskedLM": "diffusionblocks.tasks",
     "RecurrentLM": "diffusionblocks.tasks",
+    "Method": "diffusionblocks.methods",
+    "register_method": "diffusionblocks.methods",
     "LoopedNetwork": "diffusionblocks.blocks.looped",
     "Trainer": "diffusionblocks.training",
     "TrainingConfig": "diffusionblocks.training",

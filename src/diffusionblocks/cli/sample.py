@@ -20,14 +20,14 @@ SAMPLING = ("class", "guidance", "grid", *WRITING, "stop", "stream", "steps", "s
 def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> Any:
     """Images, texts or classes, as the run's task says; prints them and returns what --json shows."""
     from diffusionblocks.blocks.causal import CausalBlocks
-    from diffusionblocks.evaluation import in_context
     from diffusionblocks.experiments.run import load_run
+    from diffusionblocks.methods import find_method
     from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
 
     folder = Path(arguments.run_dir)
     _check(arguments)
     run = load_run(folder, overrides, with_data=False)
-    if run.recipe.method in in_context.METHODS:
+    if find_method(run.recipe.method).adds_context:
         raise UserError(
             f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and "
             "report.html"
@@ -44,7 +44,7 @@ def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> A
         _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *of_walks))
         return _sample_texts(arguments, run)
     if isinstance(run.recipe.task, RecurrentLM):
-        more: tuple[str, ...] = () if run.recipe.method == "shallow" else ("iterations", "early_exit")
+        more: tuple[str, ...] = () if find_method(run.recipe.method).once else ("iterations", "early_exit")
         more += ("sampler",) if isinstance(run.model, CausalBlocks) else ()
         _only(arguments, "text, one token after the other", (*WRITING, "stop", "stream", *more))
         return _sample_texts(arguments, run)

@@ -16,9 +16,8 @@ import torch
 
 from diffusionblocks.blocks.causal import CausalBlocks
 from diffusionblocks.blocks.model import EndToEndModel
-from diffusionblocks.evaluation import in_context
-from diffusionblocks.evaluation.in_context import InContext, Passages
-from diffusionblocks.methods.methods import find_method
+from diffusionblocks.methods import find_method
+from diffusionblocks.methods.in_context import InContext
 from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.system import files
 from diffusionblocks.system.run_folder import BEFORE, SAMPLES
@@ -42,11 +41,8 @@ def is_ordinary(run: Any) -> bool:
 
 
 def as_scored(run: Any, split: Any) -> Any:
-    """The split as the run's method is scored on it: `prompt` and `retrieval` put a context before every text."""
-    if run.recipe.method not in in_context.METHODS:
-        return split
-    passages = Passages(run.data.train, run.data.tokenizer, run.recipe.in_context)
-    return InContext(split, passages, run.recipe.method)
+    """The split as the run's method is scored on it: some put a context before every text."""
+    return find_method(run.recipe.method).scored(run.recipe, run.data, split)
 
 
 def general(run: Any) -> dict[str, Metric]:

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.evaluation import in_context
 from diffusionblocks.evaluation.adaptation import is_ordinary
+from diffusionblocks.methods import find_method
 from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.seeds import generator
 from diffusionblocks.tasks import NextToken
@@ -34,7 +34,7 @@ def evaluate_tasks(
     """
     if not isinstance(run.recipe.task, NextToken):
         raise UserError("lm-evaluation-harness scores language models that write token by token")
-    if run.recipe.method in in_context.METHODS:
+    if find_method(run.recipe.method).adds_context:
         raise UserError(f"a run of the method {run.recipe.method} has no model of its own: score the method original")
     try:
         from lm_eval import simple_evaluate

@@ -25,7 +25,8 @@ from typing import Any
 
 from diffusionblocks.errors import Failed, RunStopped, UserError
 from diffusionblocks.experiments.run import SUMMARY_SHAPE, read_summary
-from diffusionblocks.methods.methods import find_method, for_method, steps_for_budget
+from diffusionblocks.methods import find_method, for_method
+from diffusionblocks.methods.budget import steps_for_budget
 from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.system import files, plain_yaml, run_folder
@@ -74,7 +75,8 @@ def compare(
         raise UserError("--methods is empty")
     if twice := [name for index, name in enumerate(methods) if name in methods[:index]]:
         raise UserError(f"--methods names {twice[0]!r} twice: one run would count as two (--seeds 2 makes two)")
-    if "original" in methods and isinstance(recipe.task, CausalLM):  # its row is what the others were before
+    # The row of the network as it came is what the others were before.
+    if isinstance(recipe.task, CausalLM) and any(find_method(name).as_it_came for name in methods):
         recipe = dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, before=False))
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
     with run_folder.held(output_dir):

@@ -19,7 +19,7 @@ import torch
 from diffusionblocks import __version__
 from diffusionblocks.blocks.causal import CausalBlocks
 from diffusionblocks.blocks.looped import LoopedBlocks, LoopedNetwork
-from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
+from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel, EndToEndModel
 from diffusionblocks.data.images.latents import load_data
 from diffusionblocks.data.images.splits import ImageSplits
 from diffusionblocks.data.stream import Unread
@@ -27,8 +27,8 @@ from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.data.text.splits import TextSplits, load_text
 from diffusionblocks.data.text.tokenizers import HuggingFace, load_tokenizer
 from diffusionblocks.errors import UserError
-from diffusionblocks.evaluation import adaptation, in_context
-from diffusionblocks.methods.methods import find_method, for_method
+from diffusionblocks.evaluation import adaptation
+from diffusionblocks.methods import METHODS, find_method, for_method
 from diffusionblocks.networks.pretrained import without_progress
 from diffusionblocks.planning.measure import PeakMemory, measure_peak
 from diffusionblocks.recipes import Recipe, build, changed
@@ -87,8 +87,7 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
     if recipe.model.attention == "flex_attention" and trainer.device.type == "cpu":
         raise UserError("model.attention flex_attention cannot train on a CPU: take sdpa there")
     run = Run(recipe, data, model, trainer)
-    if recipe.method in in_context.METHODS:
-        in_context.check(run)
+    find_method(recipe.method).check(recipe, data, model)
     return run
 
 
@@ -232,10 +231,10 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
     """
     recipe = read_recipe(folder)
     overrides = list(overrides)
-    if isinstance(recipe.task, RecurrentLM) and recipe.method == "shallow":
+    if not recipe.task.splits and find_method(recipe.method).once:
         for key in ("task.iterations", "task.curve"):
             if key in dict(overrides):
-                raise UserError(f"{key} cannot be changed: the method shallow applies its layers once")
+                raise UserError(f"{key} cannot be changed: the method {recipe.method} applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
     recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
@@ -403,15 +402,7 @@ def _save_network(run: Run, model: CausalBlocks, folder: Path) -> None:
 
 def _result(run: Run) -> dict[str, Any]:
     """What a run leaves to be used: where, who reads it, and whether that needs this package."""
-    if not find_method(run.recipe.method).trains:
-        return {"folder": run.recipe.model.pretrained, "format": "as it came", "needs_diffusionblocks": False}
-    if run.recipe.method == "lora":
-        return {"folder": "model", "format": "peft adapter", "needs_diffusionblocks": False}
-    if isinstance(run.model, EndToEndModel) and not isinstance(run.model, WholeDenoiser | LoopedNetwork):
-        return {"folder": "model", "format": "transformers", "needs_diffusionblocks": False}
-    if isinstance(run.model, CausalBlocks) and run.model.is_ordinary and run.recipe.model.pretrained:
-        return {"folder": DEPLOYED, "format": "transformers", "needs_diffusionblocks": False}
-    return {"folder": "model", "format": "diffusionblocks", "needs_diffusionblocks": True}
+    return find_method(run.recipe.method).result(run.recipe, run.model)._asdict()
 
 
 def _summary(
@@ -543,8 +534,8 @@ def _write_config(recipe: Recipe, folder: Path) -> None:
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what it says for other methods than its own."""
     method = content["method"]
-    readers = {"lora": ("lora",), "in_context": in_context.METHODS}
-    others = [key for key, methods in readers.items() if method not in methods]
+    own = find_method(method).reads
+    others = {key for other in METHODS.values() for key in other.reads} - set(own)
     return {**content, **dict.fromkeys(others), "methods": {method: content["methods"].get(method)}}
 
 

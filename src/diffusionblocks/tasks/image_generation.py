@@ -49,6 +49,7 @@ class ImageGeneration(Task):
     target: ClassVar = "image"
     data: ClassVar = DataConfig
     by_block: ClassVar = True
+    compared_alike: ClassVar = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
 
     kind: str = option("image-generation", choices=("image-generation",))
     label_dropout: float = option(0.1, least=0, most=1)

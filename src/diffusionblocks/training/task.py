@@ -50,7 +50,8 @@ class Task:
     data configuration that it takes. presets: named changes that every recipe of it has; `paper` is what the paper
     describes and its released code does. splits: a network is cut into blocks of layers (a looped one is not: the same
     layers serve all iterations). writes: it trains ordinary language models, which can be used as they are. by_block:
-    what it makes is made by one block at a time.
+    what it makes is made by one block at a time. compared_alike: options that all methods of a comparison share,
+    whatever a preset says: how samples are drawn.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Task:
     splits: ClassVar[bool] = True
     writes: ClassVar[bool] = False
     by_block: ClassVar[bool] = False
+    compared_alike: ClassVar[tuple[str, ...]] = ()
 
     def step(
         self, model: BlockModel, block: int, batch: Batch, *, ranges: range | None = None, draws: Draws | None = None
@@ -81,6 +83,18 @@ class Task:
     def longest(self) -> Self:
         """The same task with steps that all need the most memory."""
         return self
+
+    def lighter(self) -> dict[str, int]:
+        """The option, with half its value, that makes steps need less memory and compute less; {} = there is none."""
+        return {}
+
+    def expected(self) -> tuple[float, float]:
+        """How often a training step applies a looped network's core, on average, and how often with gradients."""
+        return 1, 1
+
+    def applied(self) -> int:
+        """How often inference applies it."""
+        return 1
 
 
 def mean_with_error(values: Tensor) -> Metric:
