@@ -33,6 +33,7 @@ from diffusionblocks.blocks.model import Block, BlockModel, EndToEndModel, docum
 from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch, Parts
 from diffusionblocks.seeds import derive
+from diffusionblocks.theory import costs
 
 
 @dataclass
@@ -161,20 +162,6 @@ def stored(tensors: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def layer_evaluations(sizes: Sequence[int], one_pass: bool = False, keep_graphs: int = 1) -> list[float]:
-    """Layers that one sample passes in the step of each block, where all are trained. Forward counts a third, so do the
-    backward pass to the layer's input and that to its weights.
-
-    In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it.
-    In one pass: the last block as before, the others backward and, but for `keep_graphs` - 1 of them, recomputed.
-    """
-    after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
-    in_turn = [sum(sizes) / 3 + own * 2 / 3 + rest * 2 / 3 for own, rest in zip(sizes, after, strict=True)]
-    recomputed = max(0, len(sizes) - keep_graphs)
-    going_down = [own if index < recomputed else own * 2 / 3 for index, own in enumerate(sizes[:-1])]
-    return [*going_down, in_turn[-1]] if one_pass else in_turn
-
-
 class BlockCoordinateModel(EndToEndModel):
     """The ordinary network whose layers are grouped into blocks that are trained in turn on the ordinary loss.
 
@@ -296,7 +283,7 @@ class BlockCoordinateModel(EndToEndModel):
         return True
 
     def layer_evaluations(self, index: int) -> float:
-        return layer_evaluations([len(span) for span in self.layers])[index]
+        return costs.in_turn([len(span) for span in self.layers])[index]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network."""

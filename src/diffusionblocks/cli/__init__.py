@@ -185,7 +185,6 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.planning.workload import for_model, from_recipe
     from diffusionblocks.recipes import load_recipe
     from diffusionblocks.report import table
-    from diffusionblocks.tasks import RecurrentLM
 
     memory, free = parse_memory(arguments.memory) if arguments.memory else None, None
     if bool(arguments.recipe) == bool(arguments.model):
@@ -199,7 +198,7 @@ def _plan(arguments: argparse.Namespace, rest: list[str]) -> Any:
         recipe = load_recipe(arguments.recipe, overrides, trust_remote_code=arguments.trust_remote_code)
         recipe.train.check()
         work, train = from_recipe(recipe, arguments.recipe, overrides), recipe.train
-    default = [1] if isinstance(work.task, RecurrentLM) else default_counts(work.num_layers)
+    default = default_counts(work.num_layers) if work.recipe.task.splits else [1]
     counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default
     if memory is None:
         memory, free = _card(train.device)
@@ -436,7 +435,7 @@ def _build_parser(settings: str) -> _Parser:
 
 def _settings_help() -> str:
     """Every recipe key with its default, for --help."""
-    from diffusionblocks.methods.methods import METHODS
+    from diffusionblocks.methods import METHODS
     from diffusionblocks.recipes import Recipe
     from diffusionblocks.recipes.load import SHORT_NAMES
 

@@ -35,6 +35,7 @@ from diffusionblocks.seeds import Draws, derive, generator, normal_like, uniform
 from diffusionblocks.tasks.prompts import beginning
 from diffusionblocks.tasks.readers import Reader
 from diffusionblocks.tasks.writing import AT_ONCE, OPTIONS, SETTINGS, Writing, Written, check_length, told
+from diffusionblocks.theory import costs
 from diffusionblocks.theory.choice import TokenChoice
 from diffusionblocks.theory.partition import Blocks
 from diffusionblocks.theory.targets import add_noise
@@ -118,7 +119,7 @@ class NextToken(Task):
             loss = trust * loss + model.config.ordinary * end
         layers = None
         if model.block(block).settling:  # the trunk runs forward alone
-            layers = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
+            layers = costs.settling(len(model.layers[block]), model.config.heads(False, "causal"), 0)
         return StepOutput(loss, None if context is None else context.detach(), layers)
 
     def _distilled(self, model: CausalBlocks, block: int, batch: Batch) -> StepOutput:
@@ -131,8 +132,8 @@ class NextToken(Task):
         weights = mean_weights(following(batch))
         loss = (denoiser.head()(hidden, teacher=teacher) * weights).sum()
         after = model.layers[-1].stop - model.layers[block].stop
-        own = len(model.layers[block]) / 3 + model.config.heads(False, "causal")
-        return StepOutput(loss, context.detach(), own + after / 3)
+        layers = costs.settling(len(model.layers[block]), model.config.heads(False, "causal"), after)
+        return StepOutput(loss, context.detach(), layers)
 
     def check_model(self, model: BlockModel) -> None:
         """Raises UserError for a model that the task is not for."""
