@@ -115,8 +115,7 @@ def wide(recipe: Any) -> Workload:
         return {"input_ids": torch.zeros(samples, 64, dtype=torch.long)}
 
     work = from_recipe(recipe, RECIPE)
-    blocks = dataclasses.replace(work.blocks, num_blocks=2, layers_per_block=[])
-    return dataclasses.replace(work, network=network, batch=batch, num_layers=4, blocks=blocks)
+    return dataclasses.replace(work, network=network, batch=batch, num_layers=4)
 
 
 def measure(row: dict[str, Any]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def made(
     total = planned.at(samples, 1).device.total
 
     def make() -> dblocks.Trainer:
-        return dblocks.Trainer(planned.network.build(own), work.task, data, None, settings)  # type: ignore[arg-type]
+        return dblocks.Trainer(planned.network.build(own), planned.task, data, None, settings)  # type: ignore[arg-type]
 
     return make, work.batch(samples), total
 

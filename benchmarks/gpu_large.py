@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import diffusionblocks as dblocks
-from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.planning.workload import Choice, Workload, predictor
+from diffusionblocks.recipes import Recipe
 from gpu_speed import Batch, exact_model, peaks, reset_peaks, rounds, synchronized, texts, tidy, trainer, whole
 from timing import alternating
 
@@ -150,16 +150,13 @@ def planned(sizes: Sizes) -> dict[str, int]:
         for samples, length in sizes.shapes:
             settings = dblocks.TrainingConfig(**{"branch_at": 0.0, **settings_of(sizes, method, samples)})
             num_blocks = 1 if method == "full" else sizes.blocks
+            recipe = Recipe(task=dblocks.CausalLM(), blocks=dblocks.BlocksConfig(num_blocks=num_blocks), train=settings)
             work = Workload(
                 network=lambda layers: network_of(sizes, layers, "meta"),
                 batch=lambda count, length=length: {"input_ids": torch.zeros(count, length, dtype=torch.long)},
                 num_layers=sizes.layers,
-                blocks=BlocksConfig(num_blocks=num_blocks, target="causal"),
-                task=dblocks.CausalLM(),
-                train=lambda _, settings=settings: settings,
-                pretrained=False,
-                lora=(16, 32),
-                train_readout=False,
+                recipe=recipe,
+                as_run=lambda _, recipe=recipe: recipe,
                 command="",
             )
             choice = Choice(method=method, num_blocks=num_blocks, checkpointing=method == "full")

@@ -11,6 +11,7 @@ docs/memory.png. Finished rows are kept: the same command goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -22,9 +23,11 @@ import torch
 
 import diffusionblocks as dblocks
 from diffusionblocks.blocks.config import BlocksConfig
+from diffusionblocks.methods import find_method
 from diffusionblocks.planning.measure import measure_peak, profiled_peak
 from diffusionblocks.planning.predict import Predictor
 from diffusionblocks.planning.workload import Choice, Workload, predictor
+from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import CausalLM, Classification, ImageGeneration, MaskedLM, RecurrentLM
 from environment import describe
 
@@ -82,7 +85,6 @@ FAMILIES = {
     "masked text": (llama, tokens, MaskedLM(), 4),
     "looped": (llama, tokens, RecurrentLM(), 4),
 }
-TARGETS = {"vit": "label", "dit": "image", "llama": "causal", "masked text": "masked", "looped": "recurrent"}
 PREFETCH = "prefetch"  # in the rows of a card: false where nothing came while another block computed
 ITERATIONS = 16  # of looped networks in training
 
@@ -146,16 +148,15 @@ def planned(row: dict[str, Any], device: str = "cpu") -> Predictor:
     own = {key: value for key, value in row["train"].items() if key != PREFETCH}
     train = {"batch_size": samples, "residency": away, "device": device, "branch_at": 0.0, **own}
     settings = dblocks.TrainingConfig(**train)
+    blocks = BlocksConfig(num_blocks=row["num_blocks"], **row["blocks"])
+    data = dblocks.DataConfig() if row["family"] == "vit" else dblocks.TextConfig()
+    recipe = Recipe(task=task, blocks=blocks, train=settings, data=data)
     work = Workload(
         network=network,
         batch=batch,
         num_layers=4 if row["family"] == "looped" else 12,
-        blocks=BlocksConfig(num_blocks=row["num_blocks"], target=TARGETS[row["family"]], **row["blocks"]),
-        task=task,
-        train=lambda method: settings,
-        pretrained=False,
-        lora=(16, 32),
-        train_readout=row["family"] == "vit",
+        recipe=recipe,
+        as_run=lambda method: dataclasses.replace(recipe, task=find_method(method).task(task)),
         command="",
     )
     recomputed = row["method"] == "checkpointing" or settings.activation_checkpointing

@@ -31,6 +31,8 @@ _EXPORTS = {
     "MaskedLM": "diffusionblocks.tasks",
     "RecurrentLM": "diffusionblocks.tasks",
     "register_task": "diffusionblocks.tasks",
+    "Method": "diffusionblocks.methods",
+    "register_method": "diffusionblocks.methods",
     "LoopedNetwork": "diffusionblocks.blocks.looped",
     "register_network": "diffusionblocks.networks.registry",
     "Trainer": "diffusionblocks.training",

@@ -7,10 +7,10 @@ import pytest
 import diffusionblocks as dblocks
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.run import load_run
-from diffusionblocks.methods.methods import unrolled_layers
+from diffusionblocks.methods import METHODS
 from diffusionblocks.planning.card import RESERVED
 from diffusionblocks.planning.plan import cheaper, explain
-from diffusionblocks.recipes import load_recipe
+from diffusionblocks.recipes import Recipe, load_recipe
 from tests.cli.test_text import run_json
 from tests.unit.test_text import POEM
 
@@ -53,7 +53,8 @@ def test_a_comparison_counts_layer_applications(compared):
     results = {row["method"]: row for row in json.loads((compared / "compare.json").read_text())["results"]}
     spent = {method: row["layer_evaluations"] for method, row in results.items()}
     task = dblocks.RecurrentLM(mean_iterations=4, truncation=2)
-    whole = unrolled_layers(task, dblocks.BlocksConfig(prelude=1, coda=1), 4)  # of three steps, on average
+    recipe = Recipe(task=task, blocks=dblocks.BlocksConfig(prelude=1, coda=1))
+    whole = METHODS["end-to-end"].training(recipe, [4])  # of three steps, on average
     assert spent["shallow"] == spent["diffusionblocks"] == round(3 * whole / 4) * 4 * 8
     # One and three iterations are measured besides the one of the recipe; a network that runs once has one.
     for method in ("end-to-end", "diffusionblocks"):

@@ -11,7 +11,7 @@ import yaml
 import diffusionblocks as dblocks
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.compare import _consent
-from diffusionblocks.methods.methods import for_method
+from diffusionblocks.methods import for_method
 from diffusionblocks.networks import pretrained
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
 from tests.cli.test_cli import SMALL, run

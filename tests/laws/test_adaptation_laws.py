@@ -227,7 +227,7 @@ SETTINGS = InContextConfig(tokens=80, passage=20, query=12, stride=16)
 def test_contexts_change_what_stands_before_and_not_what_is_scored(splits, kind, method):
     data = splits[kind]
     passages = Passages(data.train, data.tokenizer, SETTINGS)
-    scored = InContext(data.test, passages, method)
+    scored = InContext(data.test, passages, search=method == "retrieval")
     batch = scored.__getitems__(list(range(len(scored))))
     ours = []
     for ids, labels, real in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
@@ -248,10 +248,10 @@ def test_retrieval_does_not_see_what_it_is_scored_on(splits):
     data = splits["text"]
     passages = Passages(data.train, data.tokenizer, SETTINGS)
     tokens = np.array(data.test.tokens)
-    window = InContext(data.test, passages, "retrieval")
+    window = InContext(data.test, passages, search=True)
     start = int(data.test.spans[0, 0])
     tokens[start + 32 : start + 48] = tokens[start + 31]
-    other = InContext(TextData(tokens, data.test.spans, 48), passages, "retrieval")
+    other = InContext(TextData(tokens, data.test.spans, 48), passages, search=True)
     for index, stretch in enumerate(window.stretches[:3]):
         ours, theirs = window[index], other[index]
         kept = len(ours["input_ids"]) - stretch.end + min(stretch.end, 32)
@@ -269,7 +269,7 @@ def test_bm25_finds_the_passage_that_holds_the_words(splits):
 def test_examples_are_the_same_for_every_text_and_from_training(splits):
     data = splits["chat"]
     passages = Passages(data.train, data.tokenizer, SETTINGS)
-    scored = InContext(data.test, passages, "prompt")
+    scored = InContext(data.test, passages, search=False)
     first, second = scored[0]["input_ids"], scored[1]["input_ids"]
     size = len(passages.examples())
     assert 0 < size <= 80 and torch.equal(first[:size], second[:size])

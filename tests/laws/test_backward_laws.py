@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import diffusionblocks as dblocks
-from diffusionblocks.blocks.exact import layer_evaluations, stored
+from diffusionblocks.blocks.exact import stored
 from diffusionblocks.blocks.handed import WithoutWeights, tensors_of
 from diffusionblocks.networks.registry import take_apart
 from diffusionblocks.planning.measure import measure_peak, profiled_peak
+from diffusionblocks.theory.costs import in_one_pass, in_turn
 from diffusionblocks.training.order import Plan
 from diffusionblocks.training.visitors import Slots, Visitors, units
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit, same, weights
@@ -183,17 +184,15 @@ def test_a_batch_visits_every_block_once_and_its_layers_are_counted():
     make, task, data = texts()
     trainer = in_blocks(make, task, data, steps=2)
     trainer.fit()
-    expected = sum(layer_evaluations([2, 2, 2], one_pass=True))
+    expected = sum(in_one_pass([2, 2, 2]))
     assert expected == pytest.approx(6 * (4 / 3 - 1 / 9))  # all recomputed but the last block
     assert trainer.progress.layer_evaluations == pytest.approx(expected * trainer.progress.samples_seen)
     trainer = in_blocks(make, task, data, steps=2, keep_graphs=2)
     trainer.fit()
-    assert sum(layer_evaluations([2, 2, 2], True, 2)) == pytest.approx(
-        6 * (1 + 1 / 9)
-    )  # one block of three is recomputed
+    assert sum(in_one_pass([2, 2, 2], 2)) == pytest.approx(6 * (1 + 1 / 9))  # one block of three is recomputed
     assert trainer.progress.layer_evaluations == pytest.approx(6 * (1 + 1 / 9) * trainer.progress.samples_seen)
-    assert sum(layer_evaluations([2, 2, 2], True, 3)) == pytest.approx(6)
-    assert sum(layer_evaluations([2, 2, 2])) == pytest.approx(3 * 2 + 4 + 2 / 3 * 6)
+    assert sum(in_one_pass([2, 2, 2], 3)) == pytest.approx(6)
+    assert sum(in_turn([2, 2, 2])) == pytest.approx(3 * 2 + 4 + 2 / 3 * 6)
 
 
 @pytest.mark.parametrize("make", [make_llama, make_gpt2, make_vit])

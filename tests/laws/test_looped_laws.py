@@ -13,8 +13,9 @@ from diffusionblocks.blocks import looped
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.blocks.looped import LoopedNetwork
 from diffusionblocks.errors import UserError
-from diffusionblocks.methods.methods import unrolled_layers
+from diffusionblocks.methods import METHODS
 from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.recipes import Recipe
 from diffusionblocks.tasks import RecurrentLM
 from diffusionblocks.tasks import looped_readers as samplers
 from diffusionblocks.tasks.looped_readers import LevelsReader, UnrolledReader
@@ -195,7 +196,7 @@ def test_what_a_step_passed_is_counted():
     config = dblocks.TrainingConfig(steps=24, batch_size=4, device="cpu")
     trainer = dblocks.Trainer(unrolled(), task, data, None, config)
     trainer.fit()
-    expected = unrolled_layers(task, trainer.model.config, 6)
+    expected = METHODS["end-to-end"].training(Recipe(task=task, blocks=trainer.model.config), [6])
     assert trainer.progress.layer_evaluations / 96 == pytest.approx(expected, rel=0.25)
     once = dblocks.Trainer(unrolled(), task.once(), data, None, config)
     blocks = dblocks.Trainer(denoiser(), task, data, None, config)

@@ -12,7 +12,7 @@ import diffusionblocks as dblocks
 from diffusionblocks.errors import UserError
 from diffusionblocks.experiments.run import load_run, prepare
 from diffusionblocks.experiments.train import train
-from diffusionblocks.methods.methods import for_method
+from diffusionblocks.methods import for_method
 from diffusionblocks.networks import readout
 from diffusionblocks.networks.readout import chunked_cross_entropy
 from diffusionblocks.networks.registry import take_apart

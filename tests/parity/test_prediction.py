@@ -21,7 +21,8 @@ def measured(work, choice):
     sizes = {"end-to-end": [12], "checkpointing": [12], "last-block": [16, 8]}.get(choice.method, sizes)
     build, data = predictor(work, choice).network.build, make_data(train.batch_size * 2)
     return profiled_peak(
-        lambda: dblocks.Trainer(build(sizes), work.task, data, None, train), work.batch(train.batch_size)
+        lambda: dblocks.Trainer(build(sizes), work.settled(choice).task, data, None, train),
+        work.batch(train.batch_size),
     )
 
 
@@ -87,8 +88,6 @@ def test_prediction_agrees_with_the_profiler_on_a_looped_network(method):
     work = from_recipe(load_recipe("looped-pydocs", {**overrides, **settings}.items()), "looped-pydocs")
     choice = Choice(method=method, checkpointing=method == "checkpointing")
     predicted = predictor(work, choice).at(8).device.total
-    if method == "shallow":
-        work = dataclasses.replace(work, task=work.task.once())
     assert predicted == pytest.approx(measured(work, choice), rel=0.03)
 
 
@@ -108,7 +107,9 @@ def test_prediction_agrees_with_the_profiler_on_masked_text(choice, overrides):
     predicted = predictor(work, choice).at(8).device.total
     build, train = predictor(work, choice).network.build, work.train(choice.method)
     layers = [work.num_layers // choice.num_blocks] * choice.num_blocks
-    found = profiled_peak(lambda: dblocks.Trainer(build(layers), work.task, make_data(16), None, train), work.batch(8))
+    found = profiled_peak(
+        lambda: dblocks.Trainer(build(layers), work.recipe.task, make_data(16), None, train), work.batch(8)
+    )
     assert predicted == pytest.approx(found, rel=0.03)
 
 
@@ -133,7 +134,7 @@ def test_prediction_agrees_with_the_profiler_on_next_token_blocks(overrides):
     work, count = from_recipe(recipe, "lm-stdlib"), recipe.blocks.num_blocks
     found = predictor(work, Choice(method="diffusionblocks", num_blocks=count))
     build, train = found.network.build, work.train("diffusionblocks")
-    trainer = partial(dblocks.Trainer, build([6 // count] * count), work.task, make_data(16), None, train)
+    trainer = partial(dblocks.Trainer, build([6 // count] * count), work.recipe.task, make_data(16), None, train)
     assert found.at(8).device.total == pytest.approx(profiled_peak(trainer, work.batch(8)), rel=0.03)
 
 
@@ -152,7 +153,7 @@ def test_the_profiler_s_figure_ignores_garbage_of_earlier_profiles():
     train, build = work.train(choice.method), predictor(work, choice).network.build
 
     def trainer():
-        made = dblocks.Trainer(build([1, 1, 1]), work.task, make_data(16), None, train)
+        made = dblocks.Trainer(build([1, 1, 1]), work.recipe.task, make_data(16), None, train)
         step = made.block_step
         made.block_step = lambda *arguments: (gc.collect(), step(*arguments))[1]
         return made
@@ -206,6 +207,6 @@ def test_prediction_agrees_with_the_profiler_on_an_adapted_language_model(method
     data = [{"input_ids": torch.zeros(64, dtype=torch.long)}] * 8
     sizes = [6] if method == "full" else [2, 2, 2]
     found = profiled_peak(
-        lambda: dblocks.Trainer(made.network.build(sizes), work.task, data, None, settled), work.batch(4)
+        lambda: dblocks.Trainer(made.network.build(sizes), work.recipe.task, data, None, settled), work.batch(4)
     )
     assert made.at(4).device.total == pytest.approx(found, rel=0.03)

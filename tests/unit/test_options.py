@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import diffusionblocks as dblocks
-from diffusionblocks.methods.methods import for_method
+from diffusionblocks.methods import for_method
 from diffusionblocks.options import LARGEST, Range, check_options, check_value, limits_of, option
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
 from diffusionblocks.recipes.load import read_value

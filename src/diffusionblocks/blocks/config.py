@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusionblocks.errors import UserError
 from diffusionblocks.options import check_options, key_of, option
+from diffusionblocks.theory import costs
 from diffusionblocks.theory.noise import Information, LevelDistribution, LogNormal, MaskingSchedule
 
 
@@ -184,8 +185,8 @@ class BlocksConfig:
         weights).
         """
         twice = 2 if target == "causal" and self.target_entry == "replace" else 1
-        own = layers * twice if self.context == "input" else layers + self.heads(last, target) * twice
-        return own + (after if self.ordinary else 0)
+        heads, behind = self.heads(last, target), after if self.ordinary else 0
+        return costs.denoiser(layers, heads, twice, behind, features=self.context == "features")
 
     def may_branch(self, layers: list[range]) -> bool:
         """Whether blocks can start as copies of one: equal depth, the same input, nothing trained in common."""

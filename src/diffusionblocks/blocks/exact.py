@@ -29,26 +29,13 @@ from diffusionblocks.blocks.handed import Passage, WithoutWeights
 from diffusionblocks.blocks.model import Block, BlockModel, EndToEndModel, documents_apart
 from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch, Parts
+from diffusionblocks.theory import costs
 
 
 def stored(tensors: Iterable[Tensor]) -> int:
     """Bytes of what tensors are stored in."""
     storages = {storage._cdata: storage.nbytes() for storage in (tensor.untyped_storage() for tensor in tensors)}
     return sum(storages.values())
-
-
-def layer_evaluations(sizes: Sequence[int], one_pass: bool = False, keep_graphs: int = 1) -> list[float]:
-    """Layers that one sample passes in the step of each block, where all are trained. Forward counts a third, so do the
-    backward pass to the layer's input and that to its weights.
-
-    In turn: forward through all, backward with weights in the block, recomputed and backward without weights after it.
-    In one pass: the last block as before, the others backward and, but for `keep_graphs` - 1 of them, recomputed.
-    """
-    after = [sum(sizes[index + 1 :]) for index in range(len(sizes))]
-    in_turn = [sum(sizes) / 3 + own * 2 / 3 + rest * 2 / 3 for own, rest in zip(sizes, after, strict=True)]
-    recomputed = max(0, len(sizes) - keep_graphs)
-    going_down = [own if index < recomputed else own * 2 / 3 for index, own in enumerate(sizes[:-1])]
-    return [*going_down, in_turn[-1]] if one_pass else in_turn
 
 
 class BlockCoordinateModel(EndToEndModel):
@@ -118,18 +105,15 @@ class BlockCoordinateModel(EndToEndModel):
         """
         assert passage.gradient is not None and passage.loss is not None
         self._train(index)
-        own, between = (
-            float(len(self.layers[index])),
-            sum(len(span) for span in self.layers[index + 1 : passage.reached]),
-        )
-        if (kept := passage.leaving.pop(index, None)) is not None:
-            hidden, own = kept, own * 2 / 3
-        else:
+        hidden = passage.leaving.pop(index, None)
+        between = sum(len(span) for span in self.layers[index + 1 : passage.reached])
+        layers = costs.passed_down(len(self.layers[index]), between, kept=hidden is not None)
+        if hidden is None:
             hidden = passage.entering[index] if index else self._embedded(batch, passage)
             for place in range(index, passage.reached):
                 hidden = self._through(place, hidden, batch, passage, frozen=place != index)
         product = (hidden * passage.gradient).sum()
-        return passage.loss + (product - product.detach()), own + between * 2 / 3
+        return passage.loss + (product - product.detach()), layers
 
     def _train(self, *active: int) -> None:
         for index in range(self.num_blocks):
@@ -170,7 +154,7 @@ class BlockCoordinateModel(EndToEndModel):
         return True
 
     def layer_evaluations(self, index: int) -> float:
-        return layer_evaluations([len(span) for span in self.layers])[index]
+        return costs.in_turn([len(span) for span in self.layers])[index]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network."""

@@ -35,6 +35,7 @@ from diffusionblocks.networks.conditioning import ConditionedLayer, LevelEmbeddi
 from diffusionblocks.networks.parts import Batch, Parts
 from diffusionblocks.networks.readout import TokenReadout, chunk_size
 from diffusionblocks.seeds import normal_like
+from diffusionblocks.theory import costs
 from diffusionblocks.theory.evidence import Evidence, weight_of
 from diffusionblocks.theory.precondition import coefficients
 
@@ -107,7 +108,7 @@ class LoopedBlock(Block):
         count a third."""
         trained = iterations if trained is None else trained
         once = len(self.spans["prelude"]) + len(self.spans["coda"])
-        return once + len(self.spans["core"]) * (trained + (iterations - trained) / 3)
+        return costs.unrolled(once, len(self.spans["core"]), iterations, trained)
 
     def table(self, repeated: Sequence[str], more: Sequence[tuple[str, str, str, str]] = ()) -> str:
         """Part, its layers, how often an inference applies them, parameters. repeated: parts that every iteration
@@ -192,7 +193,7 @@ class LoopedNetwork(BlockModel):
 
     def inference_layers(self, iterations: int) -> int:
         """Layer applications per token that is written."""
-        return round(self.loop.passed(iterations))
+        return costs.unrolled_inference(round(self.loop.passed(0)), len(self.loop.spans["core"]), iterations)
 
     def summary(self) -> str:
         """A table: part, layers, how often they are applied, parameters; and layer applications per token."""
@@ -296,8 +297,8 @@ class LoopedBlocks(CausalBlocks):
     def inference_layers(self, iterations: int) -> int:
         """Layer applications per token that is written: below the highest level a row runs on its walk and with its
         token."""
-        spans = self.loop.spans
-        return len(spans["prelude"]) + (len(spans["core"]) + len(spans["coda"])) * (2 * iterations - 1)
+        prelude, core, coda = (len(self.loop.spans[part]) for part in ("prelude", "core", "coda"))
+        return costs.walked_inference(prelude, core, coda, iterations)
 
     def summary(self) -> str:
         """A table: part, layers, how often they are applied, parameters; and layer applications per token."""

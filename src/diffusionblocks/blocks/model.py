@@ -35,6 +35,7 @@ from diffusionblocks.errors import UserError, first_line
 from diffusionblocks.networks.attention import View, causally
 from diffusionblocks.networks.parts import Batch, Parts
 from diffusionblocks.system.files import Damaged
+from diffusionblocks.theory import costs
 from diffusionblocks.theory.noise import LevelDistribution
 from diffusionblocks.theory.partition import Partition, split_layers
 
@@ -178,8 +179,8 @@ class EndToEndModel(BlockModel):
     def layer_evaluations(self, index: int) -> float:
         """Forward through frozen layers counts a third."""
         layers = self.block(0).layers
-        frozen = sum(not any(p.requires_grad for p in layer.parameters()) for layer in layers)
-        return len(layers) - frozen * 2 / 3
+        trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in layers)
+        return costs.partly_frozen(len(layers), trained)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Saves the ordinary Hugging Face network with only the layers that were kept, or the adapter of `lora`."""

@@ -26,7 +26,6 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> Any:
     from diffusionblocks.planning.workload import for_model, from_recipe
     from diffusionblocks.recipes import load_recipe
     from diffusionblocks.report import table
-    from diffusionblocks.tasks import RecurrentLM
 
     memory, free = parse_memory(arguments.memory) if arguments.memory else None, None
     if bool(arguments.recipe) == bool(arguments.model):
@@ -40,7 +39,7 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> Any:
         recipe = load_recipe(arguments.recipe, settings, trust_remote_code=arguments.trust_remote_code)
         recipe.train.check()
         work, train = from_recipe(recipe, arguments.recipe, settings), recipe.train
-    default = [1] if isinstance(work.task, RecurrentLM) else default_counts(work.num_layers)
+    default = default_counts(work.num_layers) if work.recipe.task.splits else [1]
     counts = _numbers(arguments.num_blocks) if arguments.num_blocks else default
     if memory is None:
         memory, free = card(train.device)

@@ -77,7 +77,7 @@ class _Help(argparse.Action):
 
 def usual() -> str:
     """The settings that people set, and the methods."""
-    from diffusionblocks.methods.methods import METHODS
+    from diffusionblocks.methods import METHODS
     from diffusionblocks.recipes.keys import SHORT_NAMES
 
     short = {full: name for name, full in SHORT_NAMES.items()}

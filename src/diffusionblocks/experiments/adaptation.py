@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from diffusionblocks.experiments.run import Run
-from diffusionblocks.methods import in_context
+from diffusionblocks.methods import find_method
 from diffusionblocks.methods.in_context import InContext
-from diffusionblocks.methods.methods import find_method
 from diffusionblocks.system import files
 from diffusionblocks.system.run_folder import BEFORE, SAMPLES
 from diffusionblocks.training import checkpoint
@@ -97,7 +96,7 @@ def continuations(run: Run) -> list[dict[str, str]]:
     `written`."""
     if not adapts(run):
         return []
-    scored = in_context.as_scored(run.recipe, run.data, run.split)
+    scored = find_method(run.recipe.method).scored(run.recipe, run.data, run.split)
 
     def context(prompt: Tensor) -> Tensor:
         if not isinstance(scored, InContext):

@@ -25,7 +25,8 @@ from typing import Any
 
 from diffusionblocks.errors import Failed, RunStopped, UserError
 from diffusionblocks.experiments.folder import SUMMARY_SHAPE, read_summary
-from diffusionblocks.methods.methods import find_method, for_method, steps_for_budget
+from diffusionblocks.methods import find_method, for_method
+from diffusionblocks.methods.budget import steps_for_budget
 from diffusionblocks.options import Range, check_value
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.recipes.keys import written
@@ -74,7 +75,7 @@ def compare(
         raise UserError("--methods is empty")
     if twice := [name for index, name in enumerate(methods) if name in methods[:index]]:
         raise UserError(f"--methods names {twice[0]!r} twice: one run would count as two (--seeds 2 makes two)")
-    if "original" in methods:  # its row is what the others were before
+    if any(find_method(name).as_it_came for name in methods):  # its row is what the others were before
         recipe = dataclasses.replace(recipe, task=recipe.task.without_before())
     todo = [_job(recipe, method, recipe.train.seed + i, budget, output_dir) for i in range(seeds) for method in methods]
     with run_folder.held(output_dir):

@@ -13,8 +13,7 @@ from diffusionblocks.experiments.folder import read_summary
 from diffusionblocks.experiments.memory import NOTHING, throwaway_peak
 from diffusionblocks.experiments.run import Run, load_run
 from diffusionblocks.experiments.summary import made, measured, summarised
-from diffusionblocks.methods import in_context
-from diffusionblocks.methods.methods import find_method
+from diffusionblocks.methods import find_method
 from diffusionblocks.system.run_folder import SUMMARY
 from diffusionblocks.training.task import Metric, check_finite
 
@@ -58,7 +57,7 @@ def evaluate_with_harness(
     """
     run = load_run(folder, overrides, with_data=False)
     model = run.recipe.task.language_model(run.trained)
-    if run.recipe.method in in_context.METHODS:
+    if find_method(run.recipe.method).adds_context:
         raise UserError(f"a run of the method {run.recipe.method} has no model of its own: score the method original")
     with run.trainer.averaged():
         return evaluate_tasks(model, tasks, path, limit)

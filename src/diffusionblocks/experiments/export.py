@@ -13,7 +13,6 @@ from diffusionblocks.data.text.splits import TextSplits
 from diffusionblocks.data.text.tokenizers import HuggingFace
 from diffusionblocks.errors import UserError
 from diffusionblocks.experiments.run import Run, load_run
-from diffusionblocks.methods.methods import find_method
 from diffusionblocks.networks.pretrained import without_progress
 from diffusionblocks.system import files
 from diffusionblocks.system.run_folder import DEPLOYED, MODEL
@@ -77,16 +76,3 @@ def save_model(run: Run, output_dir: Path) -> None:
 def _save_tokenizer(run: Run, folder: Path) -> None:
     if isinstance(run.data, TextSplits) and isinstance(run.data.tokenizer, HuggingFace):
         run.data.tokenizer.save(folder)
-
-
-def result(run: Run) -> dict[str, Any]:
-    """Where the result of a run is, who reads it, and whether that needs this package."""
-    if not find_method(run.recipe.method).trains:
-        return {"folder": run.recipe.model.pretrained, "format": "as it came", "needs_diffusionblocks": False}
-    if run.recipe.method == "lora":
-        return {"folder": "model", "format": "peft adapter", "needs_diffusionblocks": False}
-    if isinstance(run.model, EndToEndModel) and run.model.is_ordinary:
-        return {"folder": "model", "format": "transformers", "needs_diffusionblocks": False}
-    if run.model.is_ordinary and run.recipe.model.pretrained:
-        return {"folder": DEPLOYED, "format": "transformers", "needs_diffusionblocks": False}
-    return {"folder": "model", "format": "diffusionblocks", "needs_diffusionblocks": True}

@@ -18,8 +18,7 @@ from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel
 from diffusionblocks.data.splits import Splits, load_splits, without_samples
 from diffusionblocks.errors import UserError
 from diffusionblocks.experiments.folder import read_recipe, read_summary
-from diffusionblocks.methods import in_context
-from diffusionblocks.methods.methods import find_method, for_method
+from diffusionblocks.methods import find_method, for_method
 from diffusionblocks.recipes import Recipe, changed
 from diffusionblocks.recipes.keys import today
 from diffusionblocks.recipes.network import build_network, network_config
@@ -47,8 +46,10 @@ class Run(NamedTuple):
         """The run in the hands of its task. Inside of `trainer.averaged()` the weights are those that are
         evaluated."""
 
+        method = find_method(self.recipe.method)
+
         def evaluate(split: Dataset) -> Any:
-            return self.trainer.evaluate(in_context.as_scored(self.recipe, self.data, split))
+            return self.trainer.evaluate(method.scored(self.recipe, self.data, split))
 
         return Trained(self.model, self.data, self.recipe.data, self.trainer.device, evaluate)
 
@@ -74,8 +75,7 @@ def prepare(recipe: Recipe, output_dir: Path | None = None, data: Splits | None 
     trainer = Trainer(model, recipe.task, data.train, data.validation, recipe.train, output_dir=output_dir)
     if recipe.model.attention == "flex_attention" and trainer.device.type == "cpu":
         raise UserError("model.attention flex_attention cannot train on a CPU: take sdpa there")
-    if recipe.method in in_context.METHODS:
-        in_context.check(recipe, data, network.config.max_position_embeddings)
+    find_method(recipe.method).check(recipe, data, model)
     return Run(recipe, data, model, trainer)
 
 
@@ -128,7 +128,7 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
 
 def settled(recipe: Recipe) -> tuple[str, ...]:
     """Options of the task that the method has settled."""
-    return recipe.task.repeats if recipe.method == "shallow" else ()
+    return recipe.task.repeats if find_method(recipe.method).once else ()
 
 
 def _without_samples(recipe: Recipe, folder: Path) -> Splits | None:

@@ -12,7 +12,7 @@ import numpy as np
 from diffusionblocks.data.images.grid import write_grid
 from diffusionblocks.errors import UserError
 from diffusionblocks.experiments.run import Run, settled
-from diffusionblocks.methods import in_context
+from diffusionblocks.methods import find_method
 from diffusionblocks.system.files import replacing, write_text
 from diffusionblocks.training.task import Asked, Images, Made, Sampling
 
@@ -20,7 +20,7 @@ from diffusionblocks.training.task import Asked, Images, Made, Sampling
 def sampling_of(run: Run) -> Sampling:
     """What the run makes, and which options of `dblocks sample` have a meaning for it. Raises UserError where it makes
     nothing."""
-    if run.recipe.method in in_context.METHODS:
+    if find_method(run.recipe.method).adds_context:
         raise UserError(
             f"a run of the method {run.recipe.method} has no model of its own: its texts are in samples.json and "
             "report.html"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from diffusionblocks import __version__
-from diffusionblocks.experiments.export import result
 from diffusionblocks.experiments.run import Run
+from diffusionblocks.methods import find_method
 from diffusionblocks.planning.measure import PeakMemory
 from diffusionblocks.training.task import Metric
 
@@ -29,7 +29,7 @@ def summarised(run: Run, metrics: dict[str, Metric], memory: PeakMemory, message
         **measured(run, metrics),
         **run.data.facts,
         **made(run),
-        "result": result(run),
+        "result": find_method(recipe.method).result(recipe, run.model)._asdict(),
         "peak_memory": memory.as_dict(),
         "versions": versions(),
         "git_commit": git_commit(),

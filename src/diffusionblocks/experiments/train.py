@@ -15,8 +15,7 @@ from diffusionblocks.experiments.folder import read_recipe, read_summary
 from diffusionblocks.experiments.memory import NOTHING, peak
 from diffusionblocks.experiments.run import Run, prepare
 from diffusionblocks.experiments.summary import summarised
-from diffusionblocks.methods import in_context
-from diffusionblocks.methods.methods import find_method
+from diffusionblocks.methods import METHODS, find_method
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.recipes.keys import written
 from diffusionblocks.system import files, plain_yaml, run_folder
@@ -130,8 +129,8 @@ def _write_config(recipe: Recipe, folder: Path) -> None:
 def _relevant(content: dict[str, Any]) -> dict[str, Any]:
     """A recipe without what it says for other methods than its own."""
     method = content["method"]
-    readers = {"lora": ("lora",), "in_context": in_context.METHODS}
-    others = [key for key, methods in readers.items() if method not in methods]
+    own = find_method(method).reads
+    others = {key for other in METHODS.values() for key in other.reads} - set(own)
     return {**content, **dict.fromkeys(others), "methods": {method: content["methods"].get(method)}}
 
 

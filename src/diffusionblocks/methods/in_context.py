@@ -17,16 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusionblocks.data.splits import Splits
+from diffusionblocks.blocks.model import BlockModel, EndToEndModel
 from diffusionblocks.data.text.corpora import TextConfig
-from diffusionblocks.data.text.splits import TextData, TextSplits
+from diffusionblocks.data.text.splits import TextData
 from diffusionblocks.data.text.tokenizers import Tokenizer
 from diffusionblocks.errors import UserError
+from diffusionblocks.methods.original import Original
 from diffusionblocks.networks.readout import IGNORED
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.recipes.schema import InContextConfig
-
-METHODS = ("prompt", "retrieval")
 
 
 class Stretch(NamedTuple):
@@ -98,18 +97,19 @@ class InContext(Dataset):
     the windows have labels, each exactly once, and the first of a window, which no method predicts, has none.
 
     Args:
-        split: windows of T tokens. passages: of the training text. method: `prompt` or `retrieval`.
+        split: windows of T tokens. passages: of the training text. search: put the passages that are found for a
+            stretch before it; else the same examples before every window.
     """
 
-    def __init__(self, split: TextData, passages: Passages, method: str) -> None:
-        self.split, self.passages, self.method = split, passages, method
+    def __init__(self, split: TextData, passages: Passages, *, search: bool) -> None:
+        self.split, self.passages, self.search = split, passages, search
         self.length = split.length + passages.settings.tokens
         self.stretches = [stretch for window in range(len(split)) for stretch in self._stretches(window)]
-        self._examples = passages.examples() if method == "prompt" else None
+        self._examples = None if search else passages.examples()
 
     def _stretches(self, window: int) -> list[Stretch]:
         ids, labels = self._window(window)
-        if self.method == "prompt":
+        if not self.search:
             return [Stretch(window, 0, len(ids))]
         if self.split.answers is not None:
             answers = np.flatnonzero(labels[1:] != IGNORED)
@@ -160,37 +160,48 @@ class InContext(Dataset):
         return whole, np.concatenate([np.full(len(context), IGNORED, dtype=np.int64), scored])
 
 
-def as_scored(recipe: Recipe, data: Splits, split: Any) -> Any:
-    """The split as the recipe's method is scored on it: `prompt` and `retrieval` put a context before every text."""
-    if recipe.method not in METHODS:
-        return split
-    assert isinstance(data, TextSplits)
-    return InContext(split, Passages(data.train, data.tokenizer, recipe.in_context), recipe.method)
-
-
-def check(recipe: Recipe, data: Splits, longest: int) -> None:
-    """Raises UserError for what would only fail at evaluation. longest: text that the network reads, in tokens."""
-    settings = recipe.in_context
-    settings.check()
-    assert isinstance(data, TextSplits) and isinstance(recipe.data, TextConfig)
-    if isinstance(data.train, TextData):
-        Passages(data.train, data.tokenizer, settings)
-        if data.train.packing == "documents":
-            raise UserError(
-                f"the method {recipe.method} puts text before a window: set data.packing to stream or padded"
-            )
-    if recipe.method == "retrieval":
-        _bm25s()
-    if settings.tokens + recipe.data.length > longest:
-        raise UserError(
-            f"in_context.tokens {settings.tokens} and data.length {recipe.data.length} exceed the {longest} positions "
-            f"of {recipe.model.pretrained}"
-        )
-
-
 def _bm25s() -> Any:
     try:
         import bm25s
     except ImportError:
         raise UserError("the method retrieval needs bm25s: pip install 'diffusionblocks[adapt]'") from None
     return bm25s
+
+
+class Prompt(Original):
+    name = "prompt"
+    description = "as it is, with training examples before every text"
+    adds_context = True
+    reads = ("in_context",)
+    search = False
+
+    def check(self, recipe: Recipe, data: Any, model: BlockModel) -> None:
+        assert isinstance(recipe.data, TextConfig) and isinstance(model, EndToEndModel)
+        settings = recipe.in_context
+        settings.check()
+        if isinstance(data.train, TextData):
+            Passages(data.train, data.tokenizer, settings)
+            if data.train.packing == "documents":
+                raise UserError(
+                    f"the method {self.name} puts text before a window: set data.packing to stream or padded"
+                )
+        if self.search:
+            _bm25s()
+        longest = model.network.config.max_position_embeddings
+        if settings.tokens + recipe.data.length > longest:
+            raise UserError(
+                f"in_context.tokens {settings.tokens} and data.length {recipe.data.length} exceed the {longest} "
+                f"positions of {recipe.model.pretrained}"
+            )
+
+    def scored(self, recipe: Recipe, data: Any, split: Any) -> Any:
+        return InContext(split, Passages(data.train, data.tokenizer, recipe.in_context), search=self.search)
+
+
+class Retrieval(Prompt):
+    name = "retrieval"
+    description = "as it is, with the best passages of the training text before every text (BM25)"
+    search = True
+
+
+METHODS = (Prompt(), Retrieval())

@@ -4,15 +4,20 @@ train."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 from torch import nn
 
 from diffusionblocks.blocks.config import BlocksConfig
 from diffusionblocks.blocks.kinds import whole_network
-from diffusionblocks.blocks.model import EndToEndModel
+from diffusionblocks.blocks.model import BlockModel, EndToEndModel
+from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError
+from diffusionblocks.methods.base import Method, Result
 from diffusionblocks.networks.registry import find_adapter
+from diffusionblocks.recipes import Recipe
+from diffusionblocks.system.run_folder import MODEL
 
 
 def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, blocks: BlocksConfig) -> EndToEndModel:
@@ -39,3 +44,31 @@ def lora_model(network: Any, rank: int, alpha: int, *, train_readout: bool, bloc
     model = whole_network(parts, blocks)
     assert isinstance(model, EndToEndModel)
     return model
+
+
+class Lora(Method):
+    name = "lora"
+    description = "low-rank adaptation of a pretrained network (peft)"
+    adapts = True
+    reads = ("lora",)
+
+    def build(self, recipe: Recipe, network: Any) -> BlockModel:
+        blocks = dataclasses.replace(recipe.blocks, target=recipe.task.target)
+        # A classifier's readout is new; a pretrained one of tokens stays as it is, as usual.
+        new = not isinstance(recipe.data, TextConfig)
+        return lora_model(network, recipe.lora.rank, recipe.lora.alpha, train_readout=new, blocks=blocks)
+
+    def rows(self, recipe: Recipe) -> tuple[bool, ...]:
+        return (False, True) if recipe.model.pretrained else ()
+
+    def rank(self, recipe: Recipe, tied: bool) -> int:
+        return 20
+
+    def reason(self, recipe: Recipe, tied: bool) -> str:
+        return "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card"
+
+    def result(self, recipe: Recipe, model: BlockModel) -> Result:
+        return Result(MODEL, "peft adapter", False)
+
+
+METHODS = (Lora(),)

@@ -10,23 +10,15 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-from diffusionblocks.blocks.exact import layer_evaluations
 from diffusionblocks.errors import UserError
+from diffusionblocks.methods import METHODS, find_method
 from diffusionblocks.planning.card import needed, target_device, usable, usable_of_free
 from diffusionblocks.planning.predict import Prediction, Predictor, Traces
 from diffusionblocks.planning.units import size
 from diffusionblocks.planning.workload import Choice, Workload, from_recipe, predictor
 from diffusionblocks.recipes import Recipe
-from diffusionblocks.tasks import CausalLM, ImageGeneration, MaskedLM, RecurrentLM
-
-BLOCKWISE = (
-    "diffusionblocks",
-    "diffusionblocks-paper",
-    "exact",
-    "mixed",
-    "last-block",
-    "shallow",
-)  # that depend on num_blocks
+from diffusionblocks.recipes.keys import today
+from diffusionblocks.theory.costs import RECOMPUTED
 
 
 def default_counts(num_layers: int) -> list[int]:
@@ -36,36 +28,18 @@ def default_counts(num_layers: int) -> list[int]:
 
 
 def choices(work: Workload, counts: Sequence[int]) -> Iterator[Choice]:
-    """The rows of the table."""
-    yield Choice(method="full" if work.pretrained else "end-to-end")
-    yield Choice(method="checkpointing", checkpointing=True)
-    if isinstance(work.task, RecurrentLM):  # not split: the same layers serve all iterations
-        if not work.pretrained:
-            yield Choice(method="shallow")
-        yield Choice(method="diffusionblocks")
-        yield Choice(method="diffusionblocks", checkpointing=True)
-        return
-    if work.pretrained:
-        yield Choice(method="lora")
-        yield Choice(method="lora", checkpointing=True)
-    for count in counts:
-        if not work.pretrained:
-            yield Choice(method="shallow", num_blocks=count)
-        else:
-            yield Choice(method="last-block", num_blocks=count)
-        if not isinstance(work.task, ImageGeneration | MaskedLM):
-            yield Choice(method="exact", num_blocks=count)
-        if isinstance(work.task, CausalLM) and work.pretrained:
-            if (
-                work.blocks.context == "features"
-                and work.blocks.target_entry == "none"
-                and work.blocks.shared != "trained"
-            ):
-                yield Choice(method="diffusionblocks", num_blocks=count)
-                yield Choice(method="mixed", num_blocks=count)
-            continue
-        yield Choice(method="diffusionblocks", num_blocks=count)
-        yield Choice(method="diffusionblocks", num_blocks=count, checkpointing=True)
+    """The rows of the table: methods that train the whole network, then the others for every number of blocks. A looped
+    network is not split: the same layers serve all iterations."""
+    splits = work.recipe.task.splits
+    rows = {method: method.rows(work.recipe) for method in METHODS.values() if splits or method.loops}
+    for method, found in rows.items():
+        if not (splits and method.splits):
+            yield from (Choice(method=method.name, checkpointing=recomputed) for recomputed in found)
+    for count in counts if splits else ():
+        for method, found in rows.items():
+            if method.splits:
+                for recomputed in found:
+                    yield Choice(method=method.name, num_blocks=count, checkpointing=recomputed)
 
 
 def plan(
@@ -80,7 +54,7 @@ def plan(
     Returns {"rows": [...], "recommendation": {...} or None, "memory", "free", "usable", "target", "traced_on",
     "workspaces", "batch_size"}; bytes throughout.
     """
-    if isinstance(work.task, RecurrentLM) and set(counts) != {1}:
+    if not work.recipe.task.splits and set(counts) != {1}:
         raise UserError(f"a looped network is not split: --num-blocks must be 1, got {', '.join(map(str, counts))}")
     wanted = list(choices(work, counts))
     target = target_device(work.train(wanted[0].method).device, for_a_card=memory is not None)
@@ -116,7 +90,7 @@ def _where(predicting: Predictor) -> dict[str, Any]:
 
 
 def _row(work: Workload, choice: Choice, predicting: Predictor, found: Prediction, limit: int | None) -> dict[str, Any]:
-    training, inference = _layer_evaluations(work, choice)
+    method, recipe, sizes = find_method(choice.method), work.settled(choice), work.split(choice)
     return {
         "method": choice.label,
         "num_blocks": choice.num_blocks,
@@ -127,62 +101,19 @@ def _row(work: Workload, choice: Choice, predicting: Predictor, found: Predictio
         "disk": found.disk,
         "transfer_per_step": found.transfer_per_step,
         "residency": predicting.config.residency,
-        "layer_evaluations_per_sample": training,
-        "inference_layers": inference,
+        "layer_evaluations_per_sample": method.training(recipe, sizes, RECOMPUTED if choice.checkpointing else 1.0),
+        "inference_layers": method.inference(recipe, sizes),
         "fits": None if limit is None else found.least <= limit,
         **_where(predicting),
         "command": _command(work, choice),
     }
 
 
-def _layer_evaluations(work: Workload, choice: Choice) -> tuple[float, float]:
-    """Of training one sample in every block (forward and backward of a layer = 1) and of one prediction (for what is
-    generated: one denoising step, which runs one block)."""
-    layers, own = work.num_layers, work.num_layers / choice.num_blocks
-    recomputed = 4 / 3 if choice.checkpointing else 1.0
-    if isinstance(work.task, RecurrentLM):
-        return _of_a_loop(work, work.task, choice.method, recomputed)
-    if choice.method == "shallow":
-        return own * recomputed, own
-    if choice.method == "last-block":
-        return layers / 3 + own * 2 / 3, layers
-    if choice.method == "exact":
-        train = work.settings(choice)
-        return sum(layer_evaluations(work.split(choice), train.order == "backward", train.graphs)), layers
-    if choice.method in ("diffusionblocks", "mixed"):
-        blocks = work.blocks
-        lasts = [index == choice.num_blocks - 1 for index in range(choice.num_blocks)]
-        trained: float = sum(blocks.evaluations(1, last, blocks.target) - 1 for last in lasts)  # beside the layers
-        if blocks.context == "input":  # a second sequence passes every layer
-            trained *= own
-        heads = sum(blocks.heads(last, blocks.target) for last in lasts)
-        if choice.method == "mixed":  # layers behind each block: forward, again, and backward without weights
-            trained += own * choice.num_blocks * (choice.num_blocks - 1) / 2
-        if isinstance(work.task, ImageGeneration | MaskedLM):
-            return (layers + trained) * recomputed, own
-        if isinstance(work.task, CausalLM):  # a clean token, and the noisy ones that layers read
-            return (layers + trained) * recomputed, layers + (0 if blocks.target_entry == "none" else trained)
-        return (layers + trained) * recomputed, layers + heads
-    return layers * recomputed, layers
-
-
-def _of_a_loop(work: Workload, task: RecurrentLM, method: str, recomputed: float) -> tuple[float, float]:
-    """Layer applications of a looped network, per token: of training, and of writing with the task's iterations (as
-    `inference_layers` of the models counts)."""
-    once = work.blocks.prelude + work.blocks.coda
-    core, iterations = work.num_layers - once, task.iterations
-    if method == "shallow":
-        return work.num_layers * recomputed, work.num_layers
-    if method == "diffusionblocks":
-        return work.num_layers * recomputed, work.blocks.prelude + (core + work.blocks.coda) * (2 * iterations - 1)
-    made, trained = task.expected()
-    return (once + core * trained) * recomputed + core * (made - trained) / 3, once + core * iterations
-
-
 def _command(work: Workload, choice: Choice) -> str | None:
     if not work.command:  # there is no recipe for it: from Python, with Trainer
         return None
-    uneven = work.blocks.layers_per_block and choice.num_blocks not in (1, work.blocks.num_blocks)
+    blocks = work.recipe.blocks
+    uneven = blocks.layers_per_block and choice.num_blocks not in (1, blocks.num_blocks)
     return f"{work.command} {_flags(choice)}" + (" --blocks.layers-per-block '[]'" if uneven else "")
 
 
@@ -190,7 +121,7 @@ def _flags(choice: Choice) -> str:
     words = ["--method", choice.method]
     if choice.num_blocks > 1:
         words += ["--num-blocks", str(choice.num_blocks)]
-    if choice.checkpointing and choice.method != "checkpointing":
+    if choice.recomputed:
         words += ["--train.activation-checkpointing", "true"]
     if choice.accumulation > 1:
         words += ["--train.accumulation", str(choice.accumulation)]
@@ -199,25 +130,13 @@ def _flags(choice: Choice) -> str:
     return " ".join(words)
 
 
-REASONS = {
-    "end-to-end": "ordinary training fits, and nothing is better understood",
-    "full": "full fine-tuning fits, and nothing is better understood",
-    "checkpointing": "it trains the whole network exactly, for a third more computation",
-    "lora": "full fine-tuning does not fit; LoRA does, and is the best-tested way to adapt a network on such a card",
-    "exact": "it makes the updates of ordinary training with the gradients and optimizer state of one block on the "
-    "device at a time, for the transfers and, where activations are recomputed, up to a third more computation",
-    "mixed": "it trains the whole network, one block at a time, partly on the ordinary loss",
-    "diffusionblocks": "no method that trains the whole network at once fits; blocks trained alone do",
-}
-
-
 def _recommend(
     work: Workload, made: dict[Choice, Predictor], traces: Traces, limit: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
     tied = work.tied()
     for choice in sorted(made, key=partial(_preference, work, tied)):
-        in_passage = choice.method == "exact" and work.train("exact").order == "backward"
+        in_passage = find_method(choice.method).one_pass and work.train(choice.method).order == "backward"
         if in_passage:  # what fits is asked of the least that it needs; then it keeps what graphs fit
             choice = dataclasses.replace(choice, keep_graphs=1)
         predicting = predictor(work, choice, traces)
@@ -227,18 +146,10 @@ def _recommend(
             if predicting.at(batch_size, parts).least > limit:
                 continue
             choice = dataclasses.replace(choice, accumulation=parts)
-            reason = REASONS[choice.method]
-            if choice.method == "exact" and tied:
-                reason += "; input and output embeddings are tied here, belong to no block and stay as they are"
             if in_passage:
                 choice = _keeping(work, choice, traces, limit, batch_size)
                 predicting = predictor(work, choice, traces)
-                if choice.keep_graphs > 1:
-                    reason += (
-                        f"; the activations of {choice.keep_graphs} blocks fit beside it, which saves recomputing them"
-                    )
-            if choice.method == "diffusionblocks" and isinstance(work.task, RecurrentLM):
-                reason = "unrolling does not fit, even with recomputed activations; one pass per step does"
+            reason = find_method(choice.method).reason(work.settled(choice), tied)
             if parts > predicting.config.accumulation:
                 reason += f"; the batch is cut into {parts} parts"
             command = _command(work, choice)
@@ -259,14 +170,14 @@ def _recommend(
         "num_blocks": None,
         "reason": f"nothing fits, even one sample at a time; the least is {least.label} with "
         f"{least.num_blocks} blocks, which needs a card of {need / 2**30:.2f} GiB. "
-        + ("" if isinstance(work.task, RecurrentLM) else "More blocks, ")
+        + ("More blocks, " if work.recipe.task.splits else "")
         + "bf16-true or adamw-8bit need less",
         "command": None,
     }
 
 
 def _keeping(work: Workload, choice: Choice, traces: Traces, limit: int, batch_size: int) -> Choice:
-    """`exact` with the graphs of as many blocks kept as fit: nothing else makes it compute less."""
+    """One backward pass with the graphs of as many blocks kept as fit: nothing else makes it compute less."""
     counts = range(choice.num_blocks, 1, -1) if choice.accumulation == 1 else ()
     for count in counts:
         more = dataclasses.replace(choice, keep_graphs=count)
@@ -286,12 +197,8 @@ def _could_fit(predicting: Predictor, limit: int, batch_size: int) -> bool:
 
 
 def _preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
-    # What was learned before is safest with the loss that it was learned by, and next-token blocks stay behind the
-    # whole network, unless its embeddings would stay as they were drawn.
-    ordinary = work.pretrained or (work.blocks.target == "causal" and not tied)
-    blocks = ("exact", "mixed", "diffusionblocks") if ordinary else ("diffusionblocks", "exact")
-    order = ("full", "end-to-end", "checkpointing", "lora", *blocks, "last-block", "shallow")
-    return order.index(choice.method), choice.num_blocks, int(choice.checkpointing)
+    rank = find_method(choice.method).rank(work.as_run(choice.method), tied)
+    return rank, choice.num_blocks, int(choice.checkpointing)
 
 
 def _accumulations(batch_size: int, at_least: int) -> list[int]:
@@ -303,19 +210,20 @@ def _accumulations(batch_size: int, at_least: int) -> list[int]:
 def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[tuple[str, Prediction]]]:
     """The prediction of a recipe's own run, and the changes that fit `limit` bytes, cheapest first.
 
-    One of each kind, three at most: fewer kept graphs (method exact), the batch in smaller parts (costs no
+    One of each kind, three at most: fewer kept graphs (order backward), the batch in smaller parts (costs no
     computation), recomputed activations (a third more), more blocks (another method, or smaller blocks). For an
     unrolled loop a shorter truncation and one pass per step come before recomputation: they compute less than now.
     """
     work, parts = from_recipe(recipe, name), recipe.train.accumulation
     batch_size = recipe.train.batch_size
+    declared = find_method(recipe.method)
     ours = Choice(
         method=recipe.method,
-        num_blocks=recipe.blocks.num_blocks if recipe.method in BLOCKWISE else 1,
+        num_blocks=recipe.blocks.num_blocks if declared.splits else 1,
         checkpointing=recipe.train.activation_checkpointing,
         accumulation=parts,
     )
-    kept = min(work.train(ours.method).graphs, ours.num_blocks) if ours.method == "exact" else 1
+    kept = min(work.train(ours.method).graphs, ours.num_blocks)
     fewer = [dataclasses.replace(ours, keep_graphs=count) for count in range(kept - 1, 0, -1)]
     ours_in_parts = fewer[-1] if fewer else ours  # for which graphs are not kept
     smaller = [
@@ -323,15 +231,15 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
         *(dataclasses.replace(ours_in_parts, accumulation=n) for n in _accumulations(batch_size, parts)[1:]),
     ]
     recomputed = [] if ours.checkpointing else [dataclasses.replace(choice, checkpointing=True) for choice in smaller]
-    method = ours.method if ours.method in BLOCKWISE else "diffusionblocks"
-    looped = isinstance(recipe.task, RecurrentLM)
-    unrolled = looped and ours.method in ("end-to-end", "checkpointing", "full")
+    method = ours.method if declared.splits else Recipe.method
+    looped = not recipe.task.splits
+    unrolled = looped and not (declared.by_blocks or declared.once)
     counts = [n for n in default_counts(work.num_layers) if n > ours.num_blocks]
     split = [dataclasses.replace(ours, method=method, num_blocks=count) for count in counts]
-    if method != ours.method and recipe.train.order == "backward":  # which only exact can
+    if recipe.train.order == "backward" and not find_method(method).one_pass:
         split = []
     if looped:  # one pass per step in place of many
-        split = [dataclasses.replace(ours, method="diffusionblocks", checkpointing=False)] if unrolled else []
+        split = [dataclasses.replace(ours, method=Recipe.method, checkpointing=False)] if unrolled else []
     traces: Traces = {}
     now = predictor(work, ours, traces).at(batch_size, parts)
 
@@ -354,13 +262,12 @@ def cheaper(recipe: Recipe, name: str, limit: float) -> tuple[Prediction, list[t
 
 def _truncated(work: Workload, ours: Choice, batch_size: int, limit: float) -> list[tuple[str, Prediction]]:
     """The longest truncation of an unrolled network, by halves, that fits."""
-    task, truncation = work.task, getattr(work.task, "truncation", 1) // 2
-    while isinstance(task, RecurrentLM) and truncation:
-        shorter = dataclasses.replace(work, task=dataclasses.replace(task, truncation=truncation))
-        found = predictor(shorter, ours).at(batch_size, ours.accumulation)
+    while shorter := work.settled(ours).task.lighter():
+        work = work.with_task(**shorter)
+        found = predictor(work, ours).at(batch_size, ours.accumulation)
         if found.least <= limit:
-            return [(f"--objective.truncation {truncation}", found)]
-        truncation //= 2
+            ((option, value),) = shorter.items()
+            return [(f"--{today(f'task.{option}').replace('_', '-')} {value}", found)]
     return []
 
 

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from diffusionblocks.blocks.exact import BlockCoordinateModel
 from diffusionblocks.blocks.handed import Handed, tensors_of
 from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.data.stream import Unread
+from diffusionblocks.methods.base import Step
 from diffusionblocks.planning.card import kernels_of_a_card, target_device, traced_device, workspaces
 from diffusionblocks.planning.tracker import Bytes, PhaseTracker
 from diffusionblocks.seeds import uniform
@@ -43,16 +44,6 @@ from diffusionblocks.training.worker import cut
 SHORT = (2, 4)  # numbers of layers of the short traces
 LARGEST_BATCH = 1 << 20
 FULL = 4  # up to this many layers are traced as they are
-
-
-class Step(NamedTuple):
-    """A step of one block: the layers of the blocks of a network that shows what happens in it, and which one steps.
-
-    The network need not be the whole one: blocks that have no part in the step's memory are left out or one layer deep.
-    """
-
-    sizes: tuple[int, ...]
-    block: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -12,29 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusionblocks.blocks.config import BlocksConfig
-from diffusionblocks.blocks.convert import convert
-from diffusionblocks.blocks.exact import BlockCoordinateModel
-from diffusionblocks.blocks.kinds import whole_network
 from diffusionblocks.blocks.model import BlockModel
 from diffusionblocks.data.images.splits import count_classes
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.methods.lora import lora_model
-from diffusionblocks.methods.methods import for_method
+from diffusionblocks.methods import find_method, for_method
+from diffusionblocks.methods.base import Step
 from diffusionblocks.networks.config import NetworkConfig
 from diffusionblocks.networks.registry import pretrained_config, take_apart
-from diffusionblocks.planning.predict import Network, Predictor, Step, Traces
+from diffusionblocks.planning.predict import Network, Predictor, Traces
 from diffusionblocks.recipes import Recipe, load_recipe
 from diffusionblocks.recipes.keys import SHORT_NAMES, places, today
 from diffusionblocks.recipes.network import network_config, sample_shape
+from diffusionblocks.recipes.schema import LoraConfig
 from diffusionblocks.system.trust import trusted
-from diffusionblocks.tasks import CausalLM, RecurrentLM
+from diffusionblocks.tasks import CausalLM
 from diffusionblocks.theory.partition import Partition, split_layers
 from diffusionblocks.training.config import TrainingConfig
-from diffusionblocks.training.task import Task
 
-BLOCKWISE = ("exact", "diffusionblocks", "mixed")
 _PLACES = places("causal-lm")
 PLANNED = ("method", "train.batch_size", "blocks.num_blocks")  # settings that the printed command says itself
 
@@ -45,52 +41,64 @@ class Workload:
 
     Args:
         network: number of layers -> the Hugging Face network of that depth (called on the meta device).
-        batch: number of samples -> batch. num_layers: L. blocks, task: settings of DiffusionBlocks and its objective.
-        train: method -> training settings. pretrained: there are weights to adapt. lora: rank and alpha.
-        train_readout: adapting trains a new readout. command: what every run starts with. layers: method -> layers per
-            block, where a method has a split of its own (None: as `blocks` says).
+        batch: number of samples -> batch. num_layers: L.
+        recipe: as it is given. as_run: method -> the recipe as that method runs it.
+        command: what every run starts with ("" = there is none).
     """
 
     network: Callable[[int], Any]
     batch: Callable[[int], dict[str, Tensor]]
     num_layers: int
-    blocks: BlocksConfig
-    task: Task
-    train: Callable[[str], TrainingConfig]
-    pretrained: bool
-    lora: tuple[int, int]
-    train_readout: bool
+    recipe: Recipe
+    as_run: Callable[[str], Recipe]
     command: str
-    layers: Callable[[str], Sequence[int]] | None = None
 
     def on(self, device: str) -> Workload:
         """The same, where training on the device `auto` means `device`."""
 
-        def settled(method: str) -> TrainingConfig:
-            train = self.train(method)
-            return dataclasses.replace(train, device=device) if train.device == "auto" else train
+        def settled(method: str) -> Recipe:
+            recipe = self.as_run(method)
+            if recipe.train.device != "auto":
+                return recipe
+            return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device=device))
 
-        return dataclasses.replace(self, train=settled)
+        return dataclasses.replace(self, as_run=settled)
 
-    def settings(self, choice: Choice) -> TrainingConfig:
-        """Training settings of a choice."""
-        train = self.train(choice.method)
-        if choice.checkpointing:
-            train = dataclasses.replace(train, activation_checkpointing=True)
-        if choice.accumulation > 1:
-            train = dataclasses.replace(train, accumulation=choice.accumulation)
-        return dataclasses.replace(train, keep_graphs=choice.keep_graphs) if choice.keep_graphs else train
+    def with_task(self, **options: Any) -> Workload:
+        """The same with other options of the task."""
+
+        def changed(method: str) -> Recipe:
+            recipe = self.as_run(method)
+            return dataclasses.replace(recipe, task=dataclasses.replace(recipe.task, **options))
+
+        return dataclasses.replace(self, as_run=changed)
+
+    def train(self, method: str) -> TrainingConfig:
+        """Training settings of a method."""
+        return self.as_run(method).train
+
+    def settled(self, choice: Choice) -> Recipe:
+        """The recipe of a choice."""
+        recipe = self.as_run(choice.method)
+        changes: dict[str, Any] = {"activation_checkpointing": True} if choice.checkpointing else {}
+        changes |= {"accumulation": choice.accumulation} if choice.accumulation > 1 else {}
+        changes |= {"keep_graphs": choice.keep_graphs} if choice.keep_graphs else {}
+        uneven = recipe.blocks.layers_per_block if choice.num_blocks == recipe.blocks.num_blocks else []
+        return dataclasses.replace(
+            recipe,
+            train=dataclasses.replace(recipe.train, **changes),
+            blocks=dataclasses.replace(recipe.blocks, num_blocks=choice.num_blocks, layers_per_block=uneven),
+        )
 
     def split(self, choice: Choice) -> list[int]:
         """Layers of each block."""
-        own = self.blocks.layers_per_block if self.layers is None else self.layers(choice.method)
-        uneven = own if choice.num_blocks == self.blocks.num_blocks else None
+        uneven = self.settled(choice).blocks.layers_per_block
         return [len(span) for span in split_layers(self.num_layers, choice.num_blocks, uneven)]
 
     def tied(self) -> bool:
         """Whether input and output embeddings are one."""
         with torch.device("meta"):
-            return take_apart(self.network(min(2, self.num_layers)), self.blocks.target).tied
+            return take_apart(self.network(min(2, self.num_layers)), self.recipe.task.target).tied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +113,12 @@ class Choice:
 
     @property
     def label(self) -> str:
-        extra = " + checkpointing" if self.checkpointing and self.method != "checkpointing" else ""
-        return self.method + extra
+        return self.method + (" + checkpointing" if self.recomputed else "")
+
+    @property
+    def recomputed(self) -> bool:
+        """Whether it recomputes activations, which its method alone would not."""
+        return self.checkpointing and not find_method(self.method).recomputes
 
 
 def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] = ()) -> Workload:
@@ -134,13 +146,8 @@ def from_recipe(recipe: Recipe, name: str, overrides: Sequence[tuple[str, Any]] 
         network=lambda num_layers: config.cut(num_layers).build(),
         batch=batch,
         num_layers=config.num_layers,
-        blocks=dataclasses.replace(recipe.blocks, target=recipe.task.target),
-        task=recipe.task,
-        train=lambda method: for_method(recipe, method).train,
-        layers=lambda method: for_method(recipe, method).blocks.layers_per_block,
-        pretrained=bool(recipe.model.pretrained),
-        lora=(recipe.lora.rank, recipe.lora.alpha),
-        train_readout=not isinstance(data, TextConfig),
+        recipe=recipe,
+        as_run=functools.cache(lambda method: for_method(recipe, method)),
         command=" ".join(["dblocks train", shlex.quote(name), *flags]),
     )
 
@@ -185,31 +192,30 @@ def _language_model(
     defaults = {"batch_size": 1, "precision": "bf16-true", "residency": "host"}
     chosen = {known[key]: value for key, value in settings.items()}
     TrainingConfig(**{**defaults, **chosen}).check()
-    order = chosen.get("order", load_recipe("adapt").methods["exact"]["train"]["order"])
-    if order == "backward":  # exact goes so by itself, and nothing else can
+    adapt = load_recipe("adapt")
+    order = chosen.get("order", adapt.methods[adapt.method]["train"]["order"])
+    if order == "backward":  # what can go so does by itself, and nothing else can
         chosen.pop("order", None)
     train = TrainingConfig(**{**defaults, **chosen})
-    exact = dataclasses.replace(train, order=order)
-    exact.check()
+    in_one_pass = dataclasses.replace(train, order=order)
+    in_one_pass.check()
+    model = dataclasses.replace(adapt.model, pretrained=name_or_path)
+    recipe = dataclasses.replace(adapt, model=model, task=CausalLM(), train=train, lora=LoraConfig())
 
     def batch(samples: int) -> dict[str, Tensor]:
         return {"input_ids": torch.zeros(samples, length, dtype=torch.long)}
 
-    def settings_of(method: str) -> TrainingConfig:
-        if method in BLOCKWISE:
-            return exact if method == "exact" else train
-        return dataclasses.replace(train, residency="device", order="sweep")
+    def as_run(method: str) -> Recipe:
+        declared = find_method(method)
+        own = in_one_pass if declared.one_pass else train
+        return declared.prepare(dataclasses.replace(recipe, method=method, train=own))
 
     work = Workload(
         network=lambda num_layers: network.cut(num_layers).build(),
         batch=batch,
         num_layers=network.num_layers,
-        blocks=dataclasses.replace(load_recipe("adapt").blocks, target="causal"),
-        task=CausalLM(),
-        train=settings_of,
-        pretrained=True,
-        lora=(16, 32),
-        train_readout=False,
+        recipe=recipe,
+        as_run=as_run,
         command=_adapting(name_or_path, length, {**defaults, **chosen}),
     )
     return work, train
@@ -233,84 +239,32 @@ def _word(value: Any) -> str:
 
 def predictor(work: Workload, choice: Choice, traces: Traces | None = None) -> Predictor:
     """The predictor of one choice. traces: shared by the choices of one workload."""
-    train, sizes, task = work.settings(choice), work.split(choice), work.task
-    if isinstance(task, RecurrentLM):
-        task = task.once() if choice.method == "shallow" else task.longest()
-    return Predictor(_network(work, choice, sizes), task, train, traces)
+    recipe = work.settled(choice)
+    return Predictor(_network(work, choice, recipe), recipe.task.longest(), recipe.train, traces)
 
 
-def _network(work: Workload, choice: Choice, sizes: list[int]) -> Network:
-    method = "diffusionblocks" if choice.method.startswith("diffusionblocks") else choice.method
-    kind = method if method in _BUILDERS else "end-to-end"
-    build, count = _BUILDERS[kind], len(sizes)
-    if isinstance(
-        work.task, RecurrentLM
-    ):  # its layers differ in how often they are applied: they are traced as they are
-        own = f"{kind}, once" if method == "shallow" else kind
-        return Network(
-            kind=own, build=lambda sizes: build(work, [work.num_layers]), batch=work.batch, steps=[Step((1,))]
-        )
-    if kind == "diffusionblocks":
-        if work.blocks.context == "input":
-            steps = [Step((size,)) for size in sizes]
-        else:  # one that hands on, and one that does not: the last block may have another head than those before it
-            steps = [Step((1, size, 1), 1) for size in sizes]
-            steps[0], steps[-1] = Step((sizes[0], 1)), Step((1, sizes[-1]), 1)
-            steps = steps if count > 1 else [Step((sizes[0],))]
-    elif kind in ("exact", "mixed"):  # layers after the active block keep their inputs, layers before it keep nothing
-        after = [sum(sizes[index + 1 :]) for index in range(count)]
-        steps = [Step((1, size, rest), 1) for size, rest in zip(sizes, after, strict=True)]
-        steps[0], steps[-1] = Step((sizes[0], after[0])), Step((1, sizes[-1]), 1)
-        if (
-            kind == "exact" and work.train(choice.method).order == "backward"
-        ):  # but for one layer, to hand gradients down
-            steps = [Step((1, size, 1), 1) for size in sizes]
-            steps[0], steps[-1] = Step((sizes[0], 1)), Step((1, sizes[-1]), 1)
-        steps = steps if count > 1 else [Step((sizes[0],))]
-    elif kind == "last-block":
-        steps = [Step((work.num_layers - sizes[-1], sizes[-1]))]
-    else:
-        steps = [Step((sizes[0] if method == "shallow" else work.num_layers,))]
+def _network(work: Workload, choice: Choice, recipe: Recipe) -> Network:
+    method, sizes = find_method(choice.method), work.split(choice)
+
+    def build(sizes: Sequence[int]) -> BlockModel:
+        layers = sizes if recipe.task.splits else [work.num_layers]
+        return method.build(_shaped(recipe, layers), work.network(sum(layers)))
+
+    # Layers of a looped network differ in how often they are applied: they are traced as they are.
+    steps = method.steps(recipe, sizes) if recipe.task.splits else [Step((1,))]
+    alike = method.traced_as or method.name, recipe.task, _shaped(recipe, [1]).blocks, recipe.lora
     share = 1.0
-    if work.blocks.target == "masked":  # the first block meets the most masks
-        split = count if kind == "diffusionblocks" else 1
-        partition = Partition(work.blocks.masking(), split, work.blocks.overlap, work.blocks.borders)
-        share = partition.mean_mass(0)
-    return Network(kind=kind, build=lambda sizes: build(work, sizes), batch=work.batch, steps=steps, masked_share=share)
+    if recipe.task.target == "masked":  # the first block meets the most masks
+        blocks, ranges = recipe.blocks, len(sizes) if method.denoises else 1
+        share = Partition(blocks.masking(), ranges, blocks.overlap, blocks.borders).mean_mass(0)
+    return Network(kind=repr(alike), build=build, batch=work.batch, steps=steps, masked_share=share)
 
 
-def _denoisers(work: Workload, sizes: Sequence[int]) -> BlockModel:
-    shape: dict[str, Any] = {"num_blocks": len(sizes), "layers_per_block": list(sizes)}
-    if work.blocks.target == "causal":
+def _shaped(recipe: Recipe, sizes: Sequence[int]) -> Recipe:
+    """The recipe for a network of blocks of these sizes, as it is traced."""
+    shape: dict[str, Any] = {"num_blocks": len(sizes), "layers_per_block": list(sizes) if recipe.task.splits else []}
+    if recipe.task.target == "causal":
         shape["distill"] = False  # only while heads settle, which needs less
-    if work.blocks.target == "recurrent":
-        shape["layers_per_block"] = []
-    if work.blocks.target != "masked":
+    if recipe.task.target != "masked":
         shape["levels"] = "log-normal"  # levels have no values here, and an information partition would want some
-    return convert(work.network(sum(sizes)), **{**dataclasses.asdict(work.blocks), **shape})
-
-
-def _mixed(work: Workload, sizes: Sequence[int]) -> BlockModel:
-    blocks = dataclasses.replace(work.blocks, ordinary=work.blocks.ordinary or 1.0)
-    return _denoisers(dataclasses.replace(work, blocks=blocks), sizes)
-
-
-def _coordinate(work: Workload, sizes: Sequence[int]) -> BlockModel:
-    spans = split_layers(sum(sizes), len(sizes), list(sizes))
-    return BlockCoordinateModel(take_apart(work.network(sum(sizes)), work.blocks.target), spans)
-
-
-def _whole(work: Workload, num_layers: int, **options: Any) -> BlockModel:
-    return whole_network(take_apart(work.network(num_layers), work.blocks.target), work.blocks, **options)
-
-
-_BUILDERS: dict[str, Callable[[Workload, Sequence[int]], BlockModel]] = {
-    "diffusionblocks": _denoisers,
-    "mixed": _mixed,
-    "exact": _coordinate,
-    "lora": lambda work, sizes: lora_model(
-        work.network(sum(sizes)), *work.lora, train_readout=work.train_readout, blocks=work.blocks
-    ),
-    "last-block": lambda work, sizes: _whole(work, sum(sizes), trained_layers=sizes[-1]),
-    "end-to-end": lambda work, sizes: _whole(work, sum(sizes)),
-}
+    return dataclasses.replace(recipe, blocks=dataclasses.replace(recipe.blocks, **shape))

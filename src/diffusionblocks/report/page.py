@@ -13,7 +13,7 @@ from diffusionblocks.experiments.adaptation import read_samples
 from diffusionblocks.experiments.compare import read_comparison, summarise
 from diffusionblocks.experiments.folder import read_recipe, read_summary
 from diffusionblocks.experiments.run import Run, load_run
-from diffusionblocks.methods.methods import find_method
+from diffusionblocks.methods import find_method
 from diffusionblocks.report import figures, table
 from diffusionblocks.system.files import write_text
 from diffusionblocks.system.run_folder import COMPARISON, SUMMARY
@@ -114,7 +114,7 @@ def _run(folder: Path) -> dict[str, Any]:
     summary = read_summary(folder)
     beside = _before_and_after(folder)
     # Loading a large pretrained network takes long; only what is drawn from one needs it.
-    run = None if beside is not None and summary["method"] not in ("diffusionblocks", "mixed") else load_run(folder)
+    run = None if beside is not None and not find_method(summary["method"]).denoises else load_run(folder)
     recipe = read_recipe(folder) if run is None else run.recipe
     model = None if run is None else run.model
     ranges = [_range(model, b) for b in range(model.num_blocks)] if isinstance(model, DiffusionBlocksModel) else []

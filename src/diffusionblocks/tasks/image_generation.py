@@ -92,6 +92,7 @@ class ImageGeneration(Task):
     data: ClassVar = DataConfig
     presets: ClassVar = {"paper": PAPER}
     by_block: ClassVar = True
+    compared_alike: ClassVar = ("sampler", "sampling_steps", "grid", "guidance", "label_dropout")
     unit: ClassVar = ""
 
     kind: str = option("image-generation", choices=("image-generation",))

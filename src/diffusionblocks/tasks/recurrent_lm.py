@@ -94,6 +94,13 @@ class RecurrentLM(NextToken):
         """The same task with steps that all need the most memory: as many iterations as gradients flow through."""
         return replace(self, draw="constant", mean_iterations=self.truncation)
 
+    def lighter(self) -> dict[str, int]:
+        """Gradients through half as many iterations."""
+        return {"truncation": self.truncation // 2} if self.truncation > 1 else {}
+
+    def applied(self) -> int:
+        return self.iterations
+
     def drawn(self, seed: int) -> int:
         """Iterations of one training step, drawn on the host: r = 1 + Poisson(e^t) with t normal, so that the mean is
         `mean_iterations` ([Huginn] section 3.3)."""

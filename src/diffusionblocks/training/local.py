@@ -20,6 +20,7 @@ from diffusionblocks.blocks.causal import CausalBlocks
 from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel
 from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch
+from diffusionblocks.theory import costs
 from diffusionblocks.training.state import BlockState
 from diffusionblocks.training.task import StepOutput
 
@@ -84,7 +85,7 @@ class LocalObjective:
             teacher = model.answer(block, context, batch)
         loss = (denoiser.head()(hidden, teacher=teacher) * weights).sum()
         after = model.layers[-1].stop - model.layers[block].stop
-        return StepOutput(loss, context.detach(), self._settling_layers(block) + after / 3)
+        return StepOutput(loss, context.detach(), self._settling_layers(block, after))
 
     def output(
         self, block: int, batch: Batch, noisy: Tensor, level: Tensor, labels: Tensor, weights: Tensor, settling: bool
@@ -105,9 +106,9 @@ class LocalObjective:
         assert isinstance(self.model, CausalBlocks)
         return self.model
 
-    def _settling_layers(self, block: int) -> float:
-        """Layers that a sample passes where the trunk runs forward alone."""
-        return len(self.model.layers[block]) / 3 + self._causal.config.heads(False, "causal")
+    def _settling_layers(self, block: int, behind: int = 0) -> float:
+        """Layer evaluations of a step in which the trunk, and the layers `behind` it, run forward alone."""
+        return costs.settling(len(self.model.layers[block]), self._causal.config.heads(False, "causal"), behind)
 
 
 def _how_likely(loss: Tensor, network: Tensor) -> Tensor:

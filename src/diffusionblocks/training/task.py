@@ -156,7 +156,8 @@ class Task:
     describes and its released code does. splits: a network is cut into blocks of layers (a looped one is not: the same
     layers serve all iterations). repeats: its options of how often the layers are applied, which mean nothing where
     they are applied once. writes: it trains ordinary language models, which can be used as they are. by_block: what it
-    makes is made by one block at a time. unit: of its loss.
+    makes is made by one block at a time. compared_alike: options that all methods of a comparison share, whatever a
+    preset says: how samples are drawn. unit: of its loss.
     """
 
     target: ClassVar[str]
@@ -166,6 +167,7 @@ class Task:
     repeats: ClassVar[tuple[str, ...]] = ()
     writes: ClassVar[bool] = False
     by_block: ClassVar[bool] = False
+    compared_alike: ClassVar[tuple[str, ...]] = ()
     unit: ClassVar[str] = "nats"
 
     kind: str = ""
@@ -198,6 +200,18 @@ class Task:
     def longest(self) -> Self:
         """The same task with steps that all need the most memory."""
         return self
+
+    def lighter(self) -> dict[str, int]:
+        """The option, with half its value, that makes steps need less memory and compute less; {} = there is none."""
+        return {}
+
+    def expected(self) -> tuple[float, float]:
+        """How often a training step applies a looped network's core, on average, and how often with gradients."""
+        return 1, 1
+
+    def applied(self) -> int:
+        """How often inference applies it."""
+        return 1
 
     # ------------------------------------------------------------------ evaluation
 

@@ -31,6 +31,7 @@ from diffusionblocks.seeds import derive
 from diffusionblocks.system.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.system.interruption import Stop, Stopped, stop_on_signal
 from diffusionblocks.system.run_folder import RESIDENCY, drop_previous, held
+from diffusionblocks.theory import costs
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
 from diffusionblocks.training.config import TrainingConfig
@@ -250,7 +251,7 @@ class Trainer:
         if context is None:
             return self._passages(index)
         passed = sum(len(self.model.block(i).layers) for i in range(index))
-        self.progress.layer_evaluations += passed * len(context) / 3
+        self.progress.layer_evaluations += costs.forward(passed) * len(context)
         return cut(context, self.config.accumulation)
 
     def context(self, index: int, batch: Batch) -> Tensor | None:
