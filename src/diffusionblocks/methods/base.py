@@ -164,7 +164,7 @@ def names(method: Any) -> tuple[str]:
     needed = REQUIRED if kind.rows is Method.rows else (*REQUIRED, *OF_ROWS)
     missing += [part for part in needed if getattr(kind, part) is getattr(Method, part)]
     if missing:
-        raise UserError(f"the method {method.name or kind.__name__!r} misses {', '.join(missing)}")
+        raise UserError(f"the method {method.name or kind.__name__} misses {', '.join(missing)}")
     return (method.name,)
 
 
