@@ -37,7 +37,9 @@ class Magnitude(Task):
     def __post_init__(self) -> None:
         check_options("task", self)
 
-    def step(self, model: Any, block: int, batch: Any, *, ranges: Any = None, draws: Any = None, **_: Any) -> StepOutput:
+    def step(
+        self, model: Any, block: int, batch: Any, *, ranges: Any = None, draws: Any = None, **_: Any
+    ) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, dblocks.EndToEndModel):
             logits = model(batch, block).float()
