@@ -170,7 +170,7 @@ def trainer(
     )
     settings = dblocks.TrainingConfig(**{**defaults, "batch_size": samples, **options})
     made = dblocks.Trainer(model, task, [{}] * samples, None, settings)  # type: ignore[arg-type]
-    made.prefetch = prefetch
+    made.place.prefetch = prefetch
     return made
 
 

@@ -177,7 +177,7 @@ def test_averages_and_borrowed_weights_are_put_in_place_once(runs):
 
     run = load_run(runs["exact"], [("train.device", "cpu")], with_data=False)
     swaps = []
-    run.trainer._swap_averages = lambda: swaps.append(1)
+    run.trainer.place.swap_averages = lambda: swaps.append(1)
     with run.trainer.averaged(), run.trainer.averaged():
         assert len(swaps) == 1
     assert len(swaps) == 2

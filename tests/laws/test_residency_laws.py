@@ -67,7 +67,7 @@ def test_prefetching_changes_nothing(order):
     plain = trainer(residency="disk", order=order, branch_at=0.25)
     plain.fit()
     ahead = trainer(residency="disk", order=order, branch_at=0.25)
-    ahead.prefetch = True
+    ahead.place.prefetch = True
     ahead.fit()
     assert same(weights(plain.model), weights(ahead.model))
 
@@ -88,7 +88,7 @@ def test_the_next_block_arrives_while_this_one_computes(monkeypatch):
     seconds = {}
     for prefetch in (False, True):
         made = trainer(residency="disk", order="sweep", steps=6)
-        made.prefetch = prefetch
+        made.place.prefetch = prefetch
         _ = made.residency
         with monkeypatch.context() as patch:
             patch.setattr(lanes, "_copy", slow_copy)
@@ -112,7 +112,7 @@ def test_the_room_for_blocks_is_made_once_and_is_that_of_the_largest():
     assert home._arena is arena
     assert arena.nbytes == max(layout.nbytes for layout in home._layouts)
     both = trainer(residency="disk", order="sweep", steps=2)
-    both.prefetch = True
+    both.place.prefetch = True
     both.fit()
     sizes = sorted(layout.nbytes for layout in both.residency._layouts)
     assert both.residency._arena.nbytes == sizes[-1] + sizes[-2]

@@ -126,7 +126,7 @@ def test_branching_copies_weights_and_optimizer_state():
         next(visits)
     common = trainer.states[0]
     before = {name: tensor.clone() for name, tensor in common.tensors().items()}
-    trainer._part([(0, 1), (0, 2)])
+    trainer.place.part([(0, 1), (0, 2)])
     for state in trainer.states:
         assert state.steps == 6
         assert same({k: v.clone() for k, v in state.tensors().items()}, before)
@@ -163,7 +163,7 @@ def test_moving_averages_are_used_for_evaluation_and_put_back():
     before = weights(trainer.model)
     averaged = trainer.evaluate(make_data(16))["validation_loss"].value
     assert same(before, weights(trainer.model))
-    trainer._swap_averages()
+    trainer.use_averages()
     trainer.states[0].average.clear()
     assert not same(before, weights(trainer.model))
     direct = trainer.task.evaluate(trainer.model.eval(), [make_data(16).__getitems__(list(range(16)))])

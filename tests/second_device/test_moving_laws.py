@@ -85,7 +85,7 @@ def test_when_copies_happen_changes_nothing(name, options, prefetch, eager, devi
     with monkeypatch.context() as patch:
         patch.setattr(residency, "lanes_of", lambda device: made.append(Late(eager)) or made[-1])
         moved = case.trainer(device=str(device), residency="host", steps=4, **options)
-        moved.prefetch = prefetch
+        moved.place.prefetch = prefetch
         moved.fit()
     assert moved.residency.prefetches is prefetch
     assert made[0].most > (1 if eager is None else 0)

@@ -120,7 +120,7 @@ def test_evaluation_that_does_not_fit_goes_on_with_smaller_batches(caplog):
     with caplog.at_level(logging.WARNING, "diffusionblocks"):
         found = trainer.evaluate(make_data(40))
     assert "going on with 8 samples at once" in caplog.text and found["accuracy"].value >= 0
-    assert not trainer._averaged
+    assert not trainer.place.averaged
     Greedy.most = 0
     with pytest.raises(torch.OutOfMemoryError):
         trainer.evaluate(make_data(40))

@@ -8,9 +8,8 @@ written between visits, where nothing is handed on.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import chain, islice, pairwise
 from pathlib import Path
@@ -23,14 +22,13 @@ from torch.utils.data import Dataset
 from diffusionblocks.blocks.exact import BlockCoordinateModel
 from diffusionblocks.blocks.handed import Handed, Passage
 from diffusionblocks.blocks.model import BlockModel, DiffusionBlocksModel
-from diffusionblocks.data.stream import BatchStream, in_order
+from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import RunStopped, UserError
-from diffusionblocks.networks.llama import RotaryLayer
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.seeds import derive
 from diffusionblocks.system.devices import autocast, check_precision, find_device, imitates_bf16
 from diffusionblocks.system.interruption import Stop, Stopped, stop_on_signal
-from diffusionblocks.system.run_folder import RESIDENCY, drop_previous, held
+from diffusionblocks.system.run_folder import drop_previous, held
 from diffusionblocks.theory import costs
 from diffusionblocks.training import checkpoint
 from diffusionblocks.training.compiling import check_compiler, compile_layers
@@ -50,14 +48,15 @@ from diffusionblocks.training.order import (
     total_steps,
     trained_blocks,
 )
+from diffusionblocks.training.place import Place
 from diffusionblocks.training.progress import Journal, Progress, ProgressBar
 from diffusionblocks.training.residency import Residency
 from diffusionblocks.training.state import BlockState
-from diffusionblocks.training.task import Metric, Task, check_finite, on_device
+from diffusionblocks.training.task import Metric, Task, on_device
+from diffusionblocks.training.validation import validate
 from diffusionblocks.training.worker import StepResult, Worker, cut
 
 log = logging.getLogger("diffusionblocks")
-EVALUATED_TOKENS = 1 << 15  # tokens that are evaluated together
 
 
 class Steps(NamedTuple):
@@ -128,10 +127,7 @@ class Trainer:
         self.states = [BlockState(model.block(i), self.config, life, common, own) for i in range(model.num_blocks)]
         self.shared = BlockState(model.shared, self.config, total_steps(self.config, model.num_blocks))
         self.progress = Progress()
-        self.prefetch: bool | None = None  # set before the first step by those who measure it; None = see Residency
-        self._residency: Residency | None = None
-        self._averaged = self._here = False  # here: shared parts are on the device
-        self._roomy = False  # what the first step would add is there
+        self.place = Place(model, self.states, self.shared, self.config, self.device, self.output_dir)
         self.local = LocalObjective(model, self.config.heads_first, self.config.trust)
         self.local.check(self.states, self.trained)
         self.worker = Worker(model, task, self.config, self.local)
@@ -165,33 +161,8 @@ class Trainer:
 
     @property
     def residency(self) -> Residency:
-        """Set up on first use: moves the blocks to where the configuration wants them, and shared parts to the
-        device."""
-        if not self._here:
-            self._move_shared(self.device)
-        if self._residency is None:
-            for layer in (module for module in self.model.modules() if isinstance(module, RotaryLayer)):
-                layer.constants_to(self.device)
-            folder = None if self.output_dir is None else self.output_dir / RESIDENCY / str(os.getpid())
-            kind, ahead = self.config.residency, self.prefetch
-            self._residency = Residency(kind, self.states, self.device, folder, prefetch=ahead)
-        return self._residency
-
-    def _move_shared(self, device: torch.device) -> None:
-        away = {name: tensor for name, tensor in self.shared.tensors().items() if tensor.device != device}
-        moving = {name: tensor.to(device) for name, tensor in away.items() if not self.shared.stays_on_host(name)}
-        self.shared.replace(moving)
-        self._here = device == self.device
-
-    def _leave(self) -> None:
-        """Puts the model together again, so that others can use it: on the host where idle blocks are kept off the
-        device."""
-        if self._residency is None or not self._residency.moves or self.device.type == "cpu":
-            return
-        for index in self._residency.present():
-            self._residency.park(index)
-        self._residency.settle()
-        self._move_shared(torch.device("cpu"))
+        """Of the blocks. Set up on first use, see `Place`."""
+        return self.place.residency
 
     # ------------------------------------------------------------------ one step
 
@@ -218,8 +189,8 @@ class Trainer:
     ) -> Steps:
         """All steps of one visit. handed: by the visit before, for each batch; a step takes it out. upcoming: the block
         of the next visit."""
-        self._make_room()
-        self._part(visit.copies)
+        self.place.make_room(self.trained)
+        self.place.part(visit.copies)
         made = Steps([], [], [])
         with self.residency.active(visit.block):
             if upcoming is not None:
@@ -232,17 +203,6 @@ class Trainer:
                 made.handed.append(result.handed)
         self.progress.block_steps += len(batches)
         return made
-
-    def _make_room(self) -> None:
-        """Before the first step, on a card: for all that stays there (`BlockState.make_room`)."""
-        if self._roomy:
-            return
-        self._roomy = True
-        if self.device.type == "cpu":
-            return
-        stay = [] if self.residency.moves else [self.states[index] for index in self.trained]
-        for state in (self.shared, *stay):
-            state.make_room(self.device)
 
     def entering(self, index: int, batch: Batch) -> Sequence[Handed]:
         """What a step of block `index` gets where none before it handed anything on: features, made by the blocks
@@ -274,12 +234,6 @@ class Trainer:
         """The trained blocks in the order in which a batch visits them."""
         return self.trained[::-1] if self.config.order == "backward" else self.trained
 
-    def _part(self, copies: Iterable[tuple[int, int]]) -> None:
-        """Copies blocks, weights and optimizer state, into others."""
-        for source, target in copies:
-            with self.residency.active(source):
-                self.residency.copy(source, target)
-
     # ------------------------------------------------------------------ the run
 
     def fit(self, *, resume: bool = True) -> Progress:
@@ -293,7 +247,7 @@ class Trainer:
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> Progress:
-        if resume and self.output_dir is not None and self._residency is None:  # else it goes on from where it is
+        if resume and self.output_dir is not None and not self.place.begun:  # else it goes on from where it is
             self.restore(self.output_dir)
         if self.progress.finished:
             return self.progress
@@ -351,7 +305,7 @@ class Trainer:
                 parameter.requires_grad_(True)
             for parameter in (p for state in (*self.states, self.shared) for p in state.parameters.values()):
                 parameter.grad = None  # of a step that failed
-            self._leave()
+            self.place.leave()
 
     def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
@@ -406,60 +360,22 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self, data: Dataset, stop: Stop | None = None) -> dict[str, Metric]:
-        """The task's metrics on `data`, with the moving averages if there are any. Where a batch does not fit the
-        device, again with half of it.
+        """The task's metrics on `data`, with the moving averages if there are any (validation.py).
 
         Raises Failed for a metric that is not finite.
         """
-        at_once = max(self.config.batch_size, _at_once(data))
         with self.averaged():
-            while True:
-                try:
-                    batches = on_device(in_order(data, at_once), self.device)
-                    batches = batches if stop is None else stop.between(batches)
-                    return check_finite(self.task.evaluate(self.model, batches))
-                except torch.OutOfMemoryError:
-                    if at_once == 1:
-                        raise
-                at_once //= 2  # outside of the handler, which would keep what the failed batch held
-                log.warning("out of memory in evaluation: going on with %d samples at once", at_once)
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+            return validate(self.model, self.task, data, self.device, self.config.batch_size, stop)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """The model as it is evaluated: moving averages in place, no gradients, every block readable, and in the place
         of a block that has not parted from its network, the block that holds that."""
-        if self._averaged:  # asked for within itself
-            self.model.eval()
-            yield
-            return
-        visiting, residency = not self._here, self.residency
-        residency.settle()
-        self._swap_averages()
-        self._averaged = True
-        self.model.eval()
-        if isinstance(self.model, DiffusionBlocksModel):
-            now = phase_at(self.config, self.model.num_blocks, self.progress.block_steps)
-            self.model.holders = tuple(map(now.holder, range(self.model.num_blocks)))
-        try:
-            with residency.borrowed(whole=True), torch.no_grad(), self.autocast():
-                yield
-        finally:
-            self._swap_averages()
-            self._averaged = False
-            if isinstance(self.model, DiffusionBlocksModel):
-                self.model.holders = tuple(range(self.model.num_blocks))
-            if visiting:
-                self._leave()
+        now = phase_at(self.config, self.model.num_blocks, self.progress.block_steps)
+        return self.place.evaluated(tuple(map(now.holder, range(self.model.num_blocks))))
 
     def use_averages(self) -> None:
         """Puts the moving averages in the model's place for good (before saving the finished model)."""
-        self._swap_averages()
-
-    def _swap_averages(self) -> None:
-        for state in (*self.states, self.shared):
-            state.swap_average()
+        self.place.swap_averages()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -473,8 +389,7 @@ class Trainer:
             journal.flush(self.progress)
             if self.output_dir is None:
                 return
-            if self._residency is not None:
-                self._residency.settle()
+            self.place.settle()
             journal.sync()
             self.progress.journal_bytes, self.progress.journal_hash = journal.bytes, journal.digest
             self.progress.recent = {str(index): loss.item() for index, loss in self.local.recent.items()}
@@ -489,7 +404,7 @@ class Trainer:
         """Loads the newest whole checkpoint below `folder`, before the first step. False when there is none."""
         if not checkpoint.existing(folder):
             return False
-        assert self._residency is None, "restore before the first step"
+        assert not self.place.begun, "restore before the first step"
         saved = checkpoint.restore_latest(folder, self._named_states())
         if saved is None:
             return False
@@ -503,8 +418,3 @@ class Trainer:
         if not self.progress.finished:
             log.info("resuming after %d block steps", self.progress.block_steps)
         return True
-
-
-def _at_once(data: Dataset) -> int:
-    """Samples that are evaluated together: fewer of long texts."""
-    return max(1, min(128, EVALUATED_TOKENS // getattr(data, "length", 1)))
