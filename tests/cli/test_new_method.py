@@ -34,7 +34,8 @@ class HalfDepth(dblocks.Method):
         return (False,)
 
     def steps(self, recipe, sizes):
-        return [Step((sum(sizes),))]
+        half = sum(sizes) // 2
+        return [Step((half, sum(sizes) - half))]  # what trains, and what is left away
 
     def training(self, recipe, sizes, recomputed=1.0):
         return sum(sizes) / 2 * recomputed
