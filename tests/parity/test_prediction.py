@@ -58,7 +58,7 @@ def tiny(**overrides):
 def test_prediction_agrees_with_the_profiler(choice, overrides):
     work = tiny(**overrides)
     if choice.method == "last-block":  # wants a pretrained network; its memory does not depend on the weights
-        work = dataclasses.replace(work, train=lambda method: tiny(**overrides).train("end-to-end"), layers=None)
+        work = dataclasses.replace(work, as_run=lambda method: tiny(**overrides).as_run("end-to-end"))
     found = predictor(work, choice)
     predicted = found.at(found.config.batch_size, found.config.accumulation).device.total
     assert predicted == pytest.approx(measured(work, choice), rel=0.03)
