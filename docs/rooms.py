@@ -78,9 +78,8 @@ def diagram(sources: Path = SOURCES) -> str:
     for name, what in ROOMS.items():
         folder = sources / name if name else sources
         files = [path for path in (folder.rglob("*.py") if name else folder.glob("*.py")) if path.stat().st_size]
-        length = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files)
         shown = name or "no room"
-        lines.append(f'    {name or "root"}["<b>{shown}</b><br>{what}<br>{len(files)} files, {length:,} lines"]')
+        lines.append(f'    {name or "root"}["<b>{shown}</b><br>{what}<br>{len(files)} files"]')
     for name, tos in reduced(arrows(sources)).items():
         lines += [f"    {name or 'root'} --> {to or 'root'}" for to in ROOMS if to in tos]
     return "\n".join([*lines, "```"])

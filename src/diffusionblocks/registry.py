@@ -78,6 +78,4 @@ class Registry(Mapping[str, T], Generic[T]):
                 self._add(point.load())
             except Exception as error:  # other people's code may raise anything, and the other commands go on
                 package = "" if point.dist is None else f" of the package {point.dist.name}"
-                log.warning(
-                    "left out: the %s that %s%s declares: %s", self.what, point.name, package, first_line(error)
-                )
+                log.warning("left out: the %s plugin %s%s: %s", self.what, point.name, package, first_line(error))

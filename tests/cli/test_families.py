@@ -39,9 +39,7 @@ def test_a_declared_family_is_trained_and_loaded_and_a_broken_one_is_named(dbloc
     assert out.returncode == 0, out.stderr
     assert json.loads(out.stdout)["num_blocks"] == 3
     left_out = [line for line in out.stderr.splitlines() if "left out" in line]
-    assert left_out == [
-        "left out: the network class that broken of the package mine declares: No module named 'nowhere'"
-    ]
+    assert left_out == ["left out: the network class plugin broken of the package mine: No module named 'nowhere'"]
     out = dblocks("evaluate", str(tmp_path / "run"), "--json")
     assert out.returncode == 0, out.stderr
 

@@ -128,7 +128,7 @@ def test_a_plan_counts_layer_applications(capsys):
     ("words", "message"),
     [
         (["--sampling.iterations", "0"], "at least 1"),
-        (["--objective.truncation", "9", "--objective.mean-iterations", "8"], "longer than task.mean_iterations"),
+        (["--objective.truncation", "9", "--objective.mean-iterations", "8"], "longer than objective.mean_iterations"),
         (["--num-blocks", "2"], "not split"),
         (["--blocks.layers-per-block", "4"], "looped.prelude and looped.coda"),
         (["--method", "exact"], "not for looped networks"),

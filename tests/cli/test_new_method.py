@@ -87,7 +87,9 @@ def installed(tmp_path_factory):
 
 
 def test_it_is_listed_trained_and_compared(installed, tmp_path):
-    assert "half-depth             the first half of the layers, end to end" in command(installed, "train", "--help")
+    assert "half-depth                  the first half of the layers, end to end" in command(
+        installed, "train", "--help"
+    )
     words = ["compare", "digits", *SHORT, "--methods", "end-to-end,half-depth", "--output-dir", tmp_path, "--json"]
     whole, half = json.loads(command(installed, *words))["results"]
     assert half["method"] == "half-depth" and half["layer_evaluations"] == whole["layer_evaluations"] == 4 * 8 * 4

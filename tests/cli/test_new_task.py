@@ -101,13 +101,13 @@ def test_tasks_of_installed_packages_are_found_and_bad_ones_are_left_out(recipe,
     assert done.returncode == 0, done.stderr
     (result,) = json.loads(done.stdout)["results"]
     assert result["method"] == "diffusionblocks" and "absolute_error" in result["metrics"]
-    left_out = [line for line in done.stderr.splitlines() if "is left out" in line]
+    left_out = [line for line in done.stderr.splitlines() if line.startswith("left out")]
     assert left_out == [
-        "the task plugin taken of the package strangers is left out: there is a task 'classification' already: choose "
+        "left out: the task plugin taken of the package strangers: there is a task 'classification' already: choose "
         "another name",
-        "the task plugin unfinished of the package strangers is left out: the task Unfinished misses target, data, "
+        "left out: the task plugin unfinished of the package strangers: the task Unfinished misses target, data, "
         "step, evaluate",
-        "the task plugin broken of the package strangers is left out: No module named 'no_such_package'",
+        "left out: the task plugin broken of the package strangers: No module named 'no_such_package'",
     ]
 
 

@@ -496,7 +496,7 @@ def test_both_kinds_survive_the_disk_and_do_not_take_each_other(tmp_path):
     [
         ({"iterations": 0}, "at least 1"),
         ({"curve": [4, 0]}, "at least 1"),
-        ({"mean_iterations": 4, "truncation": 8}, "longer than task.mean_iterations"),
+        ({"mean_iterations": 4, "truncation": 8}, "longer than objective.mean_iterations"),
         ({"early_exit": -1.0}, "must be at least 0"),
         ({"draw": "poisson"}, "draw"),
     ],

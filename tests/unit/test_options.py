@@ -175,7 +175,9 @@ def test_ranges_of_every_task_hold(recipe, key, value):
         load_recipe(recipe, [(key, value)])
 
 
-@pytest.mark.parametrize("kind", [*GROUPS.values(), *TASKS.values(), *{task.data for task in TASKS.values()}])
+@pytest.mark.parametrize(
+    "kind", [*GROUPS.values(), *TASKS.values(), *dict.fromkeys(task.data for task in TASKS.values())]
+)
 def test_every_number_has_a_range(kind):
     """Defaults are inside, NaN and a far too large number are not; a number without bounds may be any finite one."""
     free = {"p_mean", "seed", "split_seed"}

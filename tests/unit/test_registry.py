@@ -83,10 +83,10 @@ def test_plugins_that_cannot_be_taken_are_named_in_one_line_each_and_the_others_
     with caplog.at_level(logging.WARNING, logger="diffusionblocks"):
         assert list(registry) == ["red", "green", "blue"]
     assert [record.getMessage() for record in caplog.records] == [
-        "left out: the colour that absent declares: No module named 'nowhere'",
-        "left out: the colour that broken declares: first line",
-        "left out: the colour that taken declares: there is a colour 'red' already: choose another name",
-        "left out: the colour that wrong declares: a colour is a text, got 7",
+        "left out: the colour plugin absent: No module named 'nowhere'",
+        "left out: the colour plugin broken: first line",
+        "left out: the colour plugin taken: there is a colour 'red' already: choose another name",
+        "left out: the colour plugin wrong: a colour is a text, got 7",
     ]
 
 

@@ -178,9 +178,11 @@ class Trainer:
         handed: what the step before handed on. ranges: the blocks whose noise ranges it learns, before they part
         (None = its own).
         """
-        states, borrowed = (self.states[index], self.shared), self.residency.borrowed
+        states = self.states[index], self.shared
         handed = handed or self._passages(index)
-        result = self.worker.step(index, states, batch, handed, ranges=ranges, borrowed=borrowed)
+        result = self.worker.step(
+            index, states, batch, handed, ranges=ranges, borrowed=lambda: self.residency.borrowed()
+        )
         self.progress.layer_evaluations += result.layers * len(next(iter(batch.values())))
         return result
 
