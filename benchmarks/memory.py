@@ -186,7 +186,10 @@ def run(row: dict[str, Any], device: str = "cpu") -> dict[str, Any]:
     data = [{name: tensor[0] for name, tensor in batch(1).items()}] * samples
 
     def trainer() -> dblocks.Trainer:
-        return dblocks.Trainer(made.network.build(sizes), made.task, data, None, made.config)  # type: ignore[arg-type]
+        trained = dblocks.Trainer(made.network.build(sizes), made.task, data, None, made.config)  # type: ignore[arg-type]
+        if device != "cpu":
+            trained.place.prefetch = True  # also where other processes leave little of the card
+        return trained
 
     found: dict[str, Any]
     if device == "cpu":
