@@ -29,6 +29,7 @@ KEYS = {
     "errors": "rows that could not run: name and last lines",
     "not_run": "rows whose packages are not installed: name and packages",
     "row": "its name",
+    "git_commit": "of a row that was measured again later",
     # speed
     "unit": "of per_second, tokens or images",
     "per_second": "samples that every weight is trained on",

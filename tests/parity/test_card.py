@@ -59,7 +59,8 @@ os._exit(0)  # the device's threads have no end of their own
 
 def test_steps_are_traced_on_the_tensors_of_another_device():
     """As on a card: nothing of a step is made elsewhere, and what its other thread computes is counted."""
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    paths = os.pathsep.join([str(BENCHMARKS.parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
     command = [sys.executable, "-c", SECOND_DEVICE, "20", "24"]  # `exact`, and recomputed masked text
     out = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, env=environment, check=True).stdout
     found = json.loads(out.splitlines()[-1])
