@@ -51,7 +51,7 @@ class Visitors(AbstractContextManager[None]):
     the way back, where activations are recomputed. A graph made meanwhile may hold what was copied only until the next
     module but one is called: layers whose activations are recomputed, one by one, do not need it longer (of others
     autograd refuses to read what was overwritten). Weights that want gradients of such a graph get the copied values
-    instead: it must not save them (`coordinate.WithoutWeights`), and they must be there in its backward pass.
+    instead: it must not save them (`blocks.handed.WithoutWeights`), and they must be there in its backward pass.
 
     Args:
         modules: in the order of the network. slots: where they visit. after: what must have happened before weights are
