@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import diffusionblocks as dblocks
+from diffusionblocks.blocks.handed import Passage, with_context
 from diffusionblocks.options import check_options, option
 from diffusionblocks.tasks import Asked, Figure, Made, Metric, Sampling, StepOutput, Task, Trained
 from diffusionblocks.theory.targets import add_noise
@@ -38,16 +39,18 @@ class Magnitude(Task):
         check_options("task", self)
 
     def step(
-        self, model: Any, block: int, batch: Any, *, ranges: Any = None, draws: Any = None, **_: Any
+        self, model: Any, block: int, batch: Any, *, handed: Any = None, ranges: Any = None, draws: Any = None, **_: Any
     ) -> StepOutput:
         labels = batch["labels"]
         if isinstance(model, dblocks.EndToEndModel):
-            logits = model(batch, block).float()
-            return StepOutput(cross_entropy(logits, self._soft(labels, logits.shape[1])), None)
+            passage = handed if isinstance(handed, Passage) else None
+            logits = model(batch, block, passage).float()
+            return StepOutput(cross_entropy(logits, self._soft(labels, logits.shape[1])), passage)
         source, denoiser = drawn_for(batch, draws).generator, model.denoiser(block)
         sigma = model.partition.sample(block if ranges is None else ranges, len(labels), generator=source)
         noisy = add_noise(denoiser.target.clean(labels), sigma, generator=source)
-        output = denoiser({"pixel_values": batch["pixel_values"], "noisy_target": noisy}, sigma)
+        inputs = {"pixel_values": batch["pixel_values"], "noisy_target": noisy}
+        output = denoiser(with_context(inputs, handed), sigma)
         context = None if output.context is None else output.context.detach()
         return StepOutput(cross_entropy(output.logits.float(), self._soft(labels, output.logits.shape[1])), context)
 

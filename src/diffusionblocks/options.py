@@ -212,3 +212,18 @@ def _wanted(kinds: Sequence[Any], limits: Range) -> str:
             words.append(_WORDS.get(kind, "a group of keys"))
     bounds = limits.words()
     return " or ".join(words) + (f" ({bounds})" if bounds else "")
+
+
+LONGEST_NAME = 100  # characters of a recipe's or a method's name
+
+
+def check_file_name(key: str, name: str) -> None:
+    """Raises UserError for a name that a run folder cannot have: it becomes a part of its path."""
+    fine = (
+        name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and 0 < len(name) <= LONGEST_NAME
+    )
+    if not fine:
+        raise UserError(
+            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got "
+            f"{shown(name)}"
+        )

@@ -71,11 +71,18 @@ class Registry(Mapping[str, T], Generic[T]):
         if self._loaded:
             return
         self._loaded = True
-        for declaration in self._own():
-            self._add(declaration)
+        try:
+            for declaration in self._own():
+                self._add(declaration)
+            self._load_plugins()
+        except BaseException:  # Ctrl-C in the middle: the next one who asks begins anew
+            self._loaded, self._found = False, {}
+            raise
+
+    def _load_plugins(self) -> None:
         for point in entry_points(group=self.group):
             try:
                 self._add(point.load())
-            except Exception as error:  # other people's code may raise anything, and the other commands go on
+            except (Exception, SystemExit) as error:  # other people's code may raise anything, and commands go on
                 package = "" if point.dist is None else f" of the package {point.dist.name}"
                 log.warning("left out: the %s plugin %s%s: %s", self.what, point.name, package, first_line(error))

@@ -11,6 +11,7 @@ from typing import ClassVar
 import pytest
 
 import diffusionblocks as dblocks
+from diffusionblocks.options import option
 from diffusionblocks.registry import Registry
 from diffusionblocks.tasks import TASKS, Task
 
@@ -145,9 +146,22 @@ class Idle(Task):
     kind: str = "idle"
 
 
+@dataclass(kw_only=True)
+class Greedy(dblocks.Classification):
+    kind: str = "greedy"
+    levels: str = option("all", group="noise")
+
+
+@dataclass(kw_only=True)
+class Wandering(dblocks.Classification):
+    kind: str = "../up"
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
+        (Greedy, "the task Greedy calls its option levels noise.levels: the group of a task's option is objective"),
+        (Wandering, "the kind of the task Wandering must be a plain file name"),
         (dict, "a task is a subclass of diffusionblocks.tasks.Task, got <class 'dict'>"),
         (Plain, "the task Plain is no dataclass"),
         (Nameless, "the task Nameless misses kind"),

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import diffusionblocks as dblocks
 from diffusionblocks.blocks.handed import Passage
 from diffusionblocks.networks.registry import take_apart
+from diffusionblocks.theory.partition import split_layers
 from tests.conftest import Counting, config, make_data, make_gpt2, make_llama, make_vit
 
 SPANS = [range(0, 2), range(2, 4), range(4, 6)]
@@ -201,3 +202,14 @@ def test_another_process_makes_the_same_step(written, case, parts):
         assert {key.split(".")[1] for key in moved} == {str(facts["index"])}
         seen += 1
     assert seen == 3
+
+
+def test_a_task_that_does_not_hand_the_gradient_on_is_refused():
+    class Silent(dblocks.Classification):
+        def step(self, *arguments, **options):
+            return super().step(*arguments, **options)._replace(handed=None)
+
+    model = dblocks.BlockCoordinateModel(take_apart(make_vit()), split_layers(6, 3))
+    trainer = dblocks.Trainer(model, Silent(), make_data(), None, config(order="backward"))
+    with pytest.raises(dblocks.UserError, match="a task that hands the gradient on, which Silent does not"):
+        trainer.fit()

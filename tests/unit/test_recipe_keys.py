@@ -153,8 +153,12 @@ def test_keys_that_there_are_not_are_said_with_the_nearest(content, message):
 def test_settings_that_are_gone_say_what_decides_now(key, tmp_path):
     with pytest.raises(dblocks.UserError, match=f"^{key} is no setting any more: "):
         load_recipe("digits", [(key, 1)])
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.own_rate", "0.5"), ("train.decay_from", "hold")])
+def test_a_gone_setting_that_made_a_difference_is_refused_wherever_it_stands(key, value, tmp_path):
     group, name = key.split(".")
-    for text in (f"{group}: {{{name}: null}}", f"methods: {{exact: {{{group}: {{{name}: 1}}}}}}"):
+    for text in (f"{group}: {{{name}: {value}}}", f"methods: {{exact: {{{group}: {{{name}: {value}}}}}}}"):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(dblocks.UserError, match=f"^{key} is no setting any more: "):
             load_recipe(str(tmp_path / "r.yaml"))
@@ -208,3 +212,20 @@ def test_later_changes_take_both_names(caplog):
             changed(recipe, [(key, 3)], allowed)
     with pytest.raises(dblocks.UserError, match=r"did you mean 'sampling.guidance'\?"):
         changed(recipe, [("sampling.guidanc", 3)], allowed)
+
+
+def test_what_is_gone_is_dropped_where_it_says_what_holds_anyway(tmp_path, caplog):
+    path = tmp_path / "earlier.yaml"
+    path.write_text(
+        "task: {kind: masked-lm}\ndata: {source: pydocs}\nblocks: {target: masked}\n"
+        "train: {own_batch: 8, decay_from: hold, prefetch: null, own_rate: 1.0}\n"
+        "methods: {shallow: {train: {own_rate: 1.0}}}\n"
+    )
+    with caplog.at_level(logging.WARNING, logger="diffusionblocks"):
+        assert load_recipe(str(path)).train.own_batch == 8
+    (line,) = caplog.messages
+    for key in ("train.own_rate", "train.decay_from", "train.prefetch", "blocks.target"):
+        assert key in line
+    path.write_text("train: {own_rate: 0.5}\n")
+    with pytest.raises(dblocks.UserError, match=r"train\.own_rate is no setting any more"):
+        load_recipe(str(path))

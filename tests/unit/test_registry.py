@@ -26,7 +26,7 @@ class Point:
         self.name, self.found, self.dist = name, found, None
 
     def load(self):
-        if isinstance(self.found, Exception):
+        if isinstance(self.found, BaseException):
             raise self.found
         return self.found
 
@@ -75,6 +75,7 @@ def test_plugins_that_cannot_be_taken_are_named_in_one_line_each_and_the_others_
         Point("fine", "blue"),
         Point("absent", ImportError("No module named 'nowhere'")),
         Point("broken", RuntimeError("first line\nsecond line")),
+        Point("leaving", SystemExit("good bye")),
         Point("taken", "".join(["r", "ed"])),
         Point("wrong", 7),
     ]
@@ -85,9 +86,19 @@ def test_plugins_that_cannot_be_taken_are_named_in_one_line_each_and_the_others_
     assert [record.getMessage() for record in caplog.records] == [
         "left out: the colour plugin absent: No module named 'nowhere'",
         "left out: the colour plugin broken: first line",
+        "left out: the colour plugin leaving: good bye",
         "left out: the colour plugin taken: there is a colour 'red' already: choose another name",
         "left out: the colour plugin wrong: a colour is a text, got 7",
     ]
+
+
+def test_loading_that_is_interrupted_begins_anew(plugins):
+    plugins(Point("slow", KeyboardInterrupt()))
+    registry = colours()
+    with pytest.raises(KeyboardInterrupt):
+        list(registry)
+    plugins()
+    assert list(registry) == ["red", "green"]
 
 
 def test_an_installed_package_is_seen(tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except SystemExit as finished:  # argparse, after --help or --version
-        return int(finished.code or 0)
+        return finished.code if isinstance(finished.code, int) else 0 if finished.code is None else 1
     except Exception as error:
         if (better := explained(error)) is None:
             raise

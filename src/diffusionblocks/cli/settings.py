@@ -19,7 +19,7 @@ USUAL = (
     *("train.steps", "train.batch_size", "train.accumulation", "train.learning_rate", "train.optimizer"),
     *("train.precision", "train.order", "train.residency", "train.activation_checkpointing", "train.keep_graphs"),
     *("train.seed", "train.device"),
-)  # what README, the recipes and docs/choose.md set
+)  # what README, the recipes and docs/adapt.md set
 TITLES = {
     "": "the run",
     "data": "data: where samples come from",

@@ -94,7 +94,7 @@ def _start(model: BlockModel, folder: Path) -> None:
 
 # What may differ from training when a finished run is evaluated or sampled.
 LATER_KEYS = (
-    *("objective.", "sampling.", "evaluation.", "evaluate_on"),
+    *("objective.", "sampling.", "evaluation.", "task.", "evaluate_on"),
     *("train.device", "data.path", "data.cache_dir", "data.vae"),
 )
 
@@ -116,7 +116,8 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
             raise UserError(f"{key} cannot be changed: the method {recipe.method} applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
-    recipe.train = dataclasses.replace(recipe.train, tensorboard=False, compile=False, residency="device")
+    changes: dict[str, Any] = {"tensorboard": False, "compile": False, "residency": "device", "keep_graphs": 1}
+    recipe.train = dataclasses.replace(recipe.train, **changes)
     recipe = changed(recipe, overrides, LATER_KEYS)
     data = None if with_data else _without_samples(recipe, folder)
     run = prepare(recipe, None, data)

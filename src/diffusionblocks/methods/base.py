@@ -25,6 +25,7 @@ from diffusionblocks.blocks.causal import CausalBlocks
 from diffusionblocks.blocks.looped import LoopedNetwork
 from diffusionblocks.blocks.model import BlockModel, EndToEndModel, WholeDenoiser
 from diffusionblocks.errors import UserError
+from diffusionblocks.options import check_file_name
 from diffusionblocks.recipes import Recipe
 from diffusionblocks.system.run_folder import DEPLOYED, MODEL
 from diffusionblocks.theory import costs
@@ -165,6 +166,9 @@ def names(method: Any) -> tuple[str]:
     missing += [part for part in needed if getattr(kind, part) is getattr(Method, part)]
     if missing:
         raise UserError(f"the method {method.name or kind.__name__} misses {', '.join(missing)}")
+    if not isinstance(method.name, str):
+        raise UserError(f"the name of a method is a text, got {method.name!r}")
+    check_file_name("the name of a method", method.name)
     return (method.name,)
 
 

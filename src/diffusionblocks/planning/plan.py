@@ -183,7 +183,7 @@ def _keeping(work: Workload, choice: Choice, traces: Traces, limit: int, batch_s
         more = dataclasses.replace(choice, keep_graphs=count)
         if predictor(work, more, traces).at(batch_size).least <= limit:
             return more
-    default = work.train(choice.method).graphs == 1
+    default = work.train(choice.method).keep_graphs == 1
     return dataclasses.replace(choice, keep_graphs=0) if default else choice
 
 

@@ -99,11 +99,10 @@ def today(key: str) -> str:
     """A key, or a short name or an earlier version's name of one, as it is called now. Unknown ones stay as they
     are."""
     full = SHORT_NAMES.get(key, key)
+    if any(full in places(task) for task in TASKS):
+        return full
     for task in TASKS:
-        known = places(task)
-        if full in known:
-            return full
-        for name, place in known.items():
+        for name, place in places(task).items():
             if place == full:
                 return name
     return full
@@ -211,6 +210,31 @@ def of_run(content: Mapping[str, Any]) -> dict[str, Any]:
     return read(_without_gone(content))
 
 
+def without_idle(content: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A recipe's text without those options that there are no longer whose values are what decides today; and their
+    keys."""
+    dropped: dict[str, None] = {}
+
+    def settled(part: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, Any]:
+        found = dict(part)
+        for key, gone in GONE.items():
+            group, name = key.split(".")
+            section = found.get(group)
+            if isinstance(section, Mapping) and name in section and gone.same(section[name], whole):
+                found[group] = {other: value for other, value in section.items() if other != name}
+                dropped[key] = None
+        return found
+
+    own = settled(content, content)
+    for name in _SECTIONS:
+        if isinstance(section := content.get(name), Mapping):
+            own[name] = {
+                each: settled(changes, merge(content, changes)) if isinstance(changes, Mapping) else changes
+                for each, changes in section.items()
+            }
+    return own, list(dropped)
+
+
 def _section(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     found = content.get(name)
     return found if isinstance(found, Mapping) else {}
@@ -251,6 +275,8 @@ _TOP = {field.name for field in dataclasses.fields(Recipe)} - {*_NESTED, "task",
 def _unknown(key: str, known: Mapping[str, str]) -> UserError:
     """What to say of a key that there is not: the nearest one, whatever group or earlier name it was looked for in."""
     group, _, name = key.rpartition(".")
+    if key in SHORT_NAMES:
+        return UserError(f"unknown key {key!r} in a recipe; did you mean {SHORT_NAMES[key]!r}?")
     if not group:
         top = {*_TOP, *SHORT_NAMES, *(full.split(".")[0] for full in known), *_SECTIONS}
         return UserError(f"unknown key {key!r}{nearest(key, top)}")

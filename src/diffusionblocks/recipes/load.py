@@ -15,8 +15,28 @@ from typing import Any
 
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError, nearest
-from diffusionblocks.options import check_options, check_value, elements, is_number, is_text, made, shown
-from diffusionblocks.recipes.keys import SHORT_NAMES, groups, merge, owners, read, task_kind, today, written
+from diffusionblocks.options import (
+    LONGEST_NAME,
+    check_file_name,
+    check_options,
+    check_value,
+    elements,
+    is_number,
+    is_text,
+    made,
+    shown,
+)
+from diffusionblocks.recipes.keys import (
+    SHORT_NAMES,
+    groups,
+    merge,
+    owners,
+    read,
+    task_kind,
+    today,
+    without_idle,
+    written,
+)
 from diffusionblocks.recipes.schema import Recipe
 from diffusionblocks.system import plain_yaml
 from diffusionblocks.system.trust import trusted
@@ -57,13 +77,16 @@ def load_recipe(
     Raises UserError for an unknown recipe, key or preset, or a value of the wrong type.
     """
     in_file, typed = dict[str, str](), dict[str, str]()  # keys of earlier versions
-    content = read(_read(name_or_path), renamed=in_file)
+    content, dropped = without_idle(_read(name_or_path))
+    content = read(content, renamed=in_file)
     changes: dict[str, Any] = {}
     for key, value in overrides:
         full = _renaming(key, typed)
         _set(changes, full, _listed(full, value))
     changes = read(changes, task_kind(merge(content, changes)), typed)
     _say_renamed({**typed, **in_file})
+    if dropped:
+        log.warning("%s: no setting any more; the run is the same without", ", ".join(dropped))
     name = changes.get("preset", content.get("preset", ""))
     if name != "":
         content = merge(content, preset(content, name))
@@ -127,9 +150,9 @@ def build(content: Mapping[str, Any], *, consented: Recipe | None = None) -> Rec
     values = {key: made(kinds[key], key, value) if key in kinds else value for key, value in content.items()}
     recipe = Recipe(**{**{name: kind() for name, kind in kinds.items()}, **values})
     check_options("", recipe)
-    _check_file_name("name", recipe.name)
+    check_file_name("name", recipe.name)
     if recipe.preset:
-        _check_file_name("preset", recipe.preset)
+        check_file_name("preset", recipe.preset)
     recipe = _with_tokenizer(recipe)
     _check_trust(recipe, consented or Recipe())
     return recipe
@@ -140,18 +163,6 @@ def check_groups(recipe: Recipe) -> None:
     that Python made."""
     for name in ("model", "data", "lora", "in_context"):
         check_options(name, getattr(recipe, name))
-
-
-def _check_file_name(key: str, name: str) -> None:
-    """Raises UserError for a name that a run folder cannot have: it becomes a part of its path."""
-    fine = (
-        name.isprintable() and not set(name) & set("/\\") and not name.startswith(".") and 0 < len(name) <= LONGEST_NAME
-    )
-    if not fine:
-        raise UserError(
-            f"{key} must be a plain file name of at most {LONGEST_NAME} characters (no / or \\, no leading dot), got "
-            f"{shown(name)}"
-        )
 
 
 def _check_trust(recipe: Recipe, agreed: Recipe) -> None:
@@ -187,9 +198,6 @@ def _with_tokenizer(recipe: Recipe) -> Recipe:
     if not isinstance(recipe.data, TextConfig) or recipe.data.tokenizer != "auto" or not recipe.model.pretrained:
         return recipe
     return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, tokenizer=recipe.model.pretrained))
-
-
-LONGEST_NAME = 100  # characters of a recipe's name
 
 
 def _without(content: Mapping[str, Any], taken: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.text.corpora import TextConfig
 from diffusionblocks.errors import UserError
+from diffusionblocks.options import check_file_name, key_of
 from diffusionblocks.registry import Registry
 from diffusionblocks.training.figures import Figure
 from diffusionblocks.training.task import Asked, Images, Made, Metric, Sampling, StepOutput, Task, Trained
@@ -87,7 +88,18 @@ def _kinds(task: Any) -> tuple[str, ...]:
         raise UserError(f"the task {task.__name__} has the target {task.target!r}: it must be {' or '.join(BLOCKS)}")
     if not issubclass(task.data, DataConfig | TextConfig):
         raise UserError(f"the task {task.__name__} takes {task.data.__name__}: data must be DataConfig or TextConfig")
+    _check_keys(task)
     return (task.kind,)
+
+
+def _check_keys(task: type[Task]) -> None:
+    """Raises UserError where an option of a task has a key that something else in a recipe has."""
+    check_file_name(f"the kind of the task {task.__name__}", task.kind)
+    for field in dataclasses.fields(task):
+        key = key_of(field, "task")
+        if key is not None and key.split(".")[0] not in ("task", "objective", "sampling", "evaluation"):
+            own = f"the task {task.__name__} calls its option {field.name} {key}"
+            raise UserError(f"{own}: the group of a task's option is objective, sampling or evaluation (or none)")
 
 
 TASKS: Registry[type[Task]] = Registry("task", "diffusionblocks.tasks", _own, _kinds)

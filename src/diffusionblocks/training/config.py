@@ -117,7 +117,7 @@ class TrainingConfig:
                 f"train.own_batch must be 0 or a multiple of train.accumulation {self.accumulation}, got "
                 f"{self.own_batch}"
             )
-        if self.keep_graphs > 1 and self.accumulation > 1:
+        if self.keep_graphs > 1 and self.accumulation > 1 and self.order == "backward":
             raise UserError(
                 f"train.keep_graphs {self.keep_graphs} keeps the graphs of a whole batch, which train.accumulation "
                 f"{self.accumulation} cuts: set one of them to 1"

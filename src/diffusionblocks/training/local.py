@@ -5,8 +5,8 @@ would harm what the layers of a pretrained block know, in three ways out:
 
 settling  (local.heads_first) At first only the heads learn, with local.distill from what the whole network answers to
           the features that they read.
-trust     (train.trust) The layers of a block follow their head as far as its answers are as good as the network's.
-ordinary  (blocks.ordinary) The ordinary loss stands beside the block's own, which then counts as far as it is trusted.
+trust     (local.trust) The layers of a block follow their head as far as its answers are as good as the network's.
+ordinary  (local.ordinary) The ordinary loss stands beside the block's own, which then counts as far as it is trusted.
 
 Shapes: N batch, R rows that predict.
 """

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusionblocks.blocks.exact import BlockCoordinateModel
 from diffusionblocks.blocks.handed import Handed, Passage
 from diffusionblocks.blocks.model import BlockModel
+from diffusionblocks.errors import UserError
 from diffusionblocks.networks.parts import Batch
 from diffusionblocks.seeds import Draws
 from diffusionblocks.system.devices import autocast
@@ -40,8 +41,8 @@ class Worker:
     """Makes steps of the blocks of one model.
 
     Args:
-        model, task, config: of the run. local: how far blocks follow their heads; its `recent` losses are part of the
-            state.
+        model, task, config: of the run. local: how far blocks follow their heads; its `recent` losses (of the block,
+            and, with local.trust, of the last one) are part of the state.
     """
 
     def __init__(self, model: BlockModel, task: Task, config: TrainingConfig, local: LocalObjective) -> None:
@@ -82,6 +83,9 @@ class Worker:
                     output = self._forward(index, piece, given, ranges, draws, settling)
                 (output.loss / parts if parts > 1 else output.loss).backward()
             loss, leaving = output.loss.detach(), output.handed
+            if isinstance(given, Passage) and leaving is not given:
+                kind = type(self.task).__name__
+                raise UserError(f"train.order backward needs a task that hands the gradient on, which {kind} does not")
             if isinstance(leaving, Passage):
                 leaving = leaving.stepped(index, loss, parts)
             share = (loss / parts if parts > 1 else loss).float()
