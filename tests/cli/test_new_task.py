@@ -153,6 +153,12 @@ class Greedy(dblocks.Classification):
 
 
 @dataclass(kw_only=True)
+class Untold(dblocks.Classification):
+    kind: str = "untold"
+    size: "Absent" = 1  # noqa: F821
+
+
+@dataclass(kw_only=True)
 class Wandering(dblocks.Classification):
     kind: str = "../up"
 
@@ -161,6 +167,7 @@ class Wandering(dblocks.Classification):
     ("task", "message"),
     [
         (Greedy, "the task Greedy calls its option levels noise.levels: the group of a task's option is objective"),
+        (Untold, "the task Untold has an option whose type cannot be told: name 'Absent' is not defined"),
         (Wandering, "the kind of the task Wandering must be a plain file name"),
         (dict, "a task is a subclass of diffusionblocks.tasks.Task, got <class 'dict'>"),
         (Plain, "the task Plain is no dataclass"),

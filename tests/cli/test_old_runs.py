@@ -1,6 +1,6 @@
 """Runs that an earlier version began are finished by this one, and end with the weights that the earlier one reached.
 
-tests/fixtures/runs/NAME holds what commit 042a1b0 had left when it was killed behind its checkpoint, and in `expected`
+tests/fixtures/earlier/NAME holds what commit 042a1b0 had left when it was killed behind its checkpoint, and in `expected`
 the weights that it ended with when it was not killed. `branching` (digits, the paper's blocks that part after half of
 the run), `features` (next tokens, a sweep, heads that settle first, trust) and `exact` (one backward pass).
 """
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from diffusionblocks.cli import main
 from diffusionblocks.experiments.run import read_recipe
 
-RUNS = Path(__file__).parents[1] / "fixtures" / "runs"
+RUNS = Path(__file__).parents[1] / "fixtures" / "earlier"
 TINY = (
     "--model.hidden-size 8 --model.num-attention-heads 1 --model.num-hidden-layers 2 --model.intermediate-size 8 "
     "--device cpu --batch-size 4 --num-blocks 2 --train.keep-checkpoints 5 --steps 8 --train.checkpoint-every 6"

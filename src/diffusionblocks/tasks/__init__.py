@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from diffusionblocks.data.images.config import DataConfig
 from diffusionblocks.data.text.corpora import TextConfig
@@ -93,7 +93,12 @@ def _kinds(task: Any) -> tuple[str, ...]:
 
 
 def _check_keys(task: type[Task]) -> None:
-    """Raises UserError where an option of a task has a key that something else in a recipe has."""
+    """Raises UserError where an option of a task has a key that something else in a recipe has, or no type that can be
+    told."""
+    try:
+        get_type_hints(task)
+    except Exception as error:  # a name that is imported for type checkers alone
+        raise UserError(f"the task {task.__name__} has an option whose type cannot be told: {error}") from None
     check_file_name(f"the kind of the task {task.__name__}", task.kind)
     for field in dataclasses.fields(task):
         key = key_of(field, "task")
