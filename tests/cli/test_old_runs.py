@@ -1,8 +1,9 @@
 """Runs that an earlier version began are finished by this one, and end with the weights that the earlier one reached.
 
-tests/fixtures/earlier/NAME holds what commit 042a1b0 had left when it was killed behind its checkpoint, and in `expected`
-the weights that it ended with when it was not killed. `branching` (digits, the paper's blocks that part after half of
-the run), `features` (next tokens, a sweep, heads that settle first, trust) and `exact` (one backward pass).
+tests/fixtures/earlier/NAME holds what commit 042a1b0 had left when it was killed behind its checkpoint, and in
+`expected` the weights that it ended with when it was not killed. `branching` (digits, the paper's blocks that part
+after half of the run), `features` (next tokens, a sweep, heads that settle first, trust) and `exact` (one backward
+pass).
 """
 
 import json
