@@ -16,7 +16,7 @@ from diffusionblocks.cli.plan import card
 from diffusionblocks.cli.train import too_large
 from diffusionblocks.errors import UserError
 from diffusionblocks.planning.card import RESERVED, needed
-from diffusionblocks.planning.plan import _keeping, _preference, _recommend, cheaper, explain, plan
+from diffusionblocks.planning.plan import cheaper, explain, keeping_graphs, plan, preference, recommend
 from diffusionblocks.planning.units import parse_memory
 from diffusionblocks.planning.workload import Choice, for_model, from_recipe, predictor
 from diffusionblocks.recipes import load_recipe
@@ -144,10 +144,10 @@ def test_exact_keeps_the_activations_that_fit():
     )
     assert one < two < three
     choice = Choice(method="exact", num_blocks=4)
-    assert _keeping(work, choice, traces, int(two) + 1, 8).keep_graphs == 2
-    assert _keeping(work, choice, traces, int(one) + 1, 8) == choice
+    assert keeping_graphs(work, choice, traces, int(two) + 1, 8).keep_graphs == 2
+    assert keeping_graphs(work, choice, traces, int(one) + 1, 8) == choice
     in_parts = Choice(method="exact", num_blocks=4, accumulation=2)
-    assert _keeping(work, in_parts, traces, int(three) + 1, 8) == in_parts
+    assert keeping_graphs(work, in_parts, traces, int(three) + 1, 8) == in_parts
     kept = {"order": "backward", "visit_steps": 1, "keep_graphs": 3}
     recipe = load_recipe("digits", [*sizes, ("methods.exact.train", kept)])
     now, found = cheaper(recipe, "digits", (two + three) / 2)
@@ -165,7 +165,7 @@ def test_what_is_recommended_can_run_at_the_batch_that_is_named():
     exact = Choice(method="exact", num_blocks=4, keep_graphs=2)
     limit = predictor(work, exact).at(2).device.total + 1
     made = {Choice(method="exact", num_blocks=4): predictor(work, Choice(method="exact", num_blocks=4))}
-    best = _recommend(work, made, {}, limit, 2)
+    best = recommend(work, made, {}, limit, 2)
     assert "--train.keep-graphs 2" in best["command"] and best["accumulation"] == 1
     assert best["largest_batch"] >= 2
     assert predictor(work, exact).at(best["largest_batch"]).device.total <= limit
@@ -178,7 +178,7 @@ def test_a_new_network_with_tied_embeddings_is_not_sent_to_exact():
         work = from_recipe(load_recipe("lm-pydocs", [*small, ("model.model_class", name)]), "lm-pydocs")
         assert work.tied() == tied
         exact, blocks = (Choice(method=method, num_blocks=2) for method in ("exact", "diffusionblocks"))
-        assert (_preference(work, tied, exact) > _preference(work, tied, blocks)) == tied
+        assert (preference(work, tied, exact) > preference(work, tied, blocks)) == tied
 
 
 def test_an_uneven_split_is_planned_block_by_block():

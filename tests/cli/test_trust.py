@@ -10,7 +10,7 @@ import yaml
 
 import diffusionblocks as dblocks
 from diffusionblocks.cli import main
-from diffusionblocks.experiments.compare import _consent
+from diffusionblocks.experiments.compare import consent_flags
 from diffusionblocks.methods import for_method
 from diffusionblocks.networks import pretrained
 from diffusionblocks.recipes import ModelConfig, build, load_recipe
@@ -196,12 +196,12 @@ def test_runs_of_a_comparison_do_not_import_what_lies_around(tmp_path, mark, mon
 
 def test_consent_reaches_the_runs_of_a_comparison():
     plain = load_recipe("lm-pydocs")
-    assert _consent(plain) == ()
+    assert consent_flags(plain) == ()
     own = dataclasses.replace(plain, model=ModelConfig(pretrained="x", trust_remote_code=True))
     flags = ("--trust-remote-code", "--model.trust-remote-code=true", "--data.trust-remote-code=false")
-    assert _consent(own) == flags
+    assert consent_flags(own) == flags
     with dblocks.trusting(inception=True):
-        assert _consent(plain) == ("--trust-inception",)
+        assert consent_flags(plain) == ("--trust-inception",)
 
 
 def test_python_callers_say_it_once(tmp_path):

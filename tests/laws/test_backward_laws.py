@@ -203,11 +203,11 @@ def test_a_kept_graph_holds_no_weights(make):
     model = dblocks.BlockCoordinateModel(parts, SPANS[3])
     block, width = model.block(1), parts.network.config.hidden_size
     hidden = torch.randn(2, 5, width, requires_grad=True)
-    expected = torch.autograd.grad(model._through(1, hidden, {}, None).square().sum(), [hidden, *block.parameters()])
+    expected = torch.autograd.grad(model.through(1, hidden, {}, None).square().sum(), [hidden, *block.parameters()])
     away = {name: p.data.clone() for name, p in block.named_parameters()}
     kept = WithoutWeights(block.parameters())
     with kept:
-        leaving = model._through(1, hidden, {}, None)
+        leaving = model.through(1, hidden, {}, None)
     weighty = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
     assert kept.saved() and not [one for one in kept.saved() if one.untyped_storage().data_ptr() in weighty]
     for name, parameter in block.named_parameters():
@@ -224,7 +224,7 @@ def test_a_kept_graph_in_bf16_holds_no_copies_of_weights():
 
     def through(keeping):
         with torch.autocast("cpu", torch.bfloat16), keeping:
-            return model._through(1, hidden, {}, None)
+            return model.through(1, hidden, {}, None)
 
     expected = torch.autograd.grad(through(nullcontext()).square().sum(), [hidden, *block.parameters()])
     kept = WithoutWeights(block.parameters())

@@ -74,7 +74,7 @@ def test_resume_equals_an_uninterrupted_run_bit_for_bit(residency, tmp_path):
 
 def test_the_block_that_holds_a_network_answers_for_it_until_copies_are_made():
     run = trainer(branching())
-    for visit, _ in run._visits():
+    for visit, _ in run.visits():
         parted = run.progress.block_steps > 12
         with run.averaged():
             assert run.model.holders == ((0, 1, 2) if parted else (0, 0, 0)), visit
@@ -85,7 +85,7 @@ def test_the_block_that_holds_a_network_answers_for_it_until_copies_are_made():
 def test_copies_start_as_their_network_and_every_rate_falls_to_the_end():
     run = trainer(branching())
     seen = []
-    for visit, _ in run._visits():
+    for visit, _ in run.visits():
         if visit.copies:
             state = run.states
             for source, target in visit.copies:

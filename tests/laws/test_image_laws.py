@@ -283,17 +283,17 @@ def test_until_the_branch_a_run_is_that_of_the_shallow_network():
     blocks = dblocks.convert(make_dit(), 3)
     own = {"branch_at": 0.5, "own_batch": 5}  # no third of a batch: another number of steps
     branching = dblocks.Trainer(blocks, task, data, None, config(steps=6, **own, **settings))
-    for _ in itertools.islice(branching._visits(), 9):
+    for _ in itertools.islice(branching.visits(), 9):
         pass
     shallow = whole_network(take_apart(make_dit()), dblocks.BlocksConfig(), 2)
     alone = dblocks.Trainer(shallow, task, data, None, config(steps=18, **settings))
-    for _ in itertools.islice(alone._visits(), 9):
+    for _ in itertools.islice(alone.visits(), 9):
         pass
     inputs = {"noisy_target": torch.randn(6, 1, 8, 8), "labels": BATCH["labels"]}
     expected = shallow.eval().denoiser(0)(inputs, LEVELS).raw
     assert torch.equal(blocks.eval().denoiser(0)(inputs, LEVELS).raw, expected)
     rates = []
-    for visit, _ in branching._visits():
+    for visit, _ in branching.visits():
         rates.append(branching.states[visit.block].learning_rate())
     assert rates[-1] == pytest.approx(0) and rates[-4] > 0  # own steps take the rest of the schedule, all of it
 
@@ -303,7 +303,7 @@ def test_before_branching_the_block_that_learns_answers_for_all():
     model = dblocks.convert(make_dit(), 3)
     options = config(steps=20, batch_size=16, learning_rate=3e-3, branch_at=0.5)
     trainer = dblocks.Trainer(model, task, data, data, options)
-    for visit, _ in itertools.islice(trainer._visits(), 20):
+    for visit, _ in itertools.islice(trainer.visits(), 20):
         assert visit.ranges == range(3)
     found = trainer.evaluate(data)
     with trainer.averaged():
@@ -319,12 +319,12 @@ def test_averages_of_bf16_weights_move():
     state = dblocks.Trainer(model, dblocks.ImageGeneration(), make_data(), None, options).states[0]
     name, weight = next(iter(state.parameters.items()))
     state.steps = 10_000
-    state._update_average()
+    state.update_average()
     with torch.no_grad():
         weight.add_(1.0)
     before = state.average[name].clone()
     for _ in range(3):
-        state._update_average()
+        state.update_average()
     torch.testing.assert_close(state.average[name] - before, torch.full_like(before, 1 - 0.999**3), rtol=0.2, atol=1e-4)
     own = weight.data
     state.swap_average()

@@ -206,7 +206,7 @@ def test_a_checkpoint_that_is_written_again_is_never_missing(tmp_path, monkeypat
     monkeypatch.setattr(os, "replace", dying)
     step = found.progress.block_steps
     with pytest.raises(Killed):
-        checkpoint.save(tmp_path, step, found._named_states(), {"progress": vars(found.progress)}, 1)
+        checkpoint.save(tmp_path, step, found.named_states(), {"progress": vars(found.progress)}, 1)
     monkeypatch.undo()
     with run_folder.held(tmp_path):
         assert checkpoint.existing(tmp_path) == [kept]

@@ -121,7 +121,7 @@ def test_branching_copies_weights_and_optimizer_state():
     model = dblocks.convert(make_vit(), 3, **CONVERSIONS["input-add"])
     settings = config(steps=4, branch_at=0.5)
     trainer = dblocks.Trainer(model, dblocks.Classification(), make_data(), None, settings)
-    visits = trainer._visits()
+    visits = trainer.visits()
     for _ in range(6):  # the common steps
         next(visits)
     common = trainer.states[0]
@@ -263,7 +263,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_valid(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(DiskFull, match="disk is full"):
-        checkpoint.save(tmp_path, 99, trainer._named_states(), {"progress": {}}, keep=2)
+        checkpoint.save(tmp_path, 99, trainer.named_states(), {"progress": {}}, keep=2)
     assert checkpoint.existing(tmp_path) == good
     assert checkpoint.damage(good[-1]) is None
 

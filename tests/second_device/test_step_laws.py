@@ -104,8 +104,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name, device, tmp_path):
         return trainer
 
     first = stopped(checkpoint_every=6)
-    visits = first._visits
-    first._visits = lambda: itertools.islice(visits(), 7)  # killed in the third of four rounds
+    visits = first.visits
+    first.visits = lambda: itertools.islice(visits(), 7)  # killed in the third of four rounds
     with contextlib.suppress(AssertionError):
         first.fit()
     shutil.rmtree(sorted((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))[-1])  # of the end

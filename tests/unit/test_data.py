@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffusionblocks.data.images import sources
 from diffusionblocks.data.images.sources import decode
-from diffusionblocks.data.images.splits import DataConfig, ImageData, _check_labels, load_images
+from diffusionblocks.data.images.splits import DataConfig, ImageData, check_labels, load_images
 from diffusionblocks.data.stream import BatchStream
 from diffusionblocks.errors import UserError
 from tests.conftest import make_data
@@ -75,7 +75,7 @@ def test_augmentation_depends_on_seed_and_batch_alone_and_leaves_global_randomne
 @pytest.mark.parametrize("labels", [[0, 1, 4], [-1, 0, 1]])
 def test_labels_outside_the_range_are_refused(labels):
     with pytest.raises(UserError, match="labels must be 0 to 3"):
-        _check_labels(torch.tensor(labels), 4)
+        check_labels(torch.tensor(labels), 4)
 
 
 def test_unknown_augmentation_names_the_nearest():

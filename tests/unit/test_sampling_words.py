@@ -3,7 +3,7 @@
 import pytest
 
 import diffusionblocks as dblocks
-from diffusionblocks.cli.sample import _stops
+from diffusionblocks.cli.sample import stop_strings
 from diffusionblocks.tasks.image_generation import class_numbers
 
 NAMES = ["cat", "dog", "²"]
@@ -23,10 +23,10 @@ def test_what_is_no_class_is_one_line(text):
 
 
 def test_stop_strings_have_line_breaks_and_backslashes():
-    assert _stops([r"\n\n", "ü", r"a\\b", "日本", r"\x41"]) == ["\n\n", "ü", "a\\b", "日本", "A"]
+    assert stop_strings([r"\n\n", "ü", r"a\\b", "日本", r"\x41"]) == ["\n\n", "ü", "a\\b", "日本", "A"]
 
 
 @pytest.mark.parametrize("text", ["\\", r"a\x", r"\u12", r"\N{no such name}", "日\\", ""])
 def test_a_stop_string_that_means_nothing_is_one_line(text):
     with pytest.raises(dblocks.UserError, match="--stop"):
-        _stops([text])
+        stop_strings([text])

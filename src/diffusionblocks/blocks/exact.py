@@ -89,12 +89,12 @@ class BlockCoordinateModel(EndToEndModel):
                 hidden = passage.enter(index, hidden)
             if passage is not None and active is not None and index < active and passage.keeps_graph(index):
                 with passage.without_weights(self.block(index)):
-                    hidden = self._through(index, hidden, batch, passage, frozen=index not in passage.trained)
+                    hidden = self.through(index, hidden, batch, passage, frozen=index not in passage.trained)
             elif active is not None and index < active:
                 with torch.no_grad():
-                    hidden = self._through(index, hidden, batch, passage)
+                    hidden = self.through(index, hidden, batch, passage)
             else:
-                hidden = self._through(index, hidden, batch, passage, frozen=active not in (None, index))
+                hidden = self.through(index, hidden, batch, passage, frozen=active not in (None, index))
         return hidden
 
     def going_down(self, index: int, batch: Batch, passage: Passage) -> tuple[Tensor, float]:
@@ -111,7 +111,7 @@ class BlockCoordinateModel(EndToEndModel):
         if hidden is None:
             hidden = passage.entering[index] if index else self._embedded(batch, passage)
             for place in range(index, passage.reached):
-                hidden = self._through(place, hidden, batch, passage, frozen=place != index)
+                hidden = self.through(place, hidden, batch, passage, frozen=place != index)
         product = (hidden * passage.gradient).sum()
         return passage.loss + (product - product.detach()), layers
 
@@ -131,12 +131,12 @@ class BlockCoordinateModel(EndToEndModel):
         self._train(index)
         counted = WithoutWeights(self.block(index).parameters())
         with counted:
-            leaving = self._through(index, entering, batch, None)
+            leaving = self.through(index, entering, batch, None)
         assert leaving.requires_grad
         held = counted.saved()
         return stored([*held, entering]) - stored([entering])
 
-    def _through(
+    def through(
         self, index: int, hidden: Tensor, batch: Batch, passage: Passage | None, *, frozen: bool = False
     ) -> Tensor:
         """One block. frozen: it keeps nothing but what passes between its layers."""

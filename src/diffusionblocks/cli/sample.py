@@ -40,7 +40,7 @@ def sample(arguments: argparse.Namespace, overrides: list[tuple[str, Any]]) -> A
         prompt=arguments.prompt or "",
         chat=bool(arguments.chat),
         length=arguments.length or 0,
-        stop=_stops(arguments.stop or []),
+        stop=stop_strings(arguments.stop or []),
         stream=(lambda piece: print(piece, end="", flush=True)) if arguments.stream and not arguments.json else None,
     )
     settings = {field: given[name] for name, field in sampling.settings.items() if name in given}
@@ -70,7 +70,7 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises UserError for a number outside of its range, before a model is loaded."""
     for name, limits in LIMITS.items():
         check_value(f"--{name.replace('_', '-')}", getattr(arguments, name), float | None, limits)
-    _stops(arguments.stop or [])
+    stop_strings(arguments.stop or [])
     if arguments.stream and arguments.num > 1:
         raise UserError(f"--stream writes one text; got --num {arguments.num}")
     try:
@@ -79,7 +79,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError("--prompt holds bytes that are no UTF-8") from None
 
 
-def _stops(texts: Sequence[str]) -> list[str]:
+def stop_strings(texts: Sequence[str]) -> list[str]:
     """Strings that end a text, as they were meant: \\n is a line break. Raises UserError for an escape that means
     nothing."""
     found = []

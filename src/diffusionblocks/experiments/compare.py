@@ -113,10 +113,10 @@ def _job(recipe: Recipe, method: str, seed: int, budget: str, output_dir: Path) 
     # The preset is already in the values; named again in the file, it would be laid over them once more.
     own = dataclasses.replace(recipe, method=method, train=train, preset="")
     folder = output_dir / method / f"seed-{seed}"
-    return _Job(method, seed, folder, output_dir / method / f"seed-{seed}.yaml", _consent(own)), own
+    return _Job(method, seed, folder, output_dir / method / f"seed-{seed}.yaml", consent_flags(own)), own
 
 
-def _consent(recipe: Recipe) -> tuple[str, ...]:
+def consent_flags(recipe: Recipe) -> tuple[str, ...]:
     """Flags with which a process of its own may run what this one may."""
     flags = ["--trust-inception"] if trusted().inception or getattr(recipe.task, "inception", False) else []
     groups: dict[str, Any] = {"model": recipe.model, "data": recipe.data}

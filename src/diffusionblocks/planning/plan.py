@@ -68,7 +68,7 @@ def plan(
     for choice, predicting in made.items():
         found = predicting.at(batch_size, predicting.config.accumulation)
         rows.append(_row(work, choice, predicting, found, limit))
-    best = None if limit is None else _recommend(work, made, traces, limit, batch_size)
+    best = None if limit is None else recommend(work, made, traces, limit, batch_size)
     return {
         "rows": rows,
         "recommendation": best,
@@ -130,12 +130,12 @@ def _flags(choice: Choice) -> str:
     return " ".join(words)
 
 
-def _recommend(
+def recommend(
     work: Workload, made: dict[Choice, Predictor], traces: Traces, limit: int, batch_size: int
 ) -> dict[str, Any]:
     """The first choice that fits, the least departure from ordinary training first."""
     tied = work.tied()
-    for choice in sorted(made, key=partial(_preference, work, tied)):
+    for choice in sorted(made, key=partial(preference, work, tied)):
         in_passage = find_method(choice.method).one_pass and work.train(choice.method).order == "backward"
         if in_passage:  # what fits is asked of the least that it needs; then it keeps what graphs fit
             choice = dataclasses.replace(choice, keep_graphs=1)
@@ -147,7 +147,7 @@ def _recommend(
                 continue
             choice = dataclasses.replace(choice, accumulation=parts)
             if in_passage:
-                choice = _keeping(work, choice, traces, limit, batch_size)
+                choice = keeping_graphs(work, choice, traces, limit, batch_size)
                 predicting = predictor(work, choice, traces)
             reason = find_method(choice.method).reason(work.settled(choice), tied)
             if parts > predicting.config.accumulation:
@@ -176,7 +176,7 @@ def _recommend(
     }
 
 
-def _keeping(work: Workload, choice: Choice, traces: Traces, limit: int, batch_size: int) -> Choice:
+def keeping_graphs(work: Workload, choice: Choice, traces: Traces, limit: int, batch_size: int) -> Choice:
     """One backward pass with the graphs of as many blocks kept as fit: nothing else makes it compute less."""
     counts = range(choice.num_blocks, 1, -1) if choice.accumulation == 1 else ()
     for count in counts:
@@ -196,7 +196,8 @@ def _could_fit(predicting: Predictor, limit: int, batch_size: int) -> bool:
     return predicting.at(batch_size, _accumulations(batch_size, 1)[-1]).least <= limit
 
 
-def _preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
+def preference(work: Workload, tied: bool, choice: Choice) -> tuple[int, int, int]:
+    """What choices are sorted by: the rank of their method, then fewer blocks, then no recomputation."""
     rank = find_method(choice.method).rank(work.as_run(choice.method), tied)
     return rank, choice.num_blocks, int(choice.checkpointing)
 

@@ -75,11 +75,12 @@ class BlockState:
             parameter.grad = None
         self.steps += 1
         if self.config.ema_decay:
-            self._update_average()
+            self.update_average()
         return norm
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def update_average(self) -> None:
+        """Moves the averages towards the weights, as after a step."""
         if not self.average:
             # In fp32 whatever the weights are in: a small step of an average vanishes in bf16.
             self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}

@@ -270,7 +270,7 @@ class Trainer:
         before, started = self.progress.wall_seconds, time.monotonic()
         self._first_step, self._passed, saved = self.progress.block_steps, {}, -1
         with ProgressBar(total, self.progress.block_steps, self.device) as bar:
-            for visit, losses in self._visits():
+            for visit, losses in self.visits():
                 self.progress.wall_seconds = before + time.monotonic() - started
                 journal.record(visit.block, losses, self.states[visit.block].learning_rate())
                 bar.update(visit.block, losses, self.progress.block_steps)
@@ -309,7 +309,7 @@ class Trainer:
                 parameter.grad = None  # of a step that failed
             self.place.leave()
 
-    def _visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
+    def visits(self) -> Iterator[tuple[Visit, list[Tensor]]]:
         """Makes the visits that are left, loading every batch once."""
         plan, first = Plan(self.config, self.model.num_blocks), self.progress.visits
         if first < len(plan) and plan[first].carried:
@@ -381,7 +381,8 @@ class Trainer:
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _named_states(self) -> dict[str, BlockState]:
+    def named_states(self) -> dict[str, BlockState]:
+        """The states by the names of their files in a checkpoint."""
         return {"shared": self.shared} | {f"block-{i:02d}": state for i, state in enumerate(self.states)}
 
     def _save(self, journal: Journal, stop: Stop) -> None:
@@ -397,7 +398,7 @@ class Trainer:
             self.progress.recent = {str(index): loss.item() for index, loss in self.local.recent.items()}
             step, progress = self.progress.block_steps, {"progress": vars(self.progress)}
             try:
-                checkpoint.save(self.output_dir, step, self._named_states(), progress, self.config.keep_checkpoints)
+                checkpoint.save(self.output_dir, step, self.named_states(), progress, self.config.keep_checkpoints)
             except checkpoint.NotFinite as error:
                 self._divergence.stop(str(error))
             drop_previous(self.output_dir)
@@ -407,7 +408,7 @@ class Trainer:
         if not checkpoint.existing(folder):
             return False
         assert not self.place.begun, "restore before the first step"
-        saved = checkpoint.restore_latest(folder, self._named_states())
+        saved = checkpoint.restore_latest(folder, self.named_states())
         if saved is None:
             return False
         try:

@@ -90,7 +90,7 @@ def load_images(config: DataConfig, seed: int = 0) -> ImageSplits:
     with told():
         train, test, classes = SOURCES[source](config)
     for part in filter(None, (train, test)):
-        _check_labels(part.labels, len(classes))
+        check_labels(part.labels, len(classes))
     if test is None:
         train, test = _split(train, config.test_share, config.split_seed, "test")
     train, validation = _split(train, config.validation_share, config.split_seed, "validation")
@@ -105,7 +105,8 @@ def count_classes(config: DataConfig) -> int:
     return 10 if config.source in ("digits", "mnist") else 1000
 
 
-def _check_labels(labels: Tensor, num_classes: int) -> None:
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raises UserError for a label [N] that is no class."""
     low, high = labels.min().item(), labels.max().item()
     if low < 0 or high >= num_classes:
         raise UserError(
