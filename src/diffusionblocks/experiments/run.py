@@ -116,7 +116,9 @@ def load_run(folder: Path, overrides: Iterable[tuple[str, Any]] = (), *, with_da
             raise UserError(f"{key} cannot be changed: the method {recipe.method} applies its layers once")
     if recipe.model.start:  # the checkpoint has everything
         recipe.model.start, recipe.train.branch_at, recipe.train.own_batch = "", 0.0, 0
-    changes: dict[str, Any] = {"tensorboard": False, "compile": False, "residency": "device", "keep_graphs": 1}
+    changes: dict[str, Any] = {"tensorboard": False, "compile": False, "residency": "device"}
+    if recipe.train.accumulation > 1:  # earlier versions took both, and kept one graph
+        changes["keep_graphs"] = 1
     recipe.train = dataclasses.replace(recipe.train, **changes)
     recipe = changed(recipe, overrides, LATER_KEYS)
     data = None if with_data else _without_samples(recipe, folder)
